@@ -1,0 +1,1 @@
+"""Files <-> tensors: video decoding and encoding, procedural clips, shards, loading."""

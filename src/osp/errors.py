@@ -1,0 +1,17 @@
+"""The errors a user is meant to read: one line that names the file, key or value and how to mend it."""
+
+
+class OspError(Exception):
+    """What went wrong with the user's files or machine; the command ends with exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(OspError):
+    """What went wrong with the user's command or configuration; the command ends with exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(OspError):
+    """A file or folder that cannot be read, or holds nothing that can."""

@@ -1,0 +1,1 @@
+"""Videos -> numbers: reconstruction metrics, Frechet distances, contact sheets."""
