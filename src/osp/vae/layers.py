@@ -1,0 +1,198 @@
+"""Causal layers shared by the whole VAE family.
+
+Video is `B C T H W` throughout; a layer that works on single frames is one whose kernel spans one frame. Every layer
+takes `(x, state)`, see `osp.vae.stream`.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from osp.errors import UsageError
+from osp.vae.stream import StreamState
+
+Norm = Literal["layer", "group"]
+Interpolation = Literal["trilinear", "nearest"]
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution that sees the past only: in time the first frame is repeated kt - 1 times in front.
+
+    In space the padding is zero, half the kernel on each side; with a spatial stride of 2 it is one row and one column
+    at the bottom and right.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1)
+    ):
+        self.strided = stride[1] > 1
+        padding = (0, 0, 0) if self.strided else (0, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(inputs, outputs, kernel, stride, padding)
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B C T H W` -> `B D 1+(T-1)/st H/sh W/sw` with strides st, sh, sw."""
+        span, step = self.kernel_size[0], self.stride[0]
+        if span > 1:
+            held = state.take(self) if state is not None else None
+            past = x[:, :, :1].expand(-1, -1, span - 1, -1, -1) if held is None else held[0]
+            x = torch.cat([past, x], dim=2)
+            if state is not None:
+                outputs = max(0, (x.shape[2] - span) // step + 1)
+                state.keep(self, x[:, :, outputs * step :])
+        if x.shape[2] < span:
+            height, width = (x.shape[3] // self.stride[1], x.shape[4] // self.stride[2])
+            return x.new_empty(x.shape[0], self.out_channels, 0, height, width)
+        if self.strided:
+            x = F.pad(x, (0, 1, 0, 1))
+        return super().forward(x)
+
+
+class Downsample(CausalConv3d):
+    """Halves height and width, and with `time` the frames after the first too."""
+
+    def __init__(self, channels: int, *, time: bool) -> None:
+        super().__init__(channels, channels, (3, 3, 3) if time else (1, 3, 3), (2, 2, 2) if time else (1, 2, 2))
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the channels of each position, eps 1e-6."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B C T H W` -> the same shape."""
+        normed = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, eps=1e-6)
+        return normed.movedim(-1, 1)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm with 32 groups, eps 1e-6; its statistics span all frames, or with `per_frame` each frame alone."""
+
+    def __init__(self, channels: int, *, per_frame: bool) -> None:
+        if channels % 32:
+            raise UsageError(f"group norm needs channels in multiples of 32, got {channels}; use norm=layer")
+        super().__init__(32, channels, eps=1e-6)
+        self.per_frame = per_frame
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B C T H W` -> the same shape. Raises UsageError in a stream, whose later frames it would need."""
+        if self.per_frame:
+            batch, _, frames = x.shape[:3]
+            return super().forward(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, frames)).transpose(1, 2)
+        if state is not None:
+            raise UsageError("group norm over time needs the whole clip and cannot stream; use a VAE with norm=layer")
+        return super().forward(x)
+
+
+def norm_layer(kind: Norm, channels: int, *, per_frame: bool = False) -> nn.Module:
+    """The norm by its name; `per_frame` says that the layers around it see single frames."""
+    if kind == "layer":
+        return LayerNorm(channels)
+    if kind == "group":
+        return GroupNorm(channels, per_frame=per_frame)
+    raise UsageError(f"norm={kind!r} is not known; choose layer or group")
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, and a shortcut; with `time` the convolutions see three frames, else one."""
+
+    def __init__(self, inputs: int, outputs: int, *, norm: Norm, time: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        kernel = (3, 3, 3) if time else (1, 3, 3)
+        self.norm1 = norm_layer(norm, inputs, per_frame=not time)
+        self.conv1 = CausalConv3d(inputs, outputs, kernel)
+        self.norm2 = norm_layer(norm, outputs, per_frame=not time)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = CausalConv3d(outputs, outputs, kernel)
+        self.shortcut = CausalConv3d(inputs, outputs, (1, 1, 1)) if inputs != outputs else None
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B C T H W` -> `B D T H W`."""
+        h = self.conv1(F.silu(self.norm1(x, state)), state)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h, state))), state)
+        return h + (x if self.shortcut is None else self.shortcut(x, state))
+
+
+class FrameAttention(nn.Module):
+    """Self-attention among the positions of each frame, with one head as wide as the channels."""
+
+    def __init__(self, channels: int, *, norm: Norm) -> None:
+        super().__init__()
+        self.norm = norm_layer(norm, channels)
+        self.q, self.k, self.v, self.output = (CausalConv3d(channels, channels, (1, 1, 1)) for _ in range(4))
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B C T H W` -> the same shape."""
+        normed = self.norm(x, state)
+        if x.shape[2] == 0:
+            return x
+        # B C T H W -> (B T) 1 (H W) C
+        q, k, v = (
+            layer(normed, state).movedim(1, -1).flatten(0, 1).flatten(1, 2)[:, None]
+            for layer in (self.q, self.k, self.v)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.output(attended.reshape(*x.movedim(1, -1).shape).movedim(-1, 1), state)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width, and with `time` the frames after the first too, then convolves.
+
+    In time the frames after the first are interpolated linearly, without aligned corners: both frames that come of
+    frame i need frame i and one neighbour each, so the layer looks one frame ahead and holds its last frame back until
+    the stream's end. In space the frames with `time` are interpolated bilinearly, those without repeated.
+    """
+
+    def __init__(self, channels: int, *, time: bool, interpolation: Interpolation = "trilinear") -> None:
+        super().__init__()
+        if interpolation not in ("trilinear", "nearest"):
+            raise UsageError(f"temporal_interpolation={interpolation!r} is not known; choose trilinear or nearest")
+        self.time = time
+        self.interpolation = interpolation
+        self.conv = CausalConv3d(channels, channels, (3, 3, 3) if time else (1, 3, 3))
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B C T H W` -> `B C 1+2(T-1) 2H 2W` with `time`, else `B C T 2H 2W`."""
+        # Interpolation in half precision loses bits that the published models keep.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.time:
+            wide = _double_space(self._double_time(wide, state), "bilinear")
+        else:
+            wide = _double_space(wide, "nearest")
+        return self.conv(wide.to(x.dtype), state)
+
+    def _double_time(self, x: Tensor, state: StreamState | None) -> Tensor:
+        held = state.take(self) if state is not None else None
+        if held is None:
+            first, x = x[:, :, :1], x[:, :, 1:]
+            past = x[:, :, :1]  # the edge: the first interpolated frame is its own left neighbour
+        else:
+            first, past = x[:, :, :0], held[0]
+        if self.interpolation == "nearest":
+            if state is not None:
+                state.keep(self, x[:, :, :0])
+            return torch.cat([first, x.repeat_interleave(2, dim=2)], dim=2)
+        if held is not None and past.shape[2] == 0:
+            past = x[:, :, :1]  # until now the stream had its first frame only
+        frames = torch.cat([past, x], dim=2)
+        if state is None or state.last:
+            frames = torch.cat([frames, frames[:, :, -1:]], dim=2)
+        if state is not None:
+            state.keep(self, frames[:, :, -2:])
+        left, middle, right = frames[:, :, :-2], frames[:, :, 1:-1], frames[:, :, 2:]
+        doubled = torch.stack([0.25 * left + 0.75 * middle, 0.75 * middle + 0.25 * right], dim=3).flatten(2, 3)
+        return torch.cat([first, doubled], dim=2)
+
+
+def _double_space(x: Tensor, mode: Literal["bilinear", "nearest"]) -> Tensor:
+    batch, channels, frames, height, width = x.shape
+    if frames == 0:
+        return x.new_empty(batch, channels, 0, 2 * height, 2 * width)
+    corners = False if mode == "bilinear" else None
+    doubled = F.interpolate(x.flatten(1, 2), scale_factor=2, mode=mode, align_corners=corners)
+    return doubled.unflatten(1, (channels, frames))

@@ -1,0 +1,275 @@
+"""WF-VAE: a causal video VAE whose main path is bridged by the low-frequency bands of a wavelet pyramid.
+
+Li et al., "WF-VAE: Enhancing Video VAE by Wavelet-Driven Energy Flow", arXiv:2411.17459. The pyramid has three levels:
+the input level works on the video, level 1 on its lowest band, level 2 on level 1's lowest band. The energy flow takes
+levels 1 and 2 around the main path, in the encoder and, mirrored, in the decoder.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from osp.errors import UsageError
+from osp.vae.layers import (
+    CausalConv3d,
+    Downsample,
+    FrameAttention,
+    Interpolation,
+    Norm,
+    ResidualBlock,
+    Upsample,
+    norm_layer,
+)
+from osp.vae.posterior import GaussianPosterior
+from osp.vae.stream import Chain, Join, StreamState
+from osp.vae.wavelet import (
+    EXACT_SCALE_3D,
+    HaarTransform,
+    InverseHaarTransform,
+    haar_filters_2d,
+    haar_filters_3d,
+)
+
+COLOURS = 3
+
+
+@dataclass(frozen=True)
+class WFVAEConfig:
+    """The shape of a WF-VAE.
+
+    `level1` says whether wavelet level 1 works on frames alone ("2d": 4x8x8 compression) or in time too ("3d": 8x8x8).
+    `encoder_flow_channels` and `decoder_flow_channels` are the energy flow's widths, `flow_blocks` the residual blocks
+    on the decoder's flow, `encoder_blocks` and `decoder_blocks` those of a main level. `haar_scale` is the size of the
+    3D filters' values: 0.3536 in the published weights.
+    """
+
+    latent_channels: int = 8
+    base_channels: int = 128
+    level1: Literal["2d", "3d"] = "2d"
+    encoder_blocks: int = 2
+    decoder_blocks: int = 2
+    encoder_flow_channels: int = 128
+    decoder_flow_channels: int = 128
+    flow_blocks: int = 1
+    norm: Norm = "layer"
+    attention: bool = True
+    temporal_interpolation: Interpolation = "trilinear"
+    dropout: float = 0.0
+    haar_scale: float = EXACT_SCALE_3D
+
+    def __post_init__(self) -> None:
+        if self.level1 not in ("2d", "3d"):
+            raise UsageError(f"level1={self.level1!r} is not known; choose 2d (4x8x8) or 3d (8x8x8)")
+        for name, least in (
+            ("latent_channels", 1),
+            ("base_channels", 1),
+            ("encoder_flow_channels", 1),
+            ("decoder_flow_channels", 1),
+            ("encoder_blocks", 1),
+            ("decoder_blocks", 1),
+            ("flow_blocks", 0),
+        ):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name}={getattr(self, name)} is too small; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Autoencoding:
+    """One pass through the VAE, with what the losses need.
+
+    `reconstruction` is `B C T H W`; `encoder_coefficients` and `decoder_coefficients` hold levels 1 and 2 of the
+    wavelet pyramid as the encoder took them from the video and as the decoder rebuilt them.
+    """
+
+    reconstruction: Tensor
+    posterior: GaussianPosterior
+    encoder_coefficients: tuple[Tensor, Tensor]
+    decoder_coefficients: tuple[Tensor, Tensor]
+
+
+class Encoder(nn.Module):
+    """Video to the moments of the posterior."""
+
+    def __init__(self, config: WFVAEConfig) -> None:
+        super().__init__()
+        c, base, flow, norm = config, config.base_channels, config.encoder_flow_channels, config.norm
+        time = c.level1 == "3d"
+        filters_3d, filters_1 = haar_filters_3d(c.haar_scale), _level1_filters(c)
+        self.wavelet_in = HaarTransform(filters_3d)
+        self.wavelet_l1 = HaarTransform(filters_1)
+        self.wavelet_l2 = HaarTransform(filters_3d)
+        self.flow_l1 = CausalConv3d(COLOURS * len(filters_1), flow, (1, 3, 3))
+        self.flow_l2 = CausalConv3d(COLOURS * len(filters_3d), flow, (1, 3, 3))
+        self.down1 = Chain(
+            CausalConv3d(COLOURS * len(filters_3d), base, (1, 3, 3)),
+            *(ResidualBlock(base, base, norm=norm, time=False, dropout=c.dropout) for _ in range(c.encoder_blocks)),
+            Downsample(base, time=time),
+        )
+        self.down2 = Chain(
+            CausalConv3d(base + flow, 2 * base, (1, 3, 3)),
+            *(ResidualBlock(2 * base, 2 * base, norm=norm, dropout=c.dropout) for _ in range(c.encoder_blocks)),
+            Downsample(2 * base, time=True),
+        )
+        self.mid = _mid(2 * base + flow, 4 * base, 4 * base, c)
+        self.norm_out = norm_layer(norm, 4 * base)
+        self.conv_out = CausalConv3d(4 * base, 2 * c.latent_channels, (3, 3, 3))
+
+    def forward(self, video: Tensor, state: StreamState | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """`B 3 T H W` -> moments `B 2L T' H/8 W/8` and the coefficients of levels 1 and 2."""
+        # Both branches of a level emit a frame at the same input frame, so they need no `Join` in a stream.
+        coefficients = self.wavelet_in(video, state)
+        l1 = self.wavelet_l1(coefficients[:, :COLOURS], state)
+        l2 = self.wavelet_l2(l1[:, :COLOURS], state)
+        h = self.down1(coefficients, state)
+        h = self.down2(torch.cat([h, self.flow_l1(l1, state)], dim=1), state)
+        h = self.mid(torch.cat([h, self.flow_l2(l2, state)], dim=1), state)
+        return self.conv_out(F.silu(self.norm_out(h, state)), state), (l1, l2)
+
+
+class Decoder(nn.Module):
+    """Latent to video."""
+
+    def __init__(self, config: WFVAEConfig) -> None:
+        super().__init__()
+        c, base, flow, norm = config, config.base_channels, config.decoder_flow_channels, config.norm
+        time = c.level1 == "3d"
+        self.flow_channels = flow
+        filters_3d, filters_1 = haar_filters_3d(c.haar_scale), _level1_filters(c)
+        self.conv_in = CausalConv3d(c.latent_channels, 4 * base, (3, 3, 3))
+        self.mid = _mid(4 * base, 4 * base, 4 * base + flow, c)
+        self.up2 = Chain(
+            *(ResidualBlock(4 * base, 4 * base, norm=norm, dropout=c.dropout) for _ in range(c.decoder_blocks)),
+            Upsample(4 * base, time=True, interpolation=c.temporal_interpolation),
+            ResidualBlock(4 * base, 4 * base + flow, norm=norm, dropout=c.dropout),
+        )
+        self.up1 = Chain(
+            *(
+                ResidualBlock(4 * base if i == 0 else 2 * base, 2 * base, norm=norm, dropout=c.dropout)
+                for i in range(c.decoder_blocks)
+            ),
+            Upsample(2 * base, time=time, interpolation=c.temporal_interpolation),
+            ResidualBlock(2 * base, 2 * base, norm=norm, dropout=c.dropout),
+        )
+        self.head = Chain(
+            ResidualBlock(2 * base, base, norm=norm, dropout=c.dropout),
+            ResidualBlock(base, base, norm=norm, dropout=c.dropout),
+        )
+        self.flow_l1 = _flow(flow, COLOURS * len(filters_1), c)
+        self.flow_l2 = _flow(flow, COLOURS * len(filters_3d), c)
+        self.norm_out = norm_layer(norm, base)
+        self.conv_out = CausalConv3d(base, COLOURS * len(filters_3d), (1, 3, 3))
+        self.wavelet_out = InverseHaarTransform(filters_3d)
+        self.wavelet_l1 = InverseHaarTransform(filters_1)
+        self.wavelet_l2 = InverseHaarTransform(filters_3d)
+        # The main path looks ahead where it grows in time, the flow does not.
+        self.join_l1, self.join_out = Join(), Join()
+
+    def forward(self, latent: Tensor, state: StreamState | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """`B L T' H/8 W/8` -> video `B 3 T H W` and the coefficients of levels 1 and 2."""
+        h = self.mid(self.conv_in(latent, state), state)
+        l2 = self.flow_l2(h[:, -self.flow_channels :], state)
+        h = self.up2(h[:, : -self.flow_channels], state)
+        l1 = self.flow_l1(h[:, -self.flow_channels :], state)
+        l1 = _add_to_lowest_band(*self.join_l1(l1, self.wavelet_l2(l2, state), state))
+        h = self.head(self.up1(h[:, : -self.flow_channels], state), state)
+        h = self.conv_out(F.silu(self.norm_out(h, state)), state)
+        h = _add_to_lowest_band(*self.join_out(h, self.wavelet_l1(l1, state), state))
+        return self.wavelet_out(h, state), (l1, l2)
+
+
+class WFVAE(nn.Module):
+    """The WF-VAE of v1.3 (4x8x8) and v1.5 (8x8x8) and any other shape of the family.
+
+    Takes the fields of `WFVAEConfig` as keyword arguments. Raises UsageError for a shape that cannot be built.
+    """
+
+    space_stride = 8
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        unknown = settings.keys() - {field.name for field in fields(WFVAEConfig)}
+        if unknown:
+            known = ", ".join(field.name for field in fields(WFVAEConfig))
+            raise UsageError(f"WF-VAE has no setting {', '.join(sorted(unknown))}; it has {known}")
+        self.config = WFVAEConfig(**settings)
+        self.time_stride = 4 if self.config.level1 == "2d" else 8
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments that build this VAE again."""
+        return asdict(self.config)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the last learned layer, where the adversarial loss is balanced."""
+        return self.decoder.conv_out.weight
+
+    def check_size(self, frames: int, height: int, width: int) -> None:
+        """Raise UsageError unless a clip of this size can be encoded and comes back in the same size."""
+        if frames < 1 or (frames - 1) % self.time_stride:
+            below = max(0, (frames - 1) // self.time_stride) * self.time_stride + 1
+            raise UsageError(
+                f"frames={frames} does not fit this VAE, which takes 1 + a multiple of {self.time_stride}; "
+                f"use {below} or {below + self.time_stride}"
+            )
+        for name, value in (("height", height), ("width", width)):
+            if value < self.space_stride or value % self.space_stride:
+                raise UsageError(
+                    f"{name}={value} does not fit this VAE, which takes multiples of {self.space_stride}; "
+                    f"use {max(1, round(value / self.space_stride)) * self.space_stride}"
+                )
+
+    def encode(self, video: Tensor) -> GaussianPosterior:
+        """`B 3 T H W` in [-1, 1] -> posterior over `B L 1+(T-1)/time_stride H/8 W/8`.
+
+        Raises UsageError for a size that does not fit, see `check_size`.
+        """
+        if video.ndim != 5 or video.shape[1] != COLOURS:
+            raise UsageError(f"encode takes a video B 3 T H W, got shape {tuple(video.shape)}")
+        self.check_size(*video.shape[2:])
+        moments, _ = self.encoder(video)
+        return GaussianPosterior.from_moments(moments)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """`B L T H W` -> video `B 3 1+(T-1)*time_stride 8H 8W`. Raises UsageError for another number of channels."""
+        if latent.ndim != 5 or latent.shape[1] != self.config.latent_channels:
+            raise UsageError(
+                f"decode takes a latent B {self.config.latent_channels} T H W, got shape {tuple(latent.shape)}"
+            )
+        video, _ = self.decoder(latent)
+        return video
+
+    def forward(self, video: Tensor, generator: torch.Generator | None = None) -> Autoencoding:
+        """`B 3 T H W` through a sampled latent and back, with what the losses need."""
+        moments, encoder_coefficients = self.encoder(video)
+        posterior = GaussianPosterior.from_moments(moments)
+        reconstruction, decoder_coefficients = self.decoder(posterior.sample(generator))
+        return Autoencoding(reconstruction, posterior, encoder_coefficients, decoder_coefficients)
+
+
+def _level1_filters(config: WFVAEConfig) -> Tensor:
+    return haar_filters_2d() if config.level1 == "2d" else haar_filters_3d(config.haar_scale)
+
+
+def _mid(inputs: int, width: int, outputs: int, config: WFVAEConfig) -> Chain:
+    first = ResidualBlock(inputs, width, norm=config.norm, dropout=config.dropout)
+    last = ResidualBlock(width, outputs, norm=config.norm, dropout=config.dropout)
+    attention = [FrameAttention(width, norm=config.norm)] if config.attention else []
+    return Chain(first, *attention, last)
+
+
+def _flow(channels: int, outputs: int, config: WFVAEConfig) -> Chain:
+    """From the energy flow's share of the main path to the coefficients of one level."""
+    blocks = (
+        ResidualBlock(channels, channels, norm=config.norm, dropout=config.dropout) for _ in range(config.flow_blocks)
+    )
+    return Chain(*blocks, CausalConv3d(channels, outputs, (1, 3, 3)))
+
+
+def _add_to_lowest_band(coefficients: Tensor, lowest: Tensor) -> Tensor:
+    return torch.cat([coefficients[:, :COLOURS] + lowest, coefficients[:, COLOURS:]], dim=1)
