@@ -78,10 +78,21 @@ def load_published(
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file. Nothing in the file is executed.
+    """The weights in a checkpoint file.
 
     A training checkpoint's weights lie under `ema_state_dict` (preferred unless empty), `state_dict` or
-    `state_dict.gen_model`; the prefix `module.` is dropped. Raises WeightImportError naming the file.
+    `state_dict.gen_model`; the prefix `module.` is dropped. Raises WeightImportError, see `read_checkpoint`.
+    """
+    loaded = read_checkpoint(path)
+    weights = loaded.get("ema_state_dict") or loaded.get("state_dict") or loaded
+    weights = weights.get("gen_model") or weights
+    return {key.removeprefix("module."): value for key, value in weights.items() if isinstance(value, Tensor)}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a `.safetensors` or torch file holds, on the CPU. Nothing in the file is executed.
+
+    Raises WeightImportError naming the file if it is missing, damaged, or holds more than tensors and plain values.
     """
     path = Path(path)
     if not path.is_file():
@@ -98,9 +109,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise WeightImportError(f"{path}: damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
     if not isinstance(loaded, dict):
         raise WeightImportError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
-    weights = loaded.get("ema_state_dict") or loaded.get("state_dict") or loaded
-    weights = weights.get("gen_model") or weights
-    return {key.removeprefix("module."): value for key, value in weights.items() if isinstance(value, Tensor)}
+    return loaded
 
 
 def check_keys(expected: Mapping[str, Sequence[int]], published: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,98 @@
+"""The command line: `osp VERB key=value ...`.
+
+A verb is a function from a Hydra configuration to a result, which is printed as JSON on the last line of stdout.
+"""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from osp.errors import OspError, UsageError
+
+VERBS = {
+    "shards": "cut a folder of videos and images into WebDataset shards",
+    "train": "train what an experiment composes",
+    "eval": "encode and decode videos with a VAE and measure what comes back",
+}
+
+
+def main() -> None:
+    """Run the verb that the command line names; the exit code is 0 only on success and 2 for a usage error."""
+    verb, *overrides = sys.argv[1:] or ["--help"]
+    if verb in ("-h", "--help", "help"):
+        print(_help())
+        return
+    if verb not in VERBS:
+        print(f"osp: there is no verb {verb!r}; choose {', '.join(VERBS)}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        _run(verb, overrides)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if (mended := _user_error(error)) is None:
+            raise
+        print(f"osp {verb}: {mended}", file=sys.stderr)
+        sys.exit(mended.exit_code)
+
+
+def config_folder() -> Path:
+    """The folder of configurations: inside an installed package, or at the top of a checkout."""
+    installed = Path(__file__).parent.parent / "conf"
+    return installed if installed.is_dir() else Path(__file__).parents[3] / "conf"
+
+
+def _run(verb: str, overrides: list[str]) -> None:
+    # Otherwise Hydra prints an exception its own way and hides where it came from.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    import hydra
+    from omegaconf import DictConfig
+
+    argv = sys.argv
+
+    def task(cfg: DictConfig) -> Any:
+        sys.argv = argv  # Lightning starts further processes with it
+        result = importlib.import_module(f"osp.cli.{verb}").run(cfg)
+        if result is not None:
+            print(json.dumps(result), flush=True)
+        return result
+
+    sys.argv = [argv[0], *overrides]  # Hydra reads its overrides from there
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(task)()
+    finally:
+        sys.argv = argv
+
+
+def _user_error(error: BaseException) -> OspError | None:
+    """The error to show in one line, if the user can mend it; None for a bug."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    for cause in _chain(error):
+        if isinstance(cause, OspError):
+            return cause
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        lines = [line.strip() for line in str(error).splitlines()]
+        shown = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "See https"))]
+        return UsageError("; ".join(shown).replace(":;", ":"))
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {verb:8} {what}" for verb, what in VERBS.items())
+    return (
+        f"osp VERB key=value ...\n\n{verbs}\n\n"
+        "osp VERB --help lists a verb's settings, osp VERB --cfg job prints them composed,\n"
+        "osp VERB --multirun key=a,b runs every combination."
+    )

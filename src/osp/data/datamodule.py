@@ -1,0 +1,109 @@
+"""The LightningDataModule: the resumable training loader and the fixed validation pass, as the Trainer wants them."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from osp.data.loader import FixedLoader, ResumableLoader
+from osp.data.sources import ClipSource
+
+
+class ClipDataModule(pl.LightningDataModule):
+    """Training and validation clips for one Trainer; batches are those of `osp.data.loader.Batch`.
+
+    Args:
+        train: the training clips, read in the exactly resumable order of `osp.data.loader.ResumableLoader`.
+        val: the validation clips; None trains without validation.
+        batch_size: clips in a training batch of one device; the global batch is this x the world size.
+        val_batch_size: the same for validation; None takes `batch_size`.
+        workers: reading processes of each rank, for training and again during a validation pass.
+        seed: of the training order.
+        val_clips: validate on the first so many clips of `val`; None takes all.
+
+    If the LightningModule has a method `batches_per_step(step: int) -> int`, `training_step` gets a list of so many
+    batches instead of one batch.
+
+    The loaders deal clips to ranks (and so to nodes) and to workers by their plan, and are no torch DataLoaders:
+    Lightning adds no distributed sampler to them, whatever its `use_distributed_sampler`. `Trainer(overfit_batches=n)`
+    only shortens the epoch; to overfit, give a source of few clips.
+
+    The training loader's state is in every checkpoint twice: where Lightning keeps it, and as this module's own state,
+    because without `max_steps` Lightning does not restore the former from the checkpoint of an epoch's end.
+    A checkpoint written from inside a training step (on an exception) counts that step's batches as used.
+
+    Raises:
+        UsageError, DataError: as the loaders do, at construction or (for a state that does not fit) when fit begins.
+    """
+
+    def __init__(
+        self,
+        train: ClipSource,
+        val: ClipSource | None,
+        batch_size: int,
+        val_batch_size: int | None = None,
+        workers: int = 0,
+        seed: int = 0,
+        val_clips: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.train_source, self.val_source = train, val
+        self.batch_size = batch_size
+        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        self.workers, self.seed, self.val_clips = workers, seed, val_clips
+        self._loader: ResumableLoader | None = None
+        self._resume_from: dict[str, Any] = {}
+        # A bad setting shows here, not at the first validation.
+        self._new_train_loader()
+        self.val_dataloader()
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self._loader, self._resume_from = None, {}  # of an earlier run; a checkpoint to resume is loaded later
+
+    def train_dataloader(self) -> ResumableLoader:
+        loader = self._new_train_loader()
+        # Asked again within a fit (`reload_dataloaders_every_n_epochs`), the new loader goes on where the old one is.
+        if state := self._resume_from or (self._loader.state_dict() if self._loader is not None else {}):
+            loader.load_state_dict(state)
+        self._loader, self._resume_from = loader, {}
+        return loader
+
+    def _new_train_loader(self) -> ResumableLoader:
+        rank, world_size = self._place()
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return ResumableLoader(
+            self.train_source,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            workers=self.workers,
+            rank=rank,
+            world_size=world_size,
+            batches_per_step=getattr(module, "batches_per_step", None),
+        )
+
+    def val_dataloader(self) -> FixedLoader | list[FixedLoader]:
+        if self.val_source is None:
+            return []
+        rank, world_size = self._place()
+        return FixedLoader(
+            self.val_source,
+            batch_size=self.val_batch_size,
+            clips=self.val_clips,
+            workers=self.workers,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def _place(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._resume_from if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resume_from = state_dict
+
+    def teardown(self, stage: str) -> None:
+        """Stops the training workers; the state can still be saved."""
+        if self._loader is not None:
+            self._loader.close()

@@ -1,0 +1,353 @@
+"""Run a VAE over clips and write what it loses: numbers for each clip, a contact sheet, videos side by side."""
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, pstdev
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from osp.data.video import ClipError, to_float, to_uint8, write_video
+from osp.errors import DataError, UsageError
+from osp.evaluation.contact_sheet import SheetClip, draw_contact_sheet
+from osp.evaluation.frechet import FrechetDistance, VideoFeatures
+from osp.evaluation.lpips import PerceptualDistance
+from osp.evaluation.metrics import clip_metrics, psnr
+
+logger = logging.getLogger(__name__)
+
+# Lightning's names, so that evaluation and training share the setting
+AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+NO_BASELINES: Mapping[str, "VideoAutoencoder"] = MappingProxyType({})
+NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
+
+
+class Posterior(Protocol):
+    """What an encoder returns."""
+
+    def mode(self) -> Tensor:
+        """The latent, `B L T H W`."""
+        ...
+
+
+class VideoAutoencoder(Protocol):
+    """What is evaluated: takes T = 1 + n `time_stride` frames, height and width multiples of `space_stride`."""
+
+    time_stride: int
+    space_stride: int
+
+    def encode(self, video: Tensor) -> Posterior:
+        """Video `B C T H W` in [-1, 1] -> posterior of the latent."""
+        ...
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latent -> video `B C T H W`."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Networks:
+    """Everything that runs on the device, and how."""
+
+    vae: VideoAutoencoder
+    baselines: Mapping[str, VideoAutoencoder]
+    perceptual: PerceptualDistance | None
+    features: VideoFeatures | None
+    device: torch.device
+    autocast: torch.dtype | None
+
+    def __post_init__(self) -> None:
+        for network in (self.vae, *self.baselines.values(), self.perceptual, self.features):
+            if isinstance(network, nn.Module):
+                network.to(self.device).eval()
+
+    def reconstruct(self, vae: VideoAutoencoder, video: Tensor) -> Tensor:
+        """`B C T H W` in [-1, 1] -> its reconstruction, float32, clamped; not finite where the model's is not."""
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            reconstruction = vae.decode(vae.encode(video).mode()).float()
+        if reconstruction.shape != video.shape:
+            raise UsageError(
+                f"{type(vae).__name__} gives {_shape(reconstruction)} for a video of {_shape(video)} (B C T H W)"
+            )
+        return torch.where(reconstruction.isfinite(), reconstruction.clamp(-1, 1), math.nan)
+
+    def check_size(self, frames: int, height: int, width: int) -> None:
+        """Raises UsageError for clips of a size that one of the networks does not take."""
+        for vae in (self.vae, *self.baselines.values()):
+            name, stride = type(vae).__name__, vae.time_stride
+            if (frames - 1) % stride:
+                below = (frames - 1) // stride * stride + 1
+                raise UsageError(
+                    f"frames={frames} does not fit {name}, which takes 1 + a multiple of {stride}; "
+                    f"use {below} or {below + stride}"
+                )
+            if height % vae.space_stride or width % vae.space_stride:
+                raise UsageError(
+                    f"{height}x{width} (height x width) does not fit {name}: use multiples of {vae.space_stride}"
+                )
+        if self.features is not None and frames < self.features.min_frames:
+            raise UsageError(f"frames={frames}: {self.features.name} needs at least {self.features.min_frames} frames")
+
+
+@dataclass
+class _Run:
+    """What has been gathered so far."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    sheet: list[SheetClip] = field(default_factory=list)
+
+    def skip(self, clip: str, reason: str) -> None:
+        logger.warning("clip skipped: %s: %s", clip, reason)
+        self.skipped.append({"clip": clip, "reason": reason})
+
+
+def evaluate_reconstruction(
+    vae: VideoAutoencoder,
+    clips: Iterable[Mapping[str, Any] | ClipError],
+    *,
+    output: str | Path,
+    model_name: str,
+    device: str | torch.device = "cpu",
+    precision: str = "32-true",
+    batch_size: int = 1,
+    perceptual: PerceptualDistance | None = None,
+    features: VideoFeatures | None = None,
+    baselines: Mapping[str, VideoAutoencoder] = NO_BASELINES,
+    contact_sheet_clips: int = 8,
+    save_videos: int = 0,
+    settings: Mapping[str, Any] = NO_SETTINGS,
+) -> dict[str, Any]:
+    """Encode (mode) and decode every clip, measure, write the results into the folder `output`, and return them.
+
+    Each clip is a mapping with `video` (uint8 `C T H W`), `key`, `fps` and perhaps `caption`, or the `ClipError` of a
+    clip that could not be read, which is counted and listed. So is a clip whose reconstruction is not finite.
+    Networks that are modules are moved to `device` and put into eval mode. `precision` is one of Lightning's
+    `32-true`, `bf16-mixed`, `16-mixed`; metrics are always computed in float32, the Frechet distance in float64.
+    `baselines` reconstruct the same clips and are compared by PSNR. `settings` is copied into the results.
+
+    Files, each replaced as a whole:
+        metrics.json: what is returned, with `mean` and `std` (of the population) over clips, `frechet`, `baselines`,
+            `psnr_gain` (dB of the model over each baseline), `counts`, `clips`, `skipped`. A value that a clip does
+            not have (flicker of an image) is null and does not count in the mean.
+        metrics.csv: a row a clip, then the row `mean`.
+        contact_sheet.png: the first `contact_sheet_clips` clips.
+        reconstructions/KEY.mp4: input and reconstruction side by side of the first `save_videos` clips; a PNG for a
+            single frame.
+
+    Raises:
+        UsageError: a setting, or the clips' size, does not fit the networks.
+        DataError: no clip could be evaluated, or `output` cannot be written.
+    """
+    if precision not in AUTOCAST:
+        raise UsageError(f"precision={precision}: choose one of {', '.join(AUTOCAST)}")
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size}: must be at least 1")
+    networks = _Networks(vae, baselines, perceptual, features, torch.device(device), AUTOCAST[precision])
+    output = _make_folder(Path(output))
+    frechet = None if features is None else FrechetDistance(features.num_features)
+
+    run = _Run()
+    with torch.no_grad():
+        for batch in _batches(clips, batch_size, networks, run):
+            video = to_float(torch.stack([clip["video"] for clip in batch]).to(networks.device))
+            reconstruction = networks.reconstruct(vae, video)
+            others = {name: networks.reconstruct(baseline, video) for name, baseline in baselines.items()}
+            finite = torch.stack([x.isfinite().flatten(1).all(1) for x in (reconstruction, *others.values())]).all(0)
+            for i, (clip, is_finite) in enumerate(zip(batch, finite.tolist(), strict=True)):
+                if not is_finite:
+                    run.skip(str(clip["key"]), "the reconstruction holds NaN or infinity")
+                    continue
+                record = _record(clip, clip_metrics(reconstruction[i], video[i], perceptual))
+                record["baselines"] = {
+                    name: {"psnr": psnr(other[i], video[i]).item()} for name, other in others.items()
+                }
+                shown = len(run.records)
+                run.records.append(record)
+                if shown < max(contact_sheet_clips, save_videos):
+                    pair = clip["video"], to_uint8(reconstruction[i]).cpu()
+                    if shown < contact_sheet_clips:
+                        run.sheet.append(_sheet_clip(record, *pair))
+                    if shown < save_videos:
+                        _save_pair(output / "reconstructions", str(clip["key"]), *pair, float(clip["fps"]))
+            if features is not None and frechet is not None and finite.any():
+                frechet.update(features(video[finite]).cpu(), reference=True)
+                frechet.update(features(reconstruction[finite]).cpu(), reference=False)
+
+    if not run.records:
+        reasons = f"; the first: {run.skipped[0]['clip']}: {run.skipped[0]['reason']}" if run.skipped else ""
+        raise DataError(f"no clip could be evaluated: {len(run.skipped)} skipped{reasons}")
+    own_settings = {
+        "device": str(networks.device),
+        "precision": precision,
+        "batch_size": batch_size,
+        "perceptual": None if perceptual is None else perceptual.name,
+        "features": None if features is None else features.name,
+    }
+    results = _summary(run, model_name, {**settings, **own_settings}, _frechet_record(frechet, features), baselines)
+    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    _replace(output / "metrics.json", text.encode())
+    _replace(output / "metrics.csv", _table(results).encode())
+    if run.sheet:
+        sheet = draw_contact_sheet(run.sheet, f"{model_name}, clips: {len(run.records)}", _headline(results))
+        _replace(output / "contact_sheet.png", _png(sheet))
+    return results
+
+
+def _batches(
+    clips: Iterable[Mapping[str, Any] | ClipError], size: int, networks: _Networks, run: _Run
+) -> Iterator[list[Mapping[str, Any]]]:
+    """Runs of clips of one shape, in order; broken ones are counted, and a size that does not fit is an error."""
+    batch: list[Mapping[str, Any]] = []
+    for clip in clips:
+        if isinstance(clip, ClipError):
+            run.skip(clip.name, clip.reason)
+            continue
+        networks.check_size(*clip["video"].shape[1:])
+        if batch and (len(batch) == size or clip["video"].shape != batch[0]["video"].shape):
+            yield batch
+            batch = []
+        batch.append(clip)
+    if batch:
+        yield batch
+
+
+def _record(clip: Mapping[str, Any], metrics: Mapping[str, float | None]) -> dict[str, Any]:
+    frames, height, width = clip["video"].shape[1:]
+    about = {"frames": frames, "height": height, "width": width, "fps": float(clip["fps"])}
+    return {"key": str(clip["key"]), "caption": clip.get("caption", ""), **about, "metrics": dict(metrics)}
+
+
+def _summary(
+    run: _Run,
+    model_name: str,
+    settings: Mapping[str, Any],
+    frechet: Mapping[str, Any] | None,
+    baselines: Iterable[str],
+) -> dict[str, Any]:
+    columns: dict[str, list[float]] = {}
+    for record in run.records:
+        for name, value in record["metrics"].items():
+            columns.setdefault(name, []).extend([] if value is None else [value])
+    mean = {name: fmean(values) if values else None for name, values in columns.items()}
+    baseline_psnr = {name: fmean(record["baselines"][name]["psnr"] for record in run.records) for name in baselines}
+    frames = sum(record["frames"] for record in run.records)
+    return {
+        "model": model_name,
+        "settings": dict(settings),
+        "counts": {"clips": len(run.records), "frames": frames, "skipped": len(run.skipped)},
+        "mean": mean,
+        "std": {name: pstdev(values) if values else None for name, values in columns.items()},
+        "frechet": frechet,
+        "baselines": {name: {"psnr": value} for name, value in baseline_psnr.items()},
+        "psnr_gain": {name: fmean(columns["psnr"]) - value for name, value in baseline_psnr.items()},
+        "clips": run.records,
+        "skipped": run.skipped,
+    }
+
+
+def _frechet_record(frechet: FrechetDistance | None, features: VideoFeatures | None) -> dict[str, Any] | None:
+    """The distance under its network's name, with what one must know to trust it."""
+    if frechet is None or features is None:
+        return None
+    clips, value = int(frechet.count[0]), float(frechet.compute())
+    few = clips <= features.num_features
+    if few:
+        logger.warning(
+            "%s over %d clips with %d features: the covariances are singular; compare only runs over the same clips",
+            features.name,
+            clips,
+            features.num_features,
+        )
+    value_or_null = value if math.isfinite(value) else None
+    return {features.name: value_or_null, "n_clips": clips, "n_features": features.num_features, "too_few_clips": few}
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    """The clips as CSV; a baseline's PSNR is the column `psnr_NAME`."""
+    metrics = list(results["mean"])
+    about = ["key", "frames", "height", "width", "fps"]
+    baselines = {f"psnr_{name}": name for name in results["baselines"]}
+    text = io.StringIO()
+    table = csv.DictWriter(text, [*about, *metrics, *baselines], lineterminator="\n")
+    table.writeheader()
+    for record in results["clips"]:
+        others = {column: record["baselines"][name]["psnr"] for column, name in baselines.items()}
+        table.writerow({key: record[key] for key in about} | record["metrics"] | others)
+    others = {column: results["baselines"][name]["psnr"] for column, name in baselines.items()}
+    table.writerow({"key": "mean", **results["mean"], **others})
+    return text.getvalue()
+
+
+# How metrics are called on the contact sheet, where that is not their key
+TITLES = {"psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "rfvd": "rFVD"}
+
+
+def _written(metrics: Mapping[str, float | None]) -> list[str]:
+    return [
+        f"{TITLES.get(name, name)} {value:.2f} dB" if name == "psnr" else f"{TITLES.get(name, name)} {value:.4f}"
+        for name, value in metrics.items()
+        if value is not None
+    ]
+
+
+def _sheet_clip(record: Mapping[str, Any], video: Tensor, reconstruction: Tensor) -> SheetClip:
+    size = "x".join(str(record[name]) for name in ("frames", "height", "width"))
+    shown = {name: value for name, value in record["metrics"].items() if not name.startswith(("ms_ssim", "flicker"))}
+    return SheetClip.choose(record["key"], "   ".join([*_written(shown), size]), video, reconstruction)
+
+
+def _headline(results: Mapping[str, Any]) -> list[str]:
+    """What stands under the contact sheet's title."""
+    parts = _written(results["mean"])
+    parts += [f"{gain:+.2f} dB over {name}" for name, gain in results["psnr_gain"].items()]
+    frechet = results["frechet"] or {}
+    parts += [f"{TITLES.get(name, name)} {value:.4g}" for name, value in frechet.items() if isinstance(value, float)]
+    return [f"mean: {parts[0]}", *parts[1:]]
+
+
+def _save_pair(folder: Path, key: str, video: Tensor, reconstruction: Tensor, fps: float) -> None:
+    """Input | reconstruction, both uint8 `C T H W` on the CPU."""
+    folder.mkdir(exist_ok=True)
+    pair = torch.cat([video.cpu(), reconstruction], dim=-1)
+    name = re.sub(r"[^\w.-]+", "_", key)  # keys of foreign shards may hold slashes
+    if pair.shape[1] == 1:
+        _replace(folder / f"{name}.png", _png(Image.fromarray(pair[:, 0].permute(1, 2, 0).numpy())))
+    else:
+        write_video(folder / f"{name}.mp4", pair, fps)
+
+
+def _make_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"output={path}: cannot be made a folder ({error.strerror})") from error
+    return path
+
+
+def _png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    return data.getvalue()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that no one ever sees half of it."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+
+
+def _shape(video: Tensor) -> str:
+    return "x".join(str(size) for size in video.shape)

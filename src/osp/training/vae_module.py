@@ -1,0 +1,192 @@
+"""The LightningModule that trains a video VAE."""
+
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from osp.data.sources import stable_seed
+from osp.data.video import to_float
+from osp.errors import OspError, UsageError
+from osp.training.discriminator import PatchDiscriminator3d, adaptive_weight, hinge_loss
+from osp.training.ema import ExponentialMovingAverage
+from osp.training.losses import VAELoss
+from osp.vae import WFVAE
+
+Batch = dict[str, Any]
+
+
+class DivergedError(OspError):
+    """The gradients are no longer finite."""
+
+
+class VAEModule(lightning.LightningModule):
+    """Trains a VAE, and from step `discriminator_start` a discriminator against it.
+
+    One training step is one update of the VAE, on `accumulate` batches, then, once the discriminator has started, one
+    update of the discriminator on `accumulate` batches of its own; the loader asks `batches_per_step` how many to hand
+    over. Only the VAE's updates count as Lightning's `global_step`, so `max_steps`, checkpoints and validation mean VAE
+    steps with and without a discriminator. All randomness of a step (latents, dropout) derives from the seed, the step
+    and the rank: a resumed run repeats an uninterrupted one. Without a `discriminator_start` there is no discriminator.
+    """
+
+    def __init__(
+        self,
+        vae: WFVAE,
+        loss: VAELoss,
+        *,
+        lr: float = 1e-5,
+        weight_decay: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_steps: int = 0,
+        accumulate: int = 1,
+        gradient_clip: float = 1e5,
+        ema_decay: float = 0.999,
+        discriminator: PatchDiscriminator3d | None = None,
+        discriminator_start: int | None = None,
+        discriminator_weight: float = 0.5,
+        discriminator_lr: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if accumulate < 1:
+            raise UsageError(f"module.accumulate={accumulate} is too small; it must be at least 1")
+        if not 0.0 <= ema_decay < 1.0:
+            raise UsageError(f"module.ema_decay={ema_decay} is out of range; it must be at least 0 and below 1")
+        self.automatic_optimization = False
+        self.vae = vae
+        self.ema = ExponentialMovingAverage(vae, ema_decay)
+        self.discriminator = None if discriminator_start is None else discriminator
+        self.loss = loss
+        self.lr, self.weight_decay, self.betas, self.warmup_steps = lr, weight_decay, (betas[0], betas[1]), warmup_steps
+        self.accumulate = accumulate
+        self.gradient_clip = gradient_clip
+        self.discriminator_start = discriminator_start or 0
+        self.discriminator_weight = discriminator_weight
+        self.discriminator_lr = lr if discriminator_lr is None else discriminator_lr
+        self.seed = seed
+
+    def discriminating(self, step: int) -> bool:
+        """Whether the discriminator takes part in a step."""
+        return self.discriminator is not None and step >= self.discriminator_start
+
+    def batches_per_step(self, step: int) -> int:
+        """How many batches a step needs."""
+        return self.accumulate * (2 if self.discriminating(step) else 1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW for the VAE, and a second one for the discriminator if there is one."""
+        learned = [parameter for parameter in self.vae.parameters() if parameter.requires_grad]
+        optimizers = [torch.optim.AdamW(learned, self.lr, self.betas, weight_decay=self.weight_decay)]
+        if self.discriminator is not None:
+            optimizers.append(
+                torch.optim.AdamW(
+                    self.discriminator.parameters(), self.discriminator_lr, self.betas, weight_decay=self.weight_decay
+                )
+            )
+        return optimizers
+
+    def on_fit_start(self) -> None:
+        """Refuse what would train wrongly; bring the perceptual network to the device.
+
+        Raises UsageError for float16 with a discriminator.
+        """
+        if self.discriminator is not None and self.trainer.precision == "16-mixed":
+            raise UsageError("trainer.precision=16-mixed does not train a discriminator; use bf16-mixed or 32-true")
+        self._place_perceptual()
+
+    def on_validation_start(self) -> None:
+        """Validation may run without a fit."""
+        self._place_perceptual()
+
+    def training_step(self, batches: list[Batch], batch_idx: int) -> None:
+        """One update of the VAE and, once it has started, one of the discriminator.
+
+        Raises DivergedError when the VAE's gradients are not finite.
+        """
+        step = self.global_step
+        torch.manual_seed(stable_seed(self.seed, step, self.global_rank))
+        optimizers = self.optimizers()
+        vae_optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
+
+        for group in vae_optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, (step + 1) / (self.warmup_steps + 1))
+        vae_optimizer.zero_grad()
+        logs: dict[str, Tensor] = {}
+        for batch in batches[: self.accumulate]:
+            for name, value in self._vae_backward(to_float(batch["video"]), step).items():
+                logs[name] = logs.get(name, 0.0) + value / self.accumulate
+        self._check_and_clip(step, logs)
+        vae_optimizer.step()
+        self.ema.update(self.vae)
+
+        if self.discriminating(step):
+            # Its gradients of the VAE's backward pass are not its own. Lightning would count its step as another
+            # global step, so it is taken on the optimiser itself.
+            others[0].zero_grad()
+            for batch in batches[self.accumulate :]:
+                loss = self._discriminator_loss(to_float(batch["video"]))
+                self.manual_backward(loss / self.accumulate)
+                logs["discriminator"] = logs.get("discriminator", 0.0) + loss.detach() / self.accumulate
+            others[0].optimizer.step()
+
+        clips = len(batches[0]["video"])
+        self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=clips)
+        self.log("train/loss", logs["total"], prog_bar=True, logger=False, batch_size=clips)
+        broken = float(sum(batch["broken"] for batch in batches))
+        self.log("data/broken", broken, reduce_fx="sum", batch_size=clips)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Reconstruct with the averaged weights; gives the reconstruction, `B 3 T H W`."""
+        video, vae = to_float(batch["video"]), self.ema.model
+        reconstruction = vae.decode(vae.encode(video).mode()).float().clamp(-1.0, 1.0)
+        # Values span 2, so PSNR = 10 log10(4 / mean squared error), for each clip.
+        errors = (reconstruction - video).square().mean(dim=(1, 2, 3, 4)).clamp(min=4e-10)
+        self.log(
+            "val/psnr", (10.0 * torch.log10(4.0 / errors)).mean(), prog_bar=True, batch_size=len(video), sync_dist=True
+        )
+        if self.loss.perceptual is not None:
+            distance = self.loss.perceptual(reconstruction, video).mean()
+            self.log(f"val/{self.loss.perceptual.name}", distance, batch_size=len(video), sync_dist=True)
+        return reconstruction
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint says how to build its VAE."""
+        checkpoint["vae_settings"] = self.vae.settings
+
+    def _vae_backward(self, video: Tensor, step: int) -> dict[str, Tensor]:
+        result = self.vae(video)
+        losses = self.loss(video, result)
+        total, logs = losses.total, dict(losses.terms)
+        if self.discriminating(step):
+            assert self.discriminator is not None
+            adversarial = -self.discriminator(result.reconstruction).float().mean()
+            weight = self.discriminator_weight * adaptive_weight(
+                losses.reconstruction, adversarial, self.vae.last_layer
+            )
+            total = total + weight * adversarial
+            logs |= {"adversarial": adversarial, "adversarial_weight": weight}
+        self.manual_backward(total / self.accumulate)
+        return {name: value.detach() for name, value in (logs | {"total": total}).items()}
+
+    def _discriminator_loss(self, video: Tensor) -> Tensor:
+        assert self.discriminator is not None
+        with torch.no_grad():
+            reconstruction = self.vae(video).reconstruction
+        return hinge_loss(self.discriminator(video).float(), self.discriminator(reconstruction).float())
+
+    def _check_and_clip(self, step: int, logs: dict[str, Tensor]) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), self.gradient_clip)
+        if not torch.isfinite(norm):
+            terms = ", ".join(f"{name} {value.item():.4g}" for name, value in logs.items())
+            raise DivergedError(
+                f"the gradients are not finite at step {step} ({terms}); "
+                "continue from the last checkpoint with a lower module.lr or trainer.precision=32-true"
+            )
+        logs["gradient_norm"] = norm
+
+    def _place_perceptual(self) -> None:
+        if self.loss.perceptual is not None:
+            self.loss.perceptual.to(self.device)

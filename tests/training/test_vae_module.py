@@ -1,0 +1,166 @@
+"""Training a VAE: who steps when, what a checkpoint holds, and that a resumed run repeats an uninterrupted one."""
+
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from osp.data.datamodule import ClipDataModule
+from osp.data.synthetic import SyntheticClips
+from osp.errors import DataError, UsageError
+from osp.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, load_trained_vae
+from osp.training.discriminator import PatchDiscriminator3d
+from osp.training.losses import VAELoss
+from osp.training.vae_module import DivergedError, VAEModule
+from osp.vae import WFVAE
+from osp.weights import WeightImportError
+
+TINY = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4}
+
+
+def new_module(**settings: object) -> VAEModule:
+    torch.manual_seed(3)
+    vae = WFVAE(**TINY, encoder_blocks=1, decoder_blocks=1, attention=False)
+    discriminator = PatchDiscriminator3d(width=4, layers=2)
+    defaults = {"lr": 1e-3, "ema_decay": 0.9, "discriminator": discriminator, "discriminator_lr": 1e-3}
+    return VAEModule(vae, VAELoss(), **{**defaults, **settings})
+
+
+class Losses(Callback):
+    """Remembers what each step logged."""
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: object) -> None:
+        self.by_step[trainer.global_step] = trainer.callback_metrics["train/loss"].item()
+
+
+def fit(
+    folder: Path, module: VAEModule, steps: int, *, save_every: int = 2, resume: Path | None = None, **trainer: object
+) -> tuple[lightning.Trainer, Losses]:
+    losses = Losses()
+    data = ClipDataModule(
+        train=SyntheticClips(10, 5, 16, 16, seed=0), val=SyntheticClips(2, 5, 16, 16, seed=1), batch_size=2
+    )
+    best = ModelCheckpoint(folder, "best", monitor="val/psnr", mode="max", enable_version_counter=False)
+    runner = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[losses, LastCheckpoint(folder, save_every), best],
+        plugins=[AtomicCheckpointIO()],
+        **trainer,
+    )
+    runner.fit(module, data, ckpt_path=resume, weights_only=True)
+    return runner, losses
+
+
+def updates(checkpoint: dict) -> list[float]:
+    """How often each optimiser has stepped."""
+    return [next(iter(state["state"].values()))["step"].item() for state in checkpoint["optimizer_states"]]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_count_vae_updates_and_both_optimisers_step(tmp_path: Path, accumulate: int) -> None:
+    module = new_module(discriminator_start=2, accumulate=accumulate)
+    trainer, losses = fit(tmp_path, module, 7)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert trainer.global_step == checkpoint["global_step"] == 7
+    assert list(losses.by_step) == [1, 2, 3, 4, 5, 6, 7]
+    assert updates(checkpoint) == [7, 5]
+    # Batches: one VAE step takes `accumulate`, and with the discriminator as many again.
+    assert checkpoint["ClipDataModule"]["batches"] == accumulate * (7 + 5)
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] in (3, 6)
+
+
+def test_without_a_start_there_is_no_discriminator(tmp_path: Path) -> None:
+    module = new_module()
+    fit(tmp_path, module, 2)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert updates(checkpoint) == [2]
+    assert not [key for key in checkpoint["state_dict"] if key.startswith("discriminator")]
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6])
+def test_resumed_equals_uninterrupted(tmp_path: Path, stop: int) -> None:
+    settings = {"discriminator_start": 3, "accumulate": 2}
+    whole, whole_losses = fit(tmp_path / "whole", new_module(**settings), 8)
+    fit(tmp_path / "part", new_module(**settings), stop)
+    module = new_module(**settings)
+    resumed, resumed_losses = fit(tmp_path / "part", module, 8, resume=tmp_path / "part" / "last.ckpt")
+    assert resumed_losses.by_step == {step: loss for step, loss in whole_losses.by_step.items() if step > stop}
+    for (key, ours), theirs in zip(
+        module.state_dict().items(), whole.lightning_module.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), key
+    assert resumed.callback_metrics["val/psnr"] == whole.callback_metrics["val/psnr"]
+
+
+def test_averaged_weights_follow_and_are_what_is_loaded(tmp_path: Path) -> None:
+    module = new_module()
+    start = module.vae.decoder.conv_out.weight.detach().clone()
+    fit(tmp_path, module, 1, save_every=1)
+    expected = 0.9 * start + 0.1 * module.vae.decoder.conv_out.weight
+    torch.testing.assert_close(module.ema.model.decoder.conv_out.weight, expected)
+    loaded = load_trained_vae(tmp_path / "last.ckpt")
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(loaded.encode(video).mean, module.ema.model.encode(video).mean)
+    assert not loaded.training
+
+
+def test_loss_falls(tmp_path: Path) -> None:
+    _, losses = fit(tmp_path, new_module(lr=3e-3), 40, save_every=100)
+    values = list(losses.by_step.values())
+    assert sum(values[-5:]) < 0.8 * sum(values[:5])
+
+
+def test_mixed_precision_trains(tmp_path: Path) -> None:
+    trainer, _ = fit(tmp_path, new_module(discriminator_start=0), 2, precision="bf16-mixed")
+    assert trainer.global_step == 2
+    with pytest.raises(UsageError, match="16-mixed does not train a discriminator"):
+        module = new_module(discriminator_start=0)
+        module._trainer = type("Fp16", (), {"precision": "16-mixed"})()
+        module.on_fit_start()
+
+
+def test_diverged_training_stops_and_says_so(tmp_path: Path) -> None:
+    module = new_module()
+    with torch.no_grad():
+        module.vae.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="not finite at step 0"):
+        fit(tmp_path, module, 2)
+
+
+def test_checkpoint_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+
+    def dies(source: str, target: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("osp.training.checkpoints.os.replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_files_that_hold_no_vae_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.ckpt"
+    torch.save({"state_dict": {}}, other)
+    with pytest.raises(DataError, match="holds no VAE"):
+        load_trained_vae(other)
+    other.write_bytes(b"not a checkpoint")
+    with pytest.raises(WeightImportError, match=r"other\.ckpt"):
+        load_trained_vae(other)
+    with pytest.raises(WeightImportError, match="no such file"):
+        load_trained_vae(tmp_path / "missing.ckpt")
