@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import osp  # noqa: F401  (before anything imports lightning: it mends torchvision on CPU torch)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

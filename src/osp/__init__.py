@@ -1,6 +1,12 @@
 """OSP: the Open-Sora Plan recipe as one clean, fast, tested codebase."""
 
-from osp._torchvision import ensure_importable
+import os
+
+# Threads that spin while they wait slow each other many times over as soon as something else, be it our own loader
+# workers, runs on the same cores. Has to be set before torch is loaded; a value of the user's own is kept.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from osp._torchvision import ensure_importable  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -93,10 +93,10 @@ def test_without_a_start_there_is_no_discriminator(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [2, 4, 6])
 def test_resumed_equals_uninterrupted(tmp_path: Path, stop: int) -> None:
     settings = {"discriminator_start": 3, "accumulate": 2}
-    whole, whole_losses = fit(tmp_path / "whole", new_module(**settings), 8)
+    whole, whole_losses = fit(tmp_path / "whole", new_module(**settings), 9)
     fit(tmp_path / "part", new_module(**settings), stop)
     module = new_module(**settings)
-    resumed, resumed_losses = fit(tmp_path / "part", module, 8, resume=tmp_path / "part" / "last.ckpt")
+    resumed, resumed_losses = fit(tmp_path / "part", module, 9, resume=tmp_path / "part" / "last.ckpt")
     assert resumed_losses.by_step == {step: loss for step, loss in whole_losses.by_step.items() if step > stop}
     for (key, ours), theirs in zip(
         module.state_dict().items(), whole.lightning_module.state_dict().values(), strict=True
@@ -128,9 +128,7 @@ def test_mixed_precision_trains(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path, new_module(discriminator_start=0), 2, precision="bf16-mixed")
     assert trainer.global_step == 2
     with pytest.raises(UsageError, match="16-mixed does not train a discriminator"):
-        module = new_module(discriminator_start=0)
-        module._trainer = type("Fp16", (), {"precision": "16-mixed"})()
-        module.on_fit_start()
+        fit(tmp_path, new_module(discriminator_start=0), 2, precision="16-mixed")
 
 
 def test_diverged_training_stops_and_says_so(tmp_path: Path) -> None:

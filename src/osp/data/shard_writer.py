@@ -1,0 +1,266 @@
+"""A folder of shards that is being written: what is committed is whole, whatever happens to the writer.
+
+A shard is written under a temporary name and renamed when it is complete; it counts once `index.json` lists it, and
+that file is replaced in one step. `sources.jsonl` is a journal of what became of every source; the index says how many
+bytes of it count. So a run that is killed at any moment loses the open shard and nothing else.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from osp.data.shard_index import INDEX_FORMAT, INDEX_NAME, INDEX_VERSION, load_index
+from osp.errors import DataError, UsageError
+
+_JOURNAL = "sources.jsonl"
+_LOCK = ".lock"
+_SHARD = re.compile(r"shard-\d{6,}\.(tar|jsonl)")
+
+
+def to_json(value: object) -> bytes:
+    """UTF-8 JSON on one line; what is not UTF-8 in a file name is escaped, and read back as it was."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+class ShardWriter:
+    """Appends clips to a shard folder; a context that holds the folder's lock.
+
+    Args:
+        folder: made if it does not exist.
+        settings: what decides the content of the clips; a folder that was begun with others is refused.
+        shard_clips, shard_bytes: a shard is closed before it would have more clips or bytes of media than these.
+
+    Raises:
+        UsageError: another writer is at work here, other settings were used, or the folder holds foreign tars.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], shard_clips: int, shard_bytes: int) -> None:
+        if shard_clips < 1 or shard_bytes < 1:
+            raise UsageError(f"shard_clips={shard_clips}, shard_bytes={shard_bytes}: both must be positive")
+        self.folder = folder
+        self.index: dict[str, Any] = {}
+        self.sources: dict[str, dict[str, Any]] = {}  # the journal's last line about each source
+        self._settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+        self._shard_clips, self._shard_bytes = shard_clips, shard_bytes
+        self.next_number = 0  # that no source has yet
+        self._lines: list[dict[str, Any]] = []  # of the journal, to be committed with the next shard
+        self._underway: dict[str, Any] | None = None
+        self._shard: _OpenShard | None = None
+        self._lock: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / _LOCK, "ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise UsageError(f"{self.folder}: another run is writing shards here; wait for it or stop it") from error
+        try:
+            self._load()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shard is not None:
+            self._shard.discard()
+        if self._lock is not None:
+            self._lock.close()
+
+    @property
+    def clips(self) -> int:
+        """Committed clips."""
+        return int(self.index["clips"])
+
+    def add(self, key: str, suffix: str, data: bytes, record: Mapping[str, Any]) -> None:
+        """Appends one sample: KEY.json, then KEY.SUFFIX with the media bytes."""
+        shard = self._shard
+        if shard is not None and (
+            len(shard.lines) >= self._shard_clips or shard.media_bytes + len(data) > self._shard_bytes
+        ):
+            self.commit()
+        with self._writing():
+            if self._shard is None:
+                self._shard = _OpenShard(self.folder / f"shard-{len(self.index['shards']):06d}.tar")
+            self._shard.add(key, suffix, data, record)
+
+    def note(self, line: dict[str, Any]) -> None:
+        """What became of a source (`source`, `number`, `done`, `reason`, ...); it counts from the next commit on.
+
+        A line with `done` false tells how far a source has come: only the last one before a commit is kept.
+        """
+        self.next_number = max(self.next_number, line["number"] + 1)
+        if line["done"]:
+            self._lines.append(line)
+            self._underway = None
+        else:
+            self._underway = line
+
+    def commit(self) -> None:
+        """Closes the open shard and makes all that was added and noted count; nothing to commit, nothing written."""
+        lines = self._lines if self._underway is None else [*self._lines, self._underway]
+        if self._shard is None and not lines:
+            return
+        index = dict(self.index)
+        with self._writing():
+            if self._shard is not None:
+                entry, sums = self._shard.close()
+                index["shards"] = [*index["shards"], entry]
+                for name, value in sums.items():
+                    index[name] = round(index[name] + value, 6)
+                self._shard = None
+            index["sources"] = {"file": _JOURNAL, "bytes": self._append(lines)}
+            reasons = {entry["source"]: entry["reason"] for entry in index["skipped"]}
+            for line in lines:
+                if line["done"]:
+                    reasons.pop(line["source"], None)
+                    if line["reason"]:
+                        reasons[line["source"]] = line["reason"]
+            index["skipped"] = [{"source": source, "reason": reason} for source, reason in reasons.items()]
+            _write(self.folder / INDEX_NAME, json.dumps(index, ensure_ascii=False, indent=1))
+        self.index = index
+        self.sources.update((line["source"], line) for line in lines)
+        self._lines = []
+
+    def _append(self, lines: list[dict[str, Any]]) -> int:
+        """Appends to the journal; its new length."""
+        if not lines:
+            return int(self.index["sources"]["bytes"])
+        with open(self.folder / _JOURNAL, "ab") as file:
+            file.write(b"".join(to_json(line) + b"\n" for line in lines))
+            _sync(file)
+            return file.tell()
+
+    def _load(self) -> None:
+        """Reads what earlier runs committed and removes what a killed one left."""
+        index = load_index(self.folder)
+        if index is None:
+            foreign = next(self.folder.glob("*.tar"), None)
+            if foreign is not None:
+                raise UsageError(f"{self.folder}: holds tars that OSP did not write ({foreign.name}); use a new folder")
+            index = {"format": INDEX_FORMAT, "version": INDEX_VERSION, "clips": 0, "images": 0, "seconds": 0.0}
+            index |= {"captioned": 0, "settings": self._settings, "sources": {"file": _JOURNAL, "bytes": 0}}
+            index |= {"shards": [], "skipped": []}
+            with self._writing():
+                _write(self.folder / INDEX_NAME, json.dumps(index, ensure_ascii=False, indent=1))
+        self._check_settings(index.get("settings", {}))
+        self.index = index
+        with self._writing():
+            self._read_journal(int(index["sources"]["bytes"]))
+            listed = {name for shard in index["shards"] for name in (shard["file"], f"{shard['file'][:-4]}.jsonl")}
+            for path in self.folder.iterdir():
+                unlisted = _SHARD.fullmatch(path.name) and path.name not in listed
+                if unlisted or (path.name.startswith(".") and path.name.endswith(".part")):
+                    path.unlink()
+
+    def _check_settings(self, written: Mapping[str, Any]) -> None:
+        if written.keys() != self._settings.keys():
+            raise UsageError(
+                f"{self.folder}: holds shards of another kind (written with {', '.join(written)}; "
+                f"now {', '.join(self._settings)}); use another output folder"
+            )
+        for name, value in self._settings.items():
+            if written.get(name) != value:
+                raise UsageError(
+                    f"{self.folder}: its shards were written with {name}={written.get(name)}, now {name}={value}; "
+                    f"give {name}={written.get(name)} to go on with it, or another output folder"
+                )
+
+    def _read_journal(self, length: int) -> None:
+        path = self.folder / _JOURNAL
+        if not length:
+            path.unlink(missing_ok=True)
+            return
+        if path.stat().st_size > length:
+            os.truncate(path, length)
+        data = path.read_bytes()
+        if len(data) < length:
+            raise DataError(f"{path}: is cut short ({len(data)} of {length} bytes); write into a new folder")
+        for line in data.decode("utf-8").splitlines():
+            entry = json.loads(line)
+            self.sources[entry["source"]] = entry
+            self.next_number = max(self.next_number, entry["number"] + 1)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(f"{error.filename or self.folder}: cannot be written ({error.strerror})") from error
+
+
+class _OpenShard:
+    """One tar under its temporary name, with the lines of its listing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[bytes] = []
+        self.media_bytes = 0
+        self._sums: dict[str, float] = {"clips": 0, "images": 0, "seconds": 0.0, "captioned": 0}
+        self._file = open(path.with_name(f".{path.name}.part"), "wb")  # noqa: SIM115
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def add(self, key: str, suffix: str, data: bytes, record: Mapping[str, Any]) -> None:
+        member = f"{key}.{suffix}"
+        self._member(f"{key}.json", to_json(record))
+        offset = self._member(member, data)
+        place = {"key": key, "member": member, "offset": offset, "size": len(data)}
+        self.lines.append(to_json({**record, **place}))
+        self.media_bytes += len(data)
+        self._sums["clips"] += 1
+        self._sums["images"] += record["kind"] == "image"
+        self._sums["seconds"] += record["duration"]
+        self._sums["captioned"] += bool(record["caption"])
+
+    def _member(self, name: str, data: bytes) -> int:
+        """Writes one member with a header that is the same in every run; the offset of its data."""
+        header = tarfile.TarInfo(name)  # mtime, uid and gid are 0, the owner is nobody
+        header.size = len(data)
+        offset = self._file.tell() + tarfile.BLOCKSIZE
+        self._tar.addfile(header, io.BytesIO(data))
+        return offset
+
+    def close(self) -> tuple[dict[str, Any], dict[str, float]]:
+        """Gives tar and listing their names; the shard's entry in the index, and its sums."""
+        self._tar.close()
+        _sync(self._file)
+        self._file.close()
+        part = Path(self._file.name)
+        with open(part, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        entry = {"file": self.path.name, "clips": len(self.lines), "bytes": part.stat().st_size, "sha256": sha256}
+        _write(self.path.with_suffix(".jsonl"), b"".join(line + b"\n" for line in self.lines))
+        os.replace(part, self.path)
+        return entry, self._sums
+
+    def discard(self) -> None:
+        self._file.close()
+        Path(self._file.name).unlink(missing_ok=True)
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    """The whole file or, after a kill, the old one."""
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "wb") as file:
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+        _sync(file)
+    os.replace(part, path)
+
+
+def _sync(file: BinaryIO | io.BufferedWriter) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,328 @@
+"""A folder of videos and images -> WebDataset shards of clips that are known to decode.
+
+`write_shards` reads files; `write_rendered` takes clips that the program makes. Both can be run again with the same
+arguments: what is stored stays untouched, a run that was cut off goes on where it stopped. Formats: data/README.md.
+"""
+
+import hashlib
+import itertools
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from osp.data.captions import Caption, Captions, read_captions
+from osp.data.clips import Clip, Examined, examine, extract
+from osp.data.shard_index import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from osp.data.shard_writer import ShardWriter, to_json
+from osp.data.video import VideoInfo, encode_video, probe
+from osp.data.workers import Crashed, Workers, default_workers
+from osp.errors import DataError, UsageError
+
+log = logging.getLogger(__name__)
+
+_KEY = re.compile(r"[\w-]{1,90}", re.ASCII)
+_LOG_EVERY = 30.0  # seconds, where there is no terminal for a progress bar
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What a shard folder holds after a run; all but `new_clips` and `captions_missing` count all runs together."""
+
+    clips: int
+    new_clips: int
+    images: int
+    shards: int
+    seconds: float  # of video
+    captioned: int
+    captions_missing: int  # files that the captions file names and that do not exist
+    skipped: tuple[tuple[str, str], ...]  # (source, reason), also sources of which some clips are left out
+
+
+@dataclass(frozen=True)
+class _Source:
+    path: Path
+    name: str  # relative to the input folder
+    size: int
+    mtime_ns: int
+    caption: Caption
+
+    @property
+    def caption_digest(self) -> str:
+        return hashlib.sha256(to_json([self.caption.text, dict(self.caption.scores)])).hexdigest()[:16]
+
+
+def write_shards(
+    videos: Path,
+    output: Path,
+    *,
+    captions: Path | None = None,
+    clip_seconds: float = 10.0,
+    min_frames: int = 5,
+    shard_clips: int = 1000,
+    shard_bytes: int = 1_000_000_000,
+    workers: int | None = None,
+) -> ShardReport:
+    """Writes every video and image below `videos` into WebDataset shards in `output`.
+
+    Videos longer than `clip_seconds` are cut (see `osp.data.clips`). Each clip is decoded before it is stored; what is
+    damaged is left out, told in one log line a source, and listed in the index. Captions come from `captions` (see
+    `osp.data.captions`) or from files beside the videos.
+
+    Run again, it does only what is new: files are known by name, size and modification time, then by content.
+
+    Args:
+        min_frames: shorter videos are left out; the default is the shortest clip with two latent frames at 4x.
+        shard_clips, shard_bytes: a shard is closed before it would have more clips or media bytes.
+        workers: processes, None: one a core; 0: all in this process, where a decoder's crash ends the run.
+
+    Raises:
+        UsageError: settings out of range, no such folder, or `output` was begun with other settings or captions.
+        DataError: nothing in `videos` could be stored.
+    """
+    if not clip_seconds > 0 or min_frames < 1:
+        raise UsageError(f"clip_seconds={clip_seconds}, min_frames={min_frames}: both must be positive")
+    workers = default_workers() if workers is None else workers
+    if workers < 0:
+        raise UsageError(f"workers={workers}: must not be negative")
+    if not videos.is_dir():
+        raise UsageError(f"{videos}: no such folder of videos")
+    texts = Captions() if captions is None else read_captions(captions, videos)
+    sources = _sources(videos, output, texts)
+    settings = {"clip_seconds": float(clip_seconds), "min_frames": min_frames}
+    with ShardWriter(output, settings, shard_clips, shard_bytes) as writer:
+        _check_captions(output, sources, writer.sources)
+        before = writer.clips
+        todo = [source for source in sources if not _is_done(source, writer.sources.get(source.name))]
+        if todo:
+            log.info("%s: %d files, %d of them new", videos, len(sources), len(todo))
+            with Workers(workers, preload=["osp.data.clips"]) as pool, _progress(len(todo)) as progress:
+                calls = ((examine, s.path, clip_seconds, min_frames, _known(s, writer.sources)) for s in todo)
+                for source, examined in zip(todo, pool.in_order(calls), strict=True):
+                    _store(source, examined, writer, pool)
+                    progress.advance(writer)
+        writer.commit()
+        report = _report(writer, before, len(texts.missing))
+    if not report.clips:
+        name, reason = report.skipped[0]
+        raise DataError(f"{videos}: none of its {len(sources)} files could be stored (first, {name}: {reason})")
+    return report
+
+
+def write_rendered(
+    clips: Iterable[tuple[str, Tensor, Mapping[str, Any]]],
+    output: Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    lossless: bool = False,
+    shard_clips: int = 1000,
+    shard_bytes: int = 1_000_000_000,
+) -> ShardReport:
+    """Writes clips that the program makes into shards: (key, video uint8 `C T H W`, record with at least `fps`).
+
+    The record may bring `caption`, `scores` and keys of its own; the sizes are filled in here. A folder that holds n of
+    the clips goes on after them: a sequence is then indexed from n on, any other iterable is run through.
+
+    Args:
+        settings: what the clips depend on (seed, size, ...); a folder that was begun with others is refused.
+        lossless: H.264 RGB that gives the same values back, else H.264 at CRF 14.
+
+    Raises:
+        UsageError: a key that is no plain name, or that comes twice; other settings; a record without `fps`.
+    """
+    described = {"rendered": True, "lossless": lossless, **(settings or {})}
+    with ShardWriter(output, described, shard_clips, shard_bytes) as writer:
+        before = writer.clips
+        keys: set[str] = set()
+        fresh = (
+            (clips[number] for number in range(before, len(clips)))
+            if isinstance(clips, Sequence)
+            else itertools.islice(clips, before, None)
+        )
+        for key, video, record in fresh:
+            if not _KEY.fullmatch(key) or key in keys:
+                raise UsageError(f"key {key!r}: must be new, and made of at most 90 letters, digits, - and _")
+            if "fps" not in record:
+                raise UsageError(f"key {key!r}: its record has no fps")
+            keys.add(key)
+            data = encode_video(video, record["fps"], lossless=lossless, threads=1)
+            info = probe(data, key, decode=True, threads=1)
+            caption = Caption(record.get("caption", ""), record.get("scores", {}))
+            writer.add(key, "mp4", data, {**record, **_record(info, 0.0, record.get("source", key), caption)})
+        writer.commit()
+        return _report(writer, before, 0)
+
+
+def _sources(folder: Path, output: Path, captions: Captions) -> list[_Source]:
+    """All media files below a folder, by name; hidden ones and the output folder are passed over."""
+    found: list[_Source] = []
+    seen = {os.path.realpath(output)}
+    for root, folders, files in os.walk(folder, followlinks=True):
+        # A link to a folder above would never end.
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
+        seen.update(os.path.realpath(os.path.join(root, name)) for name in folders)
+        for file in files:
+            path = Path(root, file)
+            if file.startswith(".") or path.suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+                continue
+            try:
+                stat = path.stat()
+            except OSError as error:
+                log.warning("%s: passed over (%s)", path, error.strerror)
+                continue
+            caption = captions.find(path) or Caption("")
+            found.append(_Source(path, path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns, caption))
+    if not found:
+        kinds = " ".join(sorted(suffix[1:] for suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES))
+        raise DataError(f"{folder}: no videos or images in it ({kinds})")
+    return sorted(found, key=lambda source: source.name)
+
+
+def _is_done(source: _Source, line: Mapping[str, Any] | None) -> bool:
+    return (
+        line is not None
+        and line["done"]
+        and (line["size"], line["mtime_ns"]) == (source.size, source.mtime_ns)
+        and bool(line["sha256"])  # a file that could not even be read is tried again
+    )
+
+
+def _known(source: _Source, lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """The content under which the whole of a source is stored already, if it is."""
+    line = lines.get(source.name)
+    return line["sha256"] if line is not None and line["done"] and not line["reason"] else ""
+
+
+def _check_captions(output: Path, sources: Iterable[_Source], lines: Mapping[str, Mapping[str, Any]]) -> None:
+    """Stored captions cannot be changed; silence about it would leave the user with the old ones."""
+    stored = [source for source in sources if lines.get(source.name, {}).get("clips")]
+    changed = [source.name for source in stored if lines[source.name]["caption"] != source.caption_digest]
+    if changed:
+        raise UsageError(
+            f"{output}: {len(changed)} of its {len(stored)} sources are stored with other captions or scores than "
+            f"captions= or the files beside them now say (first: {changed[0]}); use another output folder"
+        )
+
+
+def _store(source: _Source, examined: Examined | Crashed, writer: ShardWriter, pool: Workers) -> None:
+    """Adds the clips of one source, and a journal line that says so."""
+    line = writer.sources.get(source.name)
+    if isinstance(examined, Crashed):
+        examined = Examined(_sha256(source.path), reason="the decoder crashed on it")
+    identity = {"source": source.name, "size": source.size, "mtime_ns": source.mtime_ns}
+    if line is not None and examined.unchanged:
+        writer.note(line | identity)  # only its modification time has changed
+        return
+    clips, next_piece, damaged = 0, 0, list[str]()
+    number = writer.next_number
+    if line is not None and not line["done"] and line["sha256"] == examined.sha256:
+        number, clips, next_piece, damaged = line["number"], line["clips"], line["next"], list(line["damaged"])
+    elif line is not None and line["clips"]:
+        log.warning("%s: has changed since it was stored; the new clips are added, the old ones stay", source.name)
+    stem = re.sub(r"[^\w-]+", "_", source.path.stem, flags=re.ASCII)[:60]
+
+    def note(done: bool, reason: str = "") -> None:
+        state = {"sha256": examined.sha256, "caption": source.caption_digest, "number": number, "clips": clips}
+        new = identity | state | {"next": next_piece, "damaged": list(damaged), "done": done, "reason": reason}
+        if {**new, "number": 0} != {**(line or {}), "number": 0}:
+            writer.note(new)
+
+    pieces = examined.pieces[next_piece:]
+    outcomes: Iterable[Clip | str | Crashed] = pool.in_order((extract, source.path, piece) for piece in pieces)
+    for outcome in [examined.clip] if examined.clip is not None else outcomes:
+        if isinstance(outcome, Clip):
+            record = _record(outcome.info, outcome.start, source.name, source.caption)
+            writer.add(f"{number:06d}-{stem}-{next_piece:02d}", outcome.suffix, outcome.data, record)
+            clips += 1
+        else:
+            reason = outcome if isinstance(outcome, str) else "the decoder crashed on it"
+            damaged.append(f"at {examined.pieces[next_piece].start:.1f} s: {reason}")
+        next_piece += 1
+        if next_piece < len(examined.pieces):
+            note(done=False)
+    reason = examined.reason
+    if damaged:
+        reason = f"{len(damaged)} of its {len(examined.pieces)} clips left out ({damaged[0]})"
+    if reason:
+        log.warning("%s: skipped, %s" if not clips else "%s: %s", source.name, reason)
+    note(done=True, reason=reason)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _record(info: VideoInfo, start: float, source: str, caption: Caption) -> dict[str, Any]:
+    measured = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(info).items()}
+    return {
+        **{name: measured[name] for name in ("frames", "fps", "width", "height", "duration")},
+        "caption": caption.text,
+        "source": source,
+        "start": round(start, 6),
+        "kind": info.kind,
+        "scores": dict(caption.scores),
+    }
+
+
+def _report(writer: ShardWriter, before: int, captions_missing: int) -> ShardReport:
+    index = writer.index
+    return ShardReport(
+        clips=index["clips"],
+        new_clips=index["clips"] - before,
+        images=index["images"],
+        shards=len(index["shards"]),
+        seconds=index["seconds"],
+        captioned=index["captioned"],
+        captions_missing=captions_missing,
+        skipped=tuple((entry["source"], entry["reason"]) for entry in index["skipped"]),
+    )
+
+
+class _Meter(Protocol):
+    def advance(self, writer: ShardWriter) -> None: ...
+
+
+class _Bar:
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("files", total=total, shards=0)
+
+    def advance(self, writer: ShardWriter) -> None:
+        self._progress.update(self._task, advance=1, shards=len(writer.index["shards"]))
+
+
+class _Lines:
+    def __init__(self, total: int) -> None:
+        self._done, self._total, self._told = 0, total, time.monotonic()
+
+    def advance(self, writer: ShardWriter) -> None:
+        self._done += 1
+        if time.monotonic() - self._told > _LOG_EVERY:
+            self._told = time.monotonic()
+            log.info("%d of %d files read, %d shards written", self._done, self._total, len(writer.index["shards"]))
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[_Meter]:
+    """A bar on stderr where that is a terminal, else a log line now and then."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(total)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[shards]} shards"), console=console, transient=True) as progress:
+        yield _Bar(progress, total)
