@@ -6,7 +6,7 @@ import os
 # workers, runs on the same cores. Has to be set before torch is loaded; a value of the user's own is kept.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from osp._torchvision import ensure_importable  # noqa: E402
+from osp._torchvision import ensure_importable
 
 __version__ = "0.1.0"
 

@@ -89,7 +89,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory, make_video: MakeVideo) -> P
     return folder
 
 
-SETTINGS: Mapping[str, Any] = {"clip_seconds": 1.0, "shard_clips": 3, "workers": 0}
+SETTINGS: Mapping[str, Any] = {"clip_seconds": 1.0, "min_frames": 5, "shard_clips": 3, "workers": 0}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_real_clips_are_stored_and_broken_ones_told_once(
 ) -> None:
     clips = shared / "clips"
     with caplog.at_level(logging.WARNING):
-        report = write_shards(clips, tmp_path, captions=clips / "captions.jsonl", workers=2)
+        report = write_shards(clips, tmp_path, captions=clips / "captions.jsonl", workers=2, min_frames=5)
     entries = check_folder(tmp_path)
     reasons = dict(report.skipped)
     assert reasons["broken/corrupted.mp4"].startswith("damaged after 28 decoded frames")

@@ -1,7 +1,7 @@
 """What a folder of shards holds: `read_index` lists its clips, and each entry reads its own bytes.
 
 The format is described in data/README.md. Folders that `osp shards` wrote have an `index.json`; any other folder of
-WebDataset tars (video2dataset's, for one) is listed by walking the tar headers.
+WebDataset tars (video2dataset's, for one) is listed by walking the tar headers, and a folder of plain videos by name.
 """
 
 import json
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from osp.data.folder import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_files
 from osp.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -19,8 +20,6 @@ log = logging.getLogger(__name__)
 INDEX_NAME = "index.json"
 INDEX_FORMAT = "osp-shards"
 INDEX_VERSION = 1
-VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mkv", ".mov", ".webm", ".avi", ".gif"})
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 _RECORD_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "frames": int,
@@ -38,7 +37,9 @@ _RECORD_TYPES: Mapping[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class ClipEntry:
-    """One sample of a shard folder: where its media bytes lie, and its record."""
+    """One sample of a shard folder: where its media bytes lie, and its record. Without a `member`, `tar` is the media
+    file itself.
+    """
 
     key: str
     tar: Path
@@ -46,6 +47,10 @@ class ClipEntry:
     offset: int  # of the media member's data in the tar, bytes
     size: int  # bytes
     record: Mapping[str, Any]
+
+    def source(self) -> Path | bytes:
+        """What `osp.data.video` reads the clip from. Raises as `read`."""
+        return self.read() if self.member else self.tar
 
     def read(self) -> bytes:
         """The media file's bytes. Raises DataError if the tar is gone or ends too early."""
@@ -86,24 +91,22 @@ def read_index(folder: str | Path) -> list[ClipEntry]:
     """All clips of a shard folder, in shard order.
 
     A folder without `index.json` is read as foreign WebDataset shards: the tars are listed by their headers, records
-    then hold what their JSON or text members tell (`caption` at least where there is one) and `kind`.
+    then hold what their JSON or text members tell (`caption` at least where there is one) and `kind`. In a folder
+    without tars each video and image below it is a clip.
 
     Raises:
-        DataError: no such folder, no shards or no clips in it, or a listed shard is missing or cut short.
+        DataError: no such folder, no clips in it, or a listed shard is missing or cut short.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of shards; make one with `osp shards input=VIDEOS output={folder}`")
+        raise DataError(f"{folder}: no such folder; it should hold videos, or shards of `osp shards`")
     index = load_index(folder)
     if index is not None:
         entries = [entry for shard in index["shards"] for entry in _listed_shard(folder, shard)]
     else:
         tars = sorted(folder.glob("*.tar"))
         if not tars:
-            raise DataError(
-                f"{folder}: holds no shards (neither {INDEX_NAME} nor *.tar); "
-                f"make them with `osp shards input=VIDEOS output={folder}`"
-            )
+            return [_plain_file(folder, path) for path in media_files(folder)]
         entries = [entry for tar in tars for entry in _scan_tar(tar)]
     if not entries:
         raise DataError(
@@ -129,6 +132,12 @@ def _listed_shard(folder: Path, shard: Mapping[str, Any]) -> list[ClipEntry]:
     if len(entries) != clips:
         raise DataError(f"{tar.with_suffix('.jsonl')}: lists {len(entries)} clips, {INDEX_NAME} says {clips}; {_MEND}")
     return entries
+
+
+def _plain_file(folder: Path, path: Path) -> ClipEntry:
+    name = path.relative_to(folder).as_posix()
+    kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
+    return ClipEntry(name, path, "", 0, path.stat().st_size, {"kind": kind, "source": name})
 
 
 def _entry(tar: Path, line: dict[str, Any]) -> ClipEntry:

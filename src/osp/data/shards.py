@@ -7,7 +7,6 @@ arguments: what is stored stays untouched, a run that was cut off goes on where 
 import hashlib
 import itertools
 import logging
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from osp.data.captions import Caption, Captions, read_captions
 from osp.data.clips import Clip, Examined, examine, extract
-from osp.data.shard_index import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from osp.data.folder import media_files
 from osp.data.shard_writer import ShardWriter, to_json
 from osp.data.video import VideoInfo, encode_video, probe
 from osp.data.workers import Crashed, Workers, default_workers
@@ -67,7 +66,7 @@ def write_shards(
     *,
     captions: Path | None = None,
     clip_seconds: float = 10.0,
-    min_frames: int = 5,
+    min_frames: int = 1,
     shard_clips: int = 1000,
     shard_bytes: int = 1_000_000_000,
     workers: int | None = None,
@@ -81,7 +80,7 @@ def write_shards(
     Run again, it does only what is new: files are known by name, size and modification time, then by content.
 
     Args:
-        min_frames: shorter videos are left out; the default is the shortest clip with two latent frames at 4x.
+        min_frames: shorter videos are left out.
         shard_clips, shard_bytes: a shard is closed before it would have more clips or media bytes.
         workers: processes, None: one a core; 0: all in this process, where a decoder's crash ends the run.
 
@@ -163,29 +162,13 @@ def write_rendered(
 
 
 def _sources(folder: Path, output: Path, captions: Captions) -> list[_Source]:
-    """All media files below a folder, by name; hidden ones and the output folder are passed over."""
+    """The media files below a folder, but not those in the output folder."""
     found: list[_Source] = []
-    seen = {os.path.realpath(output)}
-    for root, folders, files in os.walk(folder, followlinks=True):
-        # A link to a folder above would never end.
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
-        seen.update(os.path.realpath(os.path.join(root, name)) for name in folders)
-        for file in files:
-            path = Path(root, file)
-            if file.startswith(".") or path.suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-                continue
-            try:
-                stat = path.stat()
-            except OSError as error:
-                log.warning("%s: passed over (%s)", path, error.strerror)
-                continue
-            caption = captions.find(path) or Caption("")
-            found.append(_Source(path, path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns, caption))
-    if not found:
-        kinds = " ".join(sorted(suffix[1:] for suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES))
-        raise DataError(f"{folder}: no videos or images in it ({kinds})")
-    return sorted(found, key=lambda source: source.name)
+    for path in media_files(folder, exclude=output):
+        stat = path.stat()
+        caption = captions.find(path) or Caption("")
+        found.append(_Source(path, path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns, caption))
+    return found
 
 
 def _is_done(source: _Source, line: Mapping[str, Any] | None) -> bool:

@@ -47,7 +47,7 @@ class ShardClips:
     """The clips of a shard folder, decoded to one size and length.
 
     Args:
-        path: the folder that `osp shards` wrote, or any folder of WebDataset tars.
+        path: the folder that `osp shards` wrote, any folder of WebDataset tars, or one of videos and images.
         frames, height, width: the size of every clip (covering resize that keeps the aspect, then centre crop).
         stride: take every `stride`-th frame; excludes `fps`.
         fps: take the frames nearest to this rate, frames a second; None keeps the file's own frames.
@@ -113,7 +113,7 @@ class ShardClips:
         """See `ClipSource.read`; the window and the flip come from a generator seeded by (key, draw)."""
         entry = self.entries[index]
         try:
-            data = entry.read()
+            data = entry.source()
         except DataError as error:  # a shard cut short costs its own clips only
             raise ClipError(entry.key, str(error)) from error
         generator = torch.Generator().manual_seed(stable_seed(entry.key, draw))

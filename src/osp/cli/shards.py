@@ -1,0 +1,54 @@
+"""`osp shards`: videos or procedural clips -> WebDataset shards."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import to_absolute_path
+from omegaconf import DictConfig
+from torch import Tensor
+
+from osp.data.shards import ShardReport, write_rendered, write_shards
+from osp.data.synthetic import SyntheticClips
+from osp.errors import UsageError
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Write the shards; gives what the folder holds now. Raises UsageError unless there is one kind of input."""
+    if (cfg.input is None) == (cfg.synthetic.clips == 0):
+        raise UsageError("give either input=DIR, a folder of videos, or synthetic.clips=N, a number of clips to draw")
+    output = Path(to_absolute_path(cfg.output))
+    if cfg.input is None:
+        report = _draw(cfg, output)
+    else:
+        report = write_shards(
+            Path(to_absolute_path(cfg.input)),
+            output,
+            captions=None if cfg.captions is None else Path(to_absolute_path(cfg.captions)),
+            clip_seconds=cfg.clip_seconds,
+            min_frames=cfg.min_frames,
+            shard_clips=cfg.shard_clips,
+            shard_bytes=cfg.shard_bytes,
+            workers=cfg.workers,
+        )
+    return {"output": str(output), **asdict(report)}
+
+
+def _draw(cfg: DictConfig, output: Path) -> ShardReport:
+    drawn = {key: cfg.synthetic[key] for key in ("frames", "height", "width", "fps", "seed")}
+    clips = SyntheticClips(cfg.synthetic.clips, **drawn)
+
+    def rendered() -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
+        for index in range(len(clips)):
+            clip = clips.read(index, 0)
+            yield f"{index:06d}", clip["video"], {"fps": clip["fps"], "caption": clip["caption"], "source": clip["key"]}
+
+    return write_rendered(
+        rendered(),
+        output,
+        settings={"synthetic": drawn},
+        lossless=True,
+        shard_clips=cfg.shard_clips,
+        shard_bytes=cfg.shard_bytes,
+    )
