@@ -20,10 +20,13 @@ class CompareRuns(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Compare the runs in the sweep's folder, best first."""
         folder = Path(config.hydra.sweep.dir)
-        results = [json.loads(path.read_text()) | {"run": path.parent.name} for path in folder.glob("*/result.json")]
+        results = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
         if not results:
             log.warning("%s: no run of the sweep left a result", folder)
             return
+        shared = set.intersection(*(set(result["overrides"]) for result in results))
+        for result in results:
+            result["run"] = " ".join(override for override in result["overrides"] if override not in shared)
         results.sort(key=lambda result: -(result["best_val_psnr"] or 0.0))
         columns = ["run", *sorted({key for result in results for key in result if key.startswith("val/")})]
         columns += ["best_val_psnr", "steps", "parameters", "seconds"]

@@ -8,7 +8,7 @@ import lightning
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from osp.errors import DataError
+from osp.errors import DataError, UsageError
 from osp.vae import WFVAE
 from osp.weights.published import read_checkpoint
 
@@ -30,9 +30,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(Callback):
-    """Keeps the newest state in `folder/last.ckpt`: every `every_n_steps` steps and at the last one."""
+    """Keeps the newest state in `folder/last.ckpt`: every `every_n_steps` steps and at the last one.
+
+    Lightning's ModelCheckpoint guesses at what it saves under manual optimisation; this one saves what there is.
+    Raises UsageError for less than one step.
+    """
 
     def __init__(self, folder: str | Path, every_n_steps: int) -> None:
+        if every_n_steps < 1:
+            raise UsageError(f"checkpoint_every={every_n_steps} is too small; it must be at least 1 step")
         self.path = Path(folder) / LAST
         self.every_n_steps = every_n_steps
 

@@ -30,6 +30,7 @@ class VAEModule(lightning.LightningModule):
     over. Only the VAE's updates count as Lightning's `global_step`, so `max_steps`, checkpoints and validation mean VAE
     steps with and without a discriminator. All randomness of a step (latents, dropout) derives from the seed, the step
     and the rank: a resumed run repeats an uninterrupted one. Without a `discriminator_start` there is no discriminator.
+    Raises UsageError for values out of range.
     """
 
     def __init__(
@@ -51,10 +52,11 @@ class VAEModule(lightning.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if accumulate < 1:
-            raise UsageError(f"module.accumulate={accumulate} is too small; it must be at least 1")
-        if not 0.0 <= ema_decay < 1.0:
-            raise UsageError(f"module.ema_decay={ema_decay} is out of range; it must be at least 0 and below 1")
+        _check("accumulate", accumulate, least=1)
+        _check("discriminator_start", discriminator_start or 0)
+        _check("ema_decay", ema_decay, below=1.0)
+        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("gradient_clip", gradient_clip)):
+            _check(name, value)
         self.automatic_optimization = False
         self.vae = vae
         self.ema = ExponentialMovingAverage(vae, ema_decay)
@@ -190,3 +192,9 @@ class VAEModule(lightning.LightningModule):
     def _place_perceptual(self) -> None:
         if self.loss.perceptual is not None:
             self.loss.perceptual.to(self.device)
+
+
+def _check(name: str, value: float, least: float = 0.0, below: float = float("inf")) -> None:
+    if not isinstance(value, int | float) or not least <= value < below:
+        limit = "" if below == float("inf") else f" and below {below:g}"
+        raise UsageError(f"module.{name}={value} makes no sense; it must be a number of at least {least:g}{limit}")

@@ -1,0 +1,203 @@
+"""The real command line: shards, training, evaluation, sweeps, and what a wrong command says."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from osp.cli import main
+from osp.data.video import encode_video
+
+TINY = [
+    "experiment=wfvae_tiny",
+    "vae.base_channels=4",
+    "vae.latent_channels=4",
+    "vae.encoder_flow_channels=4",
+    "vae.decoder_flow_channels=4",
+    "clip.frames=5",
+    "clip.height=16",
+    "clip.width=16",
+    "data.workers=0",
+    "data.batch_size=2",
+    "trainer.accelerator=cpu",
+]
+
+
+def osp(*arguments: str, code: int = 0) -> tuple[str, str]:
+    """Run `osp` in a process of its own; gives stdout and stderr."""
+    done = subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=200)
+    assert done.returncode == code, done.stderr[-2000:]
+    return done.stdout, done.stderr
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from osp.cli import main; main()", *arguments]
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    """Run `osp` in this process, which is faster; gives exit code, stdout and the last line of stderr."""
+    monkeypatch.setattr(sys, "argv", ["osp", *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    out, err = capsys.readouterr()
+    return code, out, err.strip().splitlines()[-1] if err.strip() else ""
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small videos with moving content and one that is none."""
+    folder = tmp_path_factory.mktemp("videos")
+    steps = torch.arange(12)[:, None, None]
+    for index in range(3):
+        ramp = (torch.arange(32)[None, None, :] * (index + 3) + torch.arange(24)[None, :, None] * 5 + steps * 8) % 256
+        video = torch.stack([ramp, 255 - ramp, ramp // 2]).to(torch.uint8)
+        (folder / f"clip {index}.mp4").write_bytes(encode_video(video, 8.0))
+        (folder / f"clip {index}.txt").write_text(f"ramp number {index}")
+    (folder / "broken.mp4").write_bytes(b"no video")
+    return folder
+
+
+def test_videos_to_shards_to_a_trained_and_evaluated_vae(tmp_path: Path, videos: Path) -> None:
+    out, err = osp("shards", f"input={videos}", f"output={tmp_path / 'shards'}", "workers=1")
+    report = json.loads(out.splitlines()[-1])
+    assert (report["clips"], report["captioned"]) == (3, 3)
+    assert [name for name, _ in report["skipped"]] == ["broken.mp4"]
+    assert len(re.findall(r"broken\.mp4", err)) == 1
+
+    train = [*TINY, "data=shards", f"data.train.path={tmp_path / 'shards'}", f"output={tmp_path / 'run'}"]
+    train += ["trainer.max_steps=6", "trainer.val_check_interval=3", "checkpoint_every=2"]
+    out, _ = osp("train", *train)
+    result = json.loads(out.splitlines()[-1])
+    assert result["steps"] == 6
+    assert result == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (tmp_path / "run" / "tensorboard").is_dir()
+
+    checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    size = ["clip.frames=5", "clip.height=24", "clip.width=32", "perceptual.download=false", "device=cpu"]
+    out, err = osp("eval", f"checkpoint={checkpoint}", f"input={videos}", f"output={tmp_path / 'eval'}", *size)
+    summary = json.loads(out.splitlines()[-1])
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert summary["mean"] == metrics["mean"]
+    assert metrics["counts"] == {"clips": 3, "frames": 15, "skipped": 1}
+    assert metrics["psnr_gain"]["lowest_haar_band"] == pytest.approx(
+        metrics["mean"]["psnr"] - metrics["baselines"]["lowest_haar_band"]["psnr"]
+    )
+    assert "lpips_random_trunk" in metrics["mean"]
+    assert "lpips" not in metrics["mean"]
+    assert len(re.findall("no trunk weights for LPIPS", err)) == 1
+    assert [step for step, _ in metrics["settings"]["training_val_psnr"]] == [3, 6]
+    assert (tmp_path / "eval" / "contact_sheet.png").stat().st_size > 1000
+    assert len(list((tmp_path / "eval" / "reconstructions").glob("*.mp4"))) == 3
+
+
+def test_a_killed_run_goes_on_with_the_same_command(tmp_path: Path) -> None:
+    settings = [*TINY, "trainer.val_check_interval=1000", "checkpoint_every=5", "module.discriminator_start=3"]
+    settings += ["module.discriminator.width=4", "module.discriminator.layers=2"]
+    run = ["train", *settings, f"output={tmp_path / 'killed'}", "trainer.max_steps=100000"]
+    process = subprocess.Popen(_command(*run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    waited = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < waited:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    stopped = torch.load(last, weights_only=True)["global_step"]
+    assert stopped >= 5
+
+    end = f"trainer.max_steps={stopped + 7}"
+    out, err = osp("train", *settings, f"output={tmp_path / 'killed'}", end)
+    assert f"continuing from step {stopped} of" in err
+    assert json.loads(out.splitlines()[-1])["steps"] == stopped + 7
+    osp("train", *settings, f"output={tmp_path / 'whole'}", end)
+    ours, theirs = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("killed", "whole")
+    )
+    assert ours["global_step"] == theirs["global_step"]
+    for key, value in ours["state_dict"].items():
+        assert torch.equal(value, theirs["state_dict"][key]), key
+
+
+def test_a_sweep_ends_in_one_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = ["train", "--multirun", *TINY, "debug=limit", f"output={tmp_path}", "vae.decoder_blocks=1,2"]
+    code, out, _ = call(capsys, monkeypatch, *sweep)
+    assert code == 0
+    header, *rows = csv.reader((tmp_path / "comparison.csv").read_text().splitlines())
+    assert {row[0] for row in rows} == {"vae.decoder_blocks=1", "vae.decoder_blocks=2"}
+    scores = [float(row[header.index("best_val_psnr")]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert out.strip().endswith("comparison.csv")
+
+
+def test_a_finished_run_does_nothing_and_another_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ["train", *TINY, "debug=limit", f"output={tmp_path}"]
+    first = call(capsys, monkeypatch, *run)
+    again = call(capsys, monkeypatch, *run)
+    assert (first[0], again[0]) == (0, 0)
+    assert json.loads(again[1].splitlines()[-1])["steps"] == 4
+    code, _, said = call(capsys, monkeypatch, *run, "vae.decoder_blocks=2")
+    assert code == 2
+    assert "holds a run with vae.decoder_blocks=1, not 2" in said
+    assert call(capsys, monkeypatch, *run, "vae.decoder_blocks=2", "resume=false")[0] == 0
+
+
+WRONG = [
+    (["trian"], 2, "there is no verb 'trian'"),
+    (["train", *TINY, "vae.base_chanels=8"], 2, "base_chanels"),
+    (["train", "experiment=wfvae_tny"], 2, "wfvae_tny.*wfvae_tiny"),
+    (["train", *TINY, "clip.frames=6"], 2, "frames=6 does not fit this VAE.*use 5 or 9"),
+    (["train", *TINY, "clip.height=20"], 2, "height=20 does not fit this VAE.*multiples of 8"),
+    (["train", *TINY, "data=shards"], 2, r"data\.train\.path"),
+    (["train", *TINY, "data=shards", "data.train.path={tmp}/none"], 1, "none: no such folder"),
+    (["train", *TINY, "data=shards", "data.train.path={tmp}"], 1, "no videos or images in it"),
+    (["train", *TINY, "data.batch_size=0"], 2, "batch_size=0"),
+    (["train", *TINY, "module.lr=fast"], 2, "lr"),
+    (["train", *TINY, "trainer.precision=float7"], 2, "precision"),
+    (["train", *TINY, "checkpoint_every=0"], 2, "checkpoint_every=0"),
+    (["shards", "output={tmp}/s"], 2, "give either input=DIR"),
+    (["shards", "input={tmp}/none", "output={tmp}/s"], 2, "no such folder"),
+    (["shards", "input={tmp}", "output={tmp}/s"], 1, "no videos or images"),
+    (["shards", "input={tmp}"], 2, "output"),
+    (["eval", "input={tmp}"], 2, "give checkpoint=FILE"),
+    (["eval", "checkpoint={tmp}/none.ckpt", "input={tmp}"], 1, "none.ckpt: no such file"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), WRONG)
+def test_a_wrong_command_is_told_in_one_line(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    arguments = [part.format(tmp=tmp_path / "empty") for part in arguments]
+    got, out, said = call(capsys, monkeypatch, *arguments)
+    assert got == code, said
+    assert re.search(message, said), said
+    assert said.startswith("osp")
+    assert not out
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = call(capsys, monkeypatch)
+    assert code == 0
+    assert {"shards", "train", "eval"} <= set(out.split())

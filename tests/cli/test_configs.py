@@ -1,0 +1,97 @@
+"""Every configuration composes, and builds what it says."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from osp.cli import VERBS, config_folder
+from osp.training.vae_module import VAEModule
+
+ROOT = Path(__file__).parents[2]
+SHARDS = ["data.train.path=shards", "data.val.path=shards"]
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+def composed(verb: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return compose(verb, list(overrides))
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment_builds_its_model(experiment: str) -> None:
+    cfg = composed("train", f"experiment={experiment}", "perceptual.download=false")
+    with torch.device("meta"):
+        vae = instantiate(cfg.vae)
+    for part in ("train", "val"):
+        vae.check_size(cfg.data[part].frames, cfg.clip.height, cfg.clip.width)
+    assert cfg.name == experiment
+    assert (
+        f"{sum(value.numel() for value in vae.parameters()):,}"
+        in (config_folder() / "vae" / f"{experiment}.yaml").read_text()
+        or experiment == "wfvae_tiny"
+    )
+
+
+@pytest.mark.parametrize("group", ["vae", "data", "module", "trainer", "perceptual", "debug"])
+def test_every_choice_of_every_group_composes(group: str) -> None:
+    for name in names(group):
+        verb = "eval" if name in ("trained", "published") else "train"
+        overrides = (
+            SHARDS if name == "shards" else ["vae.kind=wfvae_v13", "vae.source=x"] if name == "published" else []
+        )
+        overrides += ["input=x"] if verb == "eval" else []
+        cfg = composed(verb, f"{group}={name}", *overrides)
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def test_the_tiny_recipe_builds_its_module_with_and_without_discriminator() -> None:
+    for start, discriminates in (("null", False), ("10", True)):
+        cfg = composed("train", "experiment=wfvae_tiny", f"module.discriminator_start={start}")
+        module = instantiate(cfg.module, vae=instantiate(cfg.vae))
+        assert isinstance(module, VAEModule)
+        assert (module.discriminator is not None) == discriminates
+        assert module.batches_per_step(9) == 1
+        assert module.batches_per_step(10) == 1 + discriminates
+
+
+def test_an_installed_wheel_brings_its_configurations(tmp_path: Path) -> None:
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    subprocess.run(build, cwd=ROOT, check=True, timeout=120)
+    (wheel,) = tmp_path.glob("osp-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    script = "from osp.cli import config_folder, main; print(config_folder()); main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "train", "experiment=wfvae_tiny", "--cfg", "job"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.splitlines()[0])
+    assert folder == tmp_path / "site" / "osp" / "conf"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(VERBS)
+    assert "name: wfvae_tiny" in done.stdout
