@@ -7,10 +7,11 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from osp.errors import DataError, UsageError
+from osp.errors import UsageError
 from osp.evaluation.frechet import FrechetDistance, Random3D, frechet_distance, video_features
 from osp.evaluation.i3d import I3D, _pad_same
-from osp.evaluation.weight_file import load_exactly
+from osp.weights import WeightImportError
+from osp.weights.files import load_exactly
 
 
 def features(clips: int, size: int, seed: int = 0) -> Tensor:
@@ -153,12 +154,12 @@ def test_i3d_refuses_other_weights(i3d_state: dict[str, Tensor], tmp_path: Path)
     path = tmp_path / "weights.pt"
     renamed = {key.replace("Mixed_3b.b0", "Mixed_3b.branch0"): value for key, value in i3d_state.items()}
     torch.save(renamed, path)
-    with pytest.raises(DataError, match=r"weights\.pt: .* missing Mixed_3b\.b0\.conv3d\.weight.* and \d+ more"):
+    with pytest.raises(WeightImportError, match=r"weights\.pt does not fit.*\d+ missing: Mixed_3b\.b0\.conv3d\.weight"):
         video_features("i3d", path)
     torch.save(i3d_state | {"logits.conv3d.bias": torch.zeros(157)}, path)
-    with pytest.raises(DataError, match=r"logits\.conv3d\.bias is \(157,\), not \(400,\)"):
+    with pytest.raises(WeightImportError, match=r"logits\.conv3d\.bias \(\(157,\) instead of \(400,\)\)"):
         video_features("i3d", path)
-    with pytest.raises(DataError, match=r"absent\.pt: no such weight file"):
+    with pytest.raises(WeightImportError, match=r"absent\.pt: no such file"):
         video_features("i3d", tmp_path / "absent.pt")
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osp.errors import DataError, UsageError
+from osp.errors import UsageError
 from osp.evaluation import lpips
 from osp.evaluation.lpips import PerceptualDistance
+from osp.weights import WeightImportError
 
 
 @pytest.fixture(autouse=True)
@@ -151,14 +152,14 @@ def test_tiny_frames_are_enlarged(net: str, side: int) -> None:
 def test_bad_settings_and_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="net=squeeze"):
         PerceptualDistance("squeeze")
-    with pytest.raises(DataError, match=r"absent\.pth: no such weight file"):
+    with pytest.raises(WeightImportError, match=r"absent\.pth: no such file"):
         PerceptualDistance(trunk=tmp_path / "absent.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
-    with pytest.raises(DataError, match=r"text\.pth: not a readable weight file"):
+    with pytest.raises(WeightImportError, match=r"text\.pth: holds more than tensors"):
         PerceptualDistance(trunk=tmp_path / "text.pth")
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(DataError, match=r"other\.pth: not torchvision's .* \(no features\.0\.weight"):
+    with pytest.raises(WeightImportError, match=r"other\.pth: not torchvision's .* \(no features\.0\.weight"):
         PerceptualDistance(trunk=tmp_path / "other.pth")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(DataError, match=r"list\.pth: holds no flat state dict"):
+    with pytest.raises(WeightImportError, match=r"list\.pth: holds a list, not a state dict"):
         PerceptualDistance(trunk=tmp_path / "list.pth")

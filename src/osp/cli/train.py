@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from osp.errors import UsageError
 from osp.training.callbacks import ClipLogger, ProgressLog
 from osp.training.checkpoints import BEST, LAST, AtomicCheckpointIO, LastCheckpoint
-from osp.weights.published import read_checkpoint
+from osp.weights.files import read_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -74,7 +74,7 @@ def video_features(features: str, path: str | Path | None = None) -> I3D | Rando
 
     Raises:
         UsageError: unknown name, or `i3d` without a path.
-        DataError: the file is missing or holds no I3D weights.
+        WeightImportError: the file is missing or holds no I3D weights.
     """
     if features == "random3d":
         return Random3D()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osp.evaluation.weight_file import load_exactly, read_state_dict
+from osp.weights.files import load_exactly, read_checkpoint
 
 
 class I3D(nn.Module):
@@ -47,10 +47,10 @@ class I3D(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path) -> "I3D":
-        """The network with the weights in a file, frozen, in eval mode; DataError if they are not its own."""
+        """The network with the weights in a file, frozen, in eval mode; WeightImportError if they are not its own."""
         with torch.device("meta"):
             network = cls()
-        load_exactly(network.to_empty(device="cpu"), read_state_dict(path), path)
+        load_exactly(network.to_empty(device="cpu"), read_checkpoint(path), path)
         return network.requires_grad_(False).eval()
 
     def forward(self, video: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 import torchvision.models
 from torch import Tensor, nn
 
-from osp.errors import DataError, UsageError
-from osp.evaluation.weight_file import load_exactly, read_state_dict
+from osp.errors import UsageError
+from osp.weights.files import WeightImportError, load_exactly, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class PerceptualDistance(nn.Module):
 
     Raises:
         UsageError: `net` is unknown.
-        DataError: `trunk`, or the file in torch hub's cache, cannot be read or is not torchvision's.
+        WeightImportError: `trunk`, or the file in torch hub's cache, cannot be read or is not torchvision's.
     """
 
     def __init__(self, net: str = "alex", trunk: str | Path | None = None, download: bool = False) -> None:
@@ -58,7 +58,7 @@ class PerceptualDistance(nn.Module):
         with torch.device("meta"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torchvision")  # the package uses an argument deprecated there
             self.lpips = lpips.LPIPS(pretrained=False, net=net, pnet_rand=True, verbose=False)
-        heads = read_state_dict(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth")
+        heads = read_checkpoint(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth")
         self.lpips.load_state_dict(heads, strict=False, assign=True)
 
         path = Path(trunk) if trunk is not None else _cached_trunk(net, download)
@@ -133,11 +133,11 @@ def _download(url: str, target: Path) -> str | None:
 
 def _published_trunk(net: nn.Module, path: Path) -> dict[str, Tensor]:
     """torchvision's `features.N.weight` -> the package's `sliceS.N.weight`; the classifier is not used."""
-    file = read_state_dict(path)
+    file = read_checkpoint(path)
     names = {key: f"features.{key.split('.', 1)[1]}" for key in net.state_dict()}
     missing = [name for name in names.values() if name not in file]
     if missing:
-        raise DataError(f"{path}: not torchvision's {type(net).__name__} weights (no {', '.join(missing[:3])})")
+        raise WeightImportError(f"{path}: not torchvision's {type(net).__name__} weights (no {', '.join(missing[:3])})")
     return {key: file[name] for key, name in names.items()}
 
 

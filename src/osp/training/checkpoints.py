@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from osp.errors import DataError, UsageError
 from osp.vae import WFVAE
-from osp.weights.published import read_checkpoint
+from osp.weights.files import read_checkpoint
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"

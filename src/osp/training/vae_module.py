@@ -146,12 +146,15 @@ class VAEModule(lightning.LightningModule):
         reconstruction = vae.decode(vae.encode(video).mode()).float().clamp(-1.0, 1.0)
         # Values span 2, so PSNR = 10 log10(4 / mean squared error), for each clip.
         errors = (reconstruction - video).square().mean(dim=(1, 2, 3, 4)).clamp(min=4e-10)
-        self.log(
-            "val/psnr", (10.0 * torch.log10(4.0 / errors)).mean(), prog_bar=True, batch_size=len(video), sync_dist=True
-        )
+        metrics = {"psnr": 10.0 * torch.log10(4.0 / errors)}
         if self.loss.perceptual is not None:
-            distance = self.loss.perceptual(reconstruction, video).mean()
-            self.log(f"val/{self.loss.perceptual.name}", distance, batch_size=len(video), sync_dist=True)
+            metrics[self.loss.perceptual.name] = self.loss.perceptual(reconstruction, video).mean(dim=1)
+        # What fills up the last batches, or stands in for a broken clip, has no weight.
+        weight = batch["weight"]
+        counted = int(weight.sum())
+        for name, values in metrics.items():
+            mean = (values * weight).sum() / max(counted, 1)
+            self.log(f"val/{name}", mean, prog_bar=name == "psnr", batch_size=counted, sync_dist=True)
         return reconstruction
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

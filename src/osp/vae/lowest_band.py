@@ -25,6 +25,7 @@ class LowestBand(nn.Module):
         levels = (three, two if time_stride == 4 else three, three)
         self.analysis = nn.ModuleList(HaarTransform(filters) for filters in levels)
         self.synthesis = nn.ModuleList(InverseHaarTransform(filters) for filters in reversed(levels))
+        self._dropped_bands = [len(filters) - 1 for filters in reversed(levels)]
 
     def encode(self, video: Tensor) -> GaussianPosterior:
         """`B 3 T H W` -> a posterior without variance over `B 3 1+(T-1)/time_stride H/8 W/8`."""
@@ -34,7 +35,6 @@ class LowestBand(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """`B 3 T H W` -> `B 3 1+(T-1)*time_stride 8H 8W`, with every other band zero."""
-        for level in self.synthesis:
-            bands = level.filters.shape[0]
-            latent = level(torch.cat([latent, latent.new_zeros(latent.shape).repeat(1, bands - 1, 1, 1, 1)], dim=1))
+        for level, dropped in zip(self.synthesis, self._dropped_bands, strict=True):
+            latent = level(torch.cat([latent, torch.zeros_like(latent).repeat(1, dropped, 1, 1, 1)], dim=1))
         return latent

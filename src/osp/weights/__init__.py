@@ -1,5 +1,6 @@
 """Published checkpoints <-> our modules."""
 
-from osp.weights.published import WeightImportError, load_published
+from osp.weights.files import WeightImportError
+from osp.weights.published import load_published
 
 __all__ = ["WeightImportError", "load_published"]

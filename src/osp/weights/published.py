@@ -1,17 +1,15 @@
 """Load published checkpoints into our modules, refusing whatever does not fit."""
 
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from osp.errors import OspError, UsageError
+from osp.errors import UsageError
 from osp.weights import wfvae
+from osp.weights.files import check_keys, read_checkpoint
 
 # Constructor settings of the published full-size models, in the names of their own config files.
 _WFVAE = {
@@ -51,10 +49,6 @@ _PUBLISHED_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class WeightImportError(OspError):
-    """A checkpoint that cannot be read or does not fit the model."""
-
-
 def load_published(
     kind: str, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 ) -> nn.Module:
@@ -87,42 +81,3 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     weights = loaded.get("ema_state_dict") or loaded.get("state_dict") or loaded
     weights = weights.get("gen_model") or weights
     return {key.removeprefix("module."): value for key, value in weights.items() if isinstance(value, Tensor)}
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a `.safetensors` or torch file holds, on the CPU. Nothing in the file is executed.
-
-    Raises WeightImportError naming the file if it is missing, damaged, or holds more than tensors and plain values.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightImportError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise WeightImportError(f"{path}: not a readable safetensors file ({error})") from error
-    except pickle.UnpicklingError as error:
-        raise WeightImportError(f"{path}: holds more than tensors and is refused, or is not a checkpoint") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WeightImportError(f"{path}: damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
-    if not isinstance(loaded, dict):
-        raise WeightImportError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
-    return loaded
-
-
-def check_keys(expected: Mapping[str, Sequence[int]], published: Mapping[str, Tensor]) -> None:
-    """Raise WeightImportError listing the unknown, missing and misshapen keys, if there are any."""
-    wrong = {
-        "missing": [key for key in expected if key not in published],
-        "unknown": [key for key in published if key not in expected],
-        "of another shape": [
-            f"{key} ({tuple(published[key].shape)} instead of {tuple(shape)})"
-            for key, shape in expected.items()
-            if key in published and tuple(published[key].shape) != tuple(shape)
-        ],
-    }
-    found = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in wrong.items() if keys]
-    if found:
-        raise WeightImportError("the checkpoint does not fit the model; " + "; ".join(found))
