@@ -1,6 +1,7 @@
 """Training a VAE: who steps when, what a checkpoint holds, and that a resumed run repeats an uninterrupted one."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -127,8 +128,14 @@ def test_loss_falls(tmp_path: Path) -> None:
 def test_mixed_precision_trains(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path, new_module(discriminator_start=0), 2, precision="bf16-mixed")
     assert trainer.global_step == 2
+
+
+def test_float16_with_a_discriminator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a CPU Lightning turns float16 into bfloat16, so no fit here can show it.
+    monkeypatch.setattr(VAEModule, "trainer", SimpleNamespace(precision="16-mixed"))
+    new_module().on_fit_start()
     with pytest.raises(UsageError, match="16-mixed does not train a discriminator"):
-        fit(tmp_path, new_module(discriminator_start=0), 2, precision="16-mixed")
+        new_module(discriminator_start=0).on_fit_start()
 
 
 def test_diverged_training_stops_and_says_so(tmp_path: Path) -> None:
@@ -162,3 +169,19 @@ def test_files_that_hold_no_vae_are_refused(tmp_path: Path) -> None:
         load_trained_vae(other)
     with pytest.raises(WeightImportError, match="no such file"):
         load_trained_vae(tmp_path / "missing.ckpt")
+
+
+def test_clips_without_weight_do_not_count_in_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, logged = new_module(), {}
+    monkeypatch.setattr(module, "log", lambda name, value, **more: logged.update({name: (value, more["batch_size"])}))
+    video = torch.randint(0, 256, (3, 3, 5, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scores = []
+    for weight in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]):
+        with torch.no_grad():
+            module.validation_step({"video": video, "weight": torch.tensor(weight)}, 0)
+        assert logged["val/psnr"][1] == sum(weight)
+        scores.append(logged["val/psnr"][0].item())
+    first, second, both, none = scores
+    assert first != second
+    assert both == pytest.approx((first + second) / 2)
+    assert none == 0

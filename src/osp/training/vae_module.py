@@ -19,7 +19,7 @@ Batch = dict[str, Any]
 
 
 class DivergedError(OspError):
-    """The gradients are no longer finite."""
+    """The loss or its gradients are no longer finite."""
 
 
 class VAEModule(lightning.LightningModule):
@@ -106,7 +106,7 @@ class VAEModule(lightning.LightningModule):
     def training_step(self, batches: list[Batch], batch_idx: int) -> None:
         """One update of the VAE and, once it has started, one of the discriminator.
 
-        Raises DivergedError when the VAE's gradients are not finite.
+        Raises DivergedError when the VAE's loss or gradients are not finite.
         """
         step = self.global_step
         torch.manual_seed(stable_seed(self.seed, step, self.global_rank))
@@ -184,10 +184,11 @@ class VAEModule(lightning.LightningModule):
 
     def _check_and_clip(self, step: int, logs: dict[str, Tensor]) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), self.gradient_clip)
-        if not torch.isfinite(norm):
+        # Not the norm alone: the L1 distance sends no gradient where the reconstruction is NaN.
+        if not torch.isfinite(norm + logs["total"]):
             terms = ", ".join(f"{name} {value.item():.4g}" for name, value in logs.items())
             raise DivergedError(
-                f"the gradients are not finite at step {step} ({terms}); "
+                f"the loss or its gradients are not finite at step {step} ({terms}); "
                 "continue from the last checkpoint with a lower module.lr or trainer.precision=32-true"
             )
         logs["gradient_norm"] = norm
