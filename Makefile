@@ -19,12 +19,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup  ## shards, a trained tiny VAE, an evaluation: outputs/demo, in under 10 minutes on 4 cores
-	$(OSP) shards output=$(OUT)/demo/shards/train synthetic.clips=1024 synthetic.frames=9 synthetic.seed=0
-	$(OSP) shards output=$(OUT)/demo/shards/heldout synthetic.clips=32 synthetic.frames=9 synthetic.seed=1
-	$(OSP) train experiment=wfvae_tiny output=$(OUT)/demo/train data=shards \
+	$(OSP) shards output=$(OUT)/demo/shards/train synthetic.clips=1024 synthetic.frames=33 synthetic.seed=0
+	$(OSP) shards output=$(OUT)/demo/shards/heldout synthetic.clips=32 synthetic.frames=33 synthetic.seed=1
+	$(OSP) train experiment=wfvae_tiny output=$(OUT)/demo/train data=shards data.val.frames=33 \
 		data.train.path=$(OUT)/demo/shards/train data.val.path=$(OUT)/demo/shards/heldout
 	$(OSP) eval checkpoint=$(OUT)/demo/train/checkpoints/best.ckpt input=$(OUT)/demo/shards/heldout output=$(OUT)/demo \
-		clip.frames=9 perceptual.download=false
+		clip.frames=33 perceptual.download=false
 	@echo
 	@echo "input and reconstruction side by side  $(OUT)/demo/reconstructions/"
 	@echo "contact sheet                          $(OUT)/demo/contact_sheet.png"
@@ -47,7 +47,7 @@ eval: setup  ## evaluate one: make eval ARGS="checkpoint=FILE input=DIR"
 	$(OSP) eval $(ARGS)
 
 sweep: setup  ## a multirun over two latent sizes, compared in one table
-	$(OSP) train --multirun experiment=wfvae_tiny output=$(OUT)/sweep vae.latent_channels=4,8 \
+	$(OSP) train --multirun experiment=wfvae_tiny output=$(OUT)/sweep vae.latent_channels=4,16 \
 		trainer.max_steps=200 trainer.val_check_interval=100
 
 clean:  ## remove what was made here, but not .venv
