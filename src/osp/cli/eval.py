@@ -86,6 +86,7 @@ def _validation_curve(run_folder: Path) -> list[tuple[int, float]]:
     folder = run_folder / "tensorboard"
     if not folder.is_dir():
         return []
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it tells where it stops reading
     events = EventAccumulator(str(folder), size_guidance={"images": 1, "scalars": 0})
     events.Reload()
     if "val/psnr" not in events.Tags()["scalars"]:

@@ -149,6 +149,8 @@ class VAEModule(lightning.LightningModule):
         metrics = {"psnr": 10.0 * torch.log10(4.0 / errors)}
         if self.loss.perceptual is not None:
             metrics[self.loss.perceptual.name] = self.loss.perceptual(reconstruction, video).mean(dim=1)
+        # Lightning would draw the points one step too early.
+        self.log("step", float(self.global_step), batch_size=1, sync_dist=True)
         # What fills up the last batches, or stands in for a broken clip, has no weight.
         weight = batch["weight"]
         counted = int(weight.sum())
