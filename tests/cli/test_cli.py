@@ -43,7 +43,7 @@ def _command(*arguments: str) -> list[str]:
 
 
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
-    """Run `osp` in this process, which is faster; gives exit code, stdout and the last line of stderr."""
+    """Run `osp` in this process, which is faster; gives exit code, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["osp", *arguments])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     code = 0
@@ -52,7 +52,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     out, err = capsys.readouterr()
-    return code, out, err.strip().splitlines()[-1] if err.strip() else ""
+    return code, out, err.strip()
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +129,13 @@ def test_a_killed_run_goes_on_with_the_same_command(tmp_path: Path) -> None:
         assert torch.equal(value, theirs["state_dict"][key]), key
 
 
-def test_a_sweep_ends_in_one_table(
+def test_a_sweep_ends_in_one_table_also_if_a_run_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = ["train", "--multirun", *TINY, "debug=limit", f"output={tmp_path}", "vae.decoder_blocks=1,2"]
-    code, out, _ = call(capsys, monkeypatch, *sweep)
-    assert code == 0
+    sweep = ["train", "--multirun", *TINY, "debug=limit", f"output={tmp_path}", "vae.decoder_blocks=1,0,2"]
+    code, out, said = call(capsys, monkeypatch, *sweep)
+    assert code == 2
+    assert said.splitlines()[-1] == "osp train: decoder_blocks=0 is too small; it must be at least 1"
     header, *rows = csv.reader((tmp_path / "comparison.csv").read_text().splitlines())
     assert {row[0] for row in rows} == {"vae.decoder_blocks=1", "vae.decoder_blocks=2"}
     scores = [float(row[header.index("best_val_psnr")]) for row in rows]
@@ -194,6 +195,7 @@ def test_a_wrong_command_is_told_in_one_line(
     assert got == code, said
     assert re.search(message, said), said
     assert said.startswith("osp")
+    assert "\n" not in said
     assert not out
 
 

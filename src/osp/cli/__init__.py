@@ -30,14 +30,17 @@ def main() -> None:
         print(f"osp: there is no verb {verb!r}; choose {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
     try:
-        _run(verb, overrides)
+        failures = _run(verb, overrides)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         if (mended := _user_error(error)) is None:
             raise
-        print(f"osp {verb}: {mended}", file=sys.stderr)
-        sys.exit(mended.exit_code)
+        failures = [mended]
+    for failure in failures:
+        print(f"osp {verb}: {failure}", file=sys.stderr)
+    if failures:
+        sys.exit(failures[0].exit_code)
 
 
 def config_folder() -> Path:
@@ -46,17 +49,25 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[3] / "conf"
 
 
-def _run(verb: str, overrides: list[str]) -> None:
+def _run(verb: str, overrides: list[str]) -> list[OspError]:
+    """What the user can mend of the jobs that failed; in a multirun the others have run all the same."""
     # Otherwise Hydra prints an exception its own way and hides where it came from.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     import hydra
     from omegaconf import DictConfig
 
     argv = sys.argv
+    failures: list[OspError] = []
 
     def task(cfg: DictConfig) -> Any:
         sys.argv = argv  # Lightning starts further processes with it
-        result = importlib.import_module(f"osp.cli.{verb}").run(cfg)
+        try:
+            result = importlib.import_module(f"osp.cli.{verb}").run(cfg)
+        except Exception as error:
+            if (mended := _user_error(error)) is None:
+                raise
+            failures.append(mended)  # raised here, Hydra would put a line of its own before it
+            return None
         if result is not None:
             print(json.dumps(result), flush=True)
         return result
@@ -66,6 +77,7 @@ def _run(verb: str, overrides: list[str]) -> None:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(task)()
     finally:
         sys.argv = argv
+    return failures
 
 
 def _user_error(error: BaseException) -> OspError | None:

@@ -93,6 +93,9 @@ def _quiet_lightning() -> None:
     # The averaged twin of the model stays in eval mode on purpose.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")
+    # Steps are logged across epochs, however short these are.
+    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # Few loader workers are enough where clips are made on the fly, and a value of the user's choice.
     warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
 
