@@ -1,5 +1,7 @@
 """Training a VAE: who steps when, what a checkpoint holds, and that a resumed run repeats an uninterrupted one."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,3 +187,44 @@ def test_clips_without_weight_do_not_count_in_validation(monkeypatch: pytest.Mon
     assert first != second
     assert both == pytest.approx((first + second) / 2)
     assert none == 0
+
+
+TWO_PROCESSES = """
+import osp, torch, lightning
+from lightning.pytorch.callbacks import Callback
+from osp.data.datamodule import ClipDataModule
+from osp.data.synthetic import SyntheticClips
+from osp.training.discriminator import PatchDiscriminator3d
+from osp.training.losses import VAELoss
+from osp.training.vae_module import VAEModule
+from osp.vae import WFVAE
+
+class Compare(Callback):
+    def on_train_end(self, trainer, module):
+        for name in ("vae", "discriminator", "ema"):
+            mine = torch.cat([value.flatten() for value in getattr(module, name).parameters()]).detach()
+            first, second = trainer.strategy.all_gather(mine)
+            assert torch.equal(first, second), name
+        if trainer.is_global_zero:
+            print("equal after", trainer.global_step)
+
+torch.manual_seed(torch.randint(2**30, ()).item() if lightning.fabric.utilities.rank_zero.rank_zero_only.rank else 0)
+sizes = dict(latent_channels=4, base_channels=4, encoder_flow_channels=4, decoder_flow_channels=4)
+module = VAEModule(
+    WFVAE(**sizes, encoder_blocks=1, decoder_blocks=1), VAELoss(), lr=1e-3, accumulate=2,
+    discriminator=PatchDiscriminator3d(width=4, layers=2), discriminator_start=2,
+)
+data = ClipDataModule(train=SyntheticClips(40, 5, 16, 16, seed=0), val=None, batch_size=1)
+lightning.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp_find_unused_parameters_true", max_steps=4, max_epochs=-1, logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[Compare()],
+).fit(module, data)
+"""
+
+
+def test_two_processes_hold_the_same_weights(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "equal after 4" in done.stdout

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from osp.errors import UsageError
@@ -34,7 +35,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     Gives what is also written to `result.json` there (rank 0), or None (other ranks). Raises UsageError before any
     training for settings that do not fit together.
     """
-    _quiet_lightning()
+    _quiet()
     output = Path(HydraConfig.get().runtime.output_dir)
     begun = time.monotonic()
     lightning.seed_everything(cfg.seed, verbose=False)
@@ -85,8 +86,10 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     return result
 
 
-def _quiet_lightning() -> None:
-    """Keep Lightning's tips, and its second copy of every message, out of the log."""
+def _quiet() -> None:
+    """Keep Lightning's tips, and the second copy of every message, out of the log."""
+    if not _is_first():
+        logging.getLogger("osp").setLevel(logging.WARNING)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger(name).handlers.clear()
@@ -104,18 +107,26 @@ def _start(cfg: DictConfig, output: Path) -> Path | None:
     """The checkpoint to continue from, after checking that it is of a run with these settings."""
     settings = output / "config.yaml"
     last = output / "checkpoints" / LAST
-    if not cfg.resume:
+    first = _is_first()  # the other processes of the run come here too, perhaps later
+    if not cfg.resume and first:
         for part in ("checkpoints", "tensorboard"):
             shutil.rmtree(output / part, ignore_errors=True)
-    if last.exists():
+    going_on = cfg.resume and last.exists()
+    if going_on:
         if settings.exists():
             _refuse_other_settings(OmegaConf.load(settings), cfg, output)
         step = read_checkpoint(last)["global_step"]
         log.info("continuing from step %d of %s", step, last)
         if step >= cfg.trainer.max_steps:
             log.info("nothing to do: trainer.max_steps=%d is reached", cfg.trainer.max_steps)
-    _write(settings, OmegaConf.to_yaml(cfg, resolve=True))
-    return last if last.exists() else None
+    if first:
+        _write(settings, OmegaConf.to_yaml(cfg, resolve=True))
+    return last if going_on else None
+
+
+def _is_first() -> bool:
+    """Whether this is the run's first process, as far as its launcher has said yet."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _refuse_other_settings(before: Any, cfg: DictConfig, output: Path) -> None:
