@@ -90,6 +90,7 @@ def test_videos_to_shards_to_a_trained_and_evaluated_vae(tmp_path: Path, videos:
     summary = json.loads(out.splitlines()[-1])
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert summary["mean"] == metrics["mean"]
+    assert metrics["model"] == "wfvae_tiny best"
     assert metrics["counts"] == {"clips": 3, "frames": 15, "skipped": 1}
     assert metrics["psnr_gain"]["lowest_haar_band"] == pytest.approx(
         metrics["mean"]["psnr"] - metrics["baselines"]["lowest_haar_band"]["psnr"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate, to_absolute_path
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from osp.data.sources import ClipSource, ShardClips
@@ -71,7 +71,8 @@ def _name(cfg: DictConfig) -> str:
     if cfg.checkpoint is None:
         return f"{cfg.vae.get('kind', 'VAE')} {Path(str(cfg.vae.get('source', ''))).name}".strip()
     path = Path(cfg.checkpoint)
-    return f"{path.parent.parent.name} {path.stem}" if path.parent.name == "checkpoints" else path.stem
+    settings = path.parent.parent / "config.yaml"
+    return f"{OmegaConf.load(settings).name} {path.stem}" if settings.is_file() else path.stem
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
