@@ -2,12 +2,14 @@
 
 import csv
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,16 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
         code = stop.code if isinstance(stop.code, int) else 1
     out, err = capsys.readouterr()
     return code, out, err.strip()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Hydra sets up the logging of the whole process."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +153,7 @@ def test_a_sweep_ends_in_one_table_also_if_a_run_fails(
     assert {row[0] for row in rows} == {"vae.decoder_blocks=1", "vae.decoder_blocks=2"}
     scores = [float(row[header.index("best_val_psnr")]) for row in rows]
     assert scores == sorted(scores, reverse=True)
-    assert out.strip().endswith("comparison.csv")
+    assert json.loads(out.splitlines()[-1]) == {"runs": 2, "comparison": str(tmp_path / "comparison.csv")}
 
 
 def test_a_finished_run_does_nothing_and_another_model_is_refused(
@@ -151,10 +163,15 @@ def test_a_finished_run_does_nothing_and_another_model_is_refused(
     first = call(capsys, monkeypatch, *run)
     again = call(capsys, monkeypatch, *run)
     assert (first[0], again[0]) == (0, 0)
-    assert json.loads(again[1].splitlines()[-1])["steps"] == 4
+    assert json.loads(again[1].splitlines()[-1]) == json.loads(first[1].splitlines()[-1])
+    assert call(capsys, monkeypatch, *run, "data.workers=1", "trainer.max_steps=5")[0] == 0
     code, _, said = call(capsys, monkeypatch, *run, "vae.decoder_blocks=2")
     assert code == 2
     assert "holds a run with vae.decoder_blocks=1, not 2" in said
+    # A command that cannot start leaves the old run alone.
+    code, _, _ = call(capsys, monkeypatch, *run, "resume=false", "data=shards", f"data.train.path={tmp_path / 'none'}")
+    assert code == 1
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
     assert call(capsys, monkeypatch, *run, "vae.decoder_blocks=2", "resume=false")[0] == 0
 
 
@@ -163,6 +180,12 @@ WRONG = [
     (["train", *TINY, "vae.base_chanels=8"], 2, "base_chanels"),
     (["train", "experiment=wfvae_tny"], 2, "wfvae_tny.*wfvae_tiny"),
     (["train", *TINY, "clip.frames=6"], 2, "frames=6 does not fit this VAE.*use 5 or 9"),
+    (["train", *TINY, "clip.frames=abc"], 2, "clip.frames=abc makes no sense"),
+    (["train", *TINY, "data.val.frames=0"], 2, "data.val.frames=0 makes no sense"),
+    (["train", *TINY, "data.val=null"], 2, "data.val=null"),
+    (["train", *TINY, "seed=-1"], 2, "seed=-1 makes no sense"),
+    (["train", *TINY, "output={tmp}/file/run"], 1, "file"),
+    (["train", *TINY, "module.warmup_steps=soon"], 2, "module.warmup_steps=soon makes no sense"),
     (["train", *TINY, "clip.height=20"], 2, "height=20 does not fit this VAE.*multiples of 8"),
     (["train", *TINY, "data=shards"], 2, r"data\.train\.path"),
     (["train", *TINY, "data=shards", "data.train.path={tmp}/none"], 1, "none: no such folder"),
@@ -175,6 +198,11 @@ WRONG = [
     (["shards", "input={tmp}/none", "output={tmp}/s"], 2, "no such folder"),
     (["shards", "input={tmp}", "output={tmp}/s"], 1, "no videos or images"),
     (["shards", "input={tmp}"], 2, "output"),
+    (["shards", "input={tmp}", "output={tmp}/s", "shard_bytes=1GB"], 2, "shard_bytes=1GB makes no sense"),
+    (["shards", "output={tmp}/s", "synthetic.clips=many"], 2, "synthetic.clips=many makes no sense"),
+    (["eval", "input={tmp}", "batch_size=all"], 2, "batch_size=all makes no sense"),
+    (["eval", "checkpoint=x", "input={tmp}", "device=gpu"], 2, "device=gpu is not known"),
+    (["eval", "checkpoint={tmp}/file", "input={tmp}"], 1, "file: .*not a checkpoint"),
     (["eval", "input={tmp}"], 2, "give checkpoint=FILE"),
     (["eval", "checkpoint={tmp}/none.ckpt", "input={tmp}"], 1, "none.ckpt: no such file"),
 ]
@@ -191,6 +219,8 @@ def test_a_wrong_command_is_told_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    if any("/file" in part for part in arguments):
+        (tmp_path / "empty" / "file").touch()
     arguments = [part.format(tmp=tmp_path / "empty") for part in arguments]
     got, out, said = call(capsys, monkeypatch, *arguments)
     assert got == code, said
@@ -204,3 +234,29 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], monkeypatch: 
     code, out, _ = call(capsys, monkeypatch)
     assert code == 0
     assert {"shards", "train", "eval"} <= set(out.split())
+
+
+def test_one_batch_of_shards_is_learnt_by_heart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = ["synthetic.frames=5", "synthetic.height=16", "synthetic.width=16"]
+    assert call(capsys, monkeypatch, "shards", f"output={tmp_path / 'shards'}", "synthetic.clips=6", *size)[0] == 0
+    run = [
+        *TINY,
+        "data=shards",
+        f"data.train.path={tmp_path / 'shards'}",
+        "debug=overfit",
+        f"output={tmp_path / 'run'}",
+    ]
+    code, out, _ = call(capsys, monkeypatch, "train", *run, "trainer.max_steps=60", "trainer.val_check_interval=30")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["val/clips"] == 2
+    curve = _psnr_curve(tmp_path / "run")
+    assert list(curve) == [30, 60]
+    assert curve[60] > curve[30]
+
+
+def _psnr_curve(run: Path) -> dict[int, float]:
+    from osp.cli.eval import _validation_curve
+
+    return dict(_validation_curve(run))

@@ -240,18 +240,20 @@ def test_side_by_side_videos(tmp_path: Path) -> None:
     image = {"video": torch.zeros(3, 1, 32, 48, dtype=torch.uint8), "key": "still", "fps": 0.0}
     evaluate(Pooling(1, offset=2.0), [black, image, clip(2)], tmp_path, save_videos=2, contact_sheet_clips=0)
     folder = tmp_path / "reconstructions"
-    assert sorted(path.name for path in folder.iterdir()) == ["folder_black.mp4", "still.png"]
-    with av.open(str(folder / "folder_black.mp4")) as file:
+    assert sorted(path.name for path in folder.iterdir()) == ["000-folder_black.mp4", "001-still.png"]
+    with av.open(str(folder / "000-folder_black.mp4")) as file:
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
     assert len(frames) == 5
     assert frames[0].shape == (32, 96, 3)
     assert frames[2][:, :40].mean() < 10  # input
     assert frames[2][:, 56:].mean() > 245  # reconstruction
-    with Image.open(folder / "still.png") as picture:
+    with Image.open(folder / "001-still.png") as picture:
         assert picture.size == (96, 32)
         assert picture.getpixel((10, 10)) == (0, 0, 0)
         assert picture.getpixel((80, 10)) == (255, 255, 255)
     assert not (tmp_path / "contact_sheet.png").exists()
+    evaluate(Pooling(1), [clip(2)], tmp_path, save_videos=1, contact_sheet_clips=0)
+    assert len(list(folder.iterdir())) == 1  # nothing of the evaluation before
 
 
 def test_real_files_broken_ones_among_them(shared: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def fit(
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[losses, LastCheckpoint(folder, save_every), best],
+        callbacks=[losses, best, LastCheckpoint(folder, save_every)],
         plugins=[AtomicCheckpointIO()],
         **trainer,
     )
@@ -132,12 +132,11 @@ def test_mixed_precision_trains(tmp_path: Path) -> None:
     assert trainer.global_step == 2
 
 
-def test_float16_with_a_discriminator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a CPU Lightning turns float16 into bfloat16, so no fit here can show it.
     monkeypatch.setattr(VAEModule, "trainer", SimpleNamespace(precision="16-mixed"))
-    new_module().on_fit_start()
-    with pytest.raises(UsageError, match="16-mixed does not train a discriminator"):
-        new_module(discriminator_start=0).on_fit_start()
+    with pytest.raises(UsageError, match="16-mixed does not train a VAE"):
+        new_module().on_fit_start()
 
 
 def test_diverged_training_stops_and_says_so(tmp_path: Path) -> None:
@@ -173,20 +172,43 @@ def test_files_that_hold_no_vae_are_refused(tmp_path: Path) -> None:
         load_trained_vae(tmp_path / "missing.ckpt")
 
 
-def test_clips_without_weight_do_not_count_in_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_is_the_mean_over_the_clips_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
     module, logged = new_module(), {}
-    monkeypatch.setattr(module, "log", lambda name, value, **more: logged.update({name: (value, more["batch_size"])}))
+    monkeypatch.setattr(module, "log", lambda name, value, **more: logged.update({name: float(value)}))
+    monkeypatch.setattr(module, "log_dict", logged.update)
+    alone = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda value, reduce_op: value), global_step=0)
+    monkeypatch.setattr(VAEModule, "trainer", alone)
     video = torch.randint(0, 256, (3, 3, 5, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    scores = []
-    for weight in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]):
+
+    def validate(*weights: list[float]) -> float:
+        module.on_validation_epoch_start()
         with torch.no_grad():
-            module.validation_step({"video": video, "weight": torch.tensor(weight)}, 0)
-        assert logged["val/psnr"][1] == sum(weight)
-        scores.append(logged["val/psnr"][0].item())
-    first, second, both, none = scores
-    assert first != second
-    assert both == pytest.approx((first + second) / 2)
-    assert none == 0
+            for weight in weights:
+                module.validation_step({"video": video, "weight": torch.tensor(weight)}, 0)
+        module.on_validation_epoch_end()
+        assert logged["val/clips"] == sum(map(sum, weights))
+        return logged["val/psnr"]
+
+    first, second, third = (validate([float(i == j) for j in range(3)]) for i in range(3))
+    assert len({first, second, third}) == 3
+    assert validate([1.0, 1.0, 0.0]) == pytest.approx((first + second) / 2)
+    assert validate([1.0, 1.0, 0.0], [0.0, 0.0, 1.0]) == pytest.approx((first + second + third) / 3)
+    with pytest.raises(DataError, match=r"no clip of data\.val"):
+        validate([0.0, 0.0, 0.0])
+
+
+def test_a_resumed_run_knows_what_was_best(tmp_path: Path) -> None:
+    """Also where the last checkpoint and a validation fall on the same step."""
+    trainer, _ = fit(tmp_path, new_module(), 6, save_every=3)
+    (best,) = (callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    (kept,) = (value for key, value in state.items() if key.startswith("ModelCheckpoint"))
+    assert kept["best_model_score"] == best.best_model_score
+    assert kept["current_score"] == trainer.callback_metrics["val/psnr"]
+    again, losses = fit(tmp_path, new_module(), 6, save_every=3, resume=tmp_path / "last.ckpt")
+    (reloaded,) = (callback for callback in again.callbacks if isinstance(callback, ModelCheckpoint))
+    assert not losses.by_step
+    assert reloaded.best_model_score == best.best_model_score
 
 
 TWO_PROCESSES = """

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from osp.errors import UsageError
 from osp.vae.wavelet import PUBLISHED_SCALE_3D, haar2d, haar3d, inverse_haar2d, inverse_haar3d
 from osp.weights import load_published
 
@@ -56,3 +57,10 @@ def test_vae(kind: str, case: str) -> None:
             torch.testing.assert_close(
                 value, expected, rtol=0, atol=bar, msg=lambda m, n=name, t=frames: f"T={t} {n}: {m}"
             )
+
+
+def test_a_setting_that_no_published_vae_has_is_refused() -> None:
+    settings, tensors = load_case(*VAE_CASES[0])
+    weights = {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
+    with pytest.raises(UsageError, match="no setting t_interpolaton; it has"):
+        load_published(VAE_CASES[0][0], weights, settings["config"] | {"t_interpolaton": "nearest"})

@@ -7,11 +7,10 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from osp.errors import OspError, UsageError
+from osp.errors import DataError, OspError, UsageError
 
 VERBS = {
     "shards": "cut a folder of videos and images into WebDataset shards",
@@ -82,23 +81,31 @@ def _run(verb: str, overrides: list[str]) -> list[OspError]:
 
 def _user_error(error: BaseException) -> OspError | None:
     """The error to show in one line, if the user can mend it; None for a bug."""
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, InstantiationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
-    for cause in _chain(error):
-        if isinstance(cause, OspError):
-            return cause
+    if isinstance(error, OspError):
+        return error
+    if isinstance(error, OSError) and error.filename is not None:
+        return DataError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, MisconfigurationException):
+        return UsageError(_one_line(error))
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        # What a constructor raises about its arguments; anything else is a bug in it.
+        about_arguments = (TypeError, ValueError, ImportError)
+        return _user_error(error.__cause__) or (
+            UsageError(_one_line(error)) if isinstance(error.__cause__, about_arguments) else None
+        )
     if isinstance(error, HydraException | OmegaConfBaseException):
-        lines = [line.strip() for line in str(error).splitlines()]
-        shown = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "See https"))]
-        return UsageError("; ".join(shown).replace(":;", ":"))
+        return UsageError(_one_line(error))
     return None
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    shown = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "See https"))]
+    return "; ".join(shown).replace(":;", ":")
 
 
 def _help() -> str:

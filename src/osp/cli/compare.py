@@ -1,45 +1,69 @@
 """The table at the end of a sweep."""
 
 import csv
+import io
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from osp.cli.train import RESULT, is_first_process, write_text
+
 log = logging.getLogger(__name__)
 
 
 class CompareRuns(Callback):
-    """Collects the `result.json` of a multirun's jobs into `comparison.csv` and prints them side by side."""
+    """Collects what a multirun's jobs left into `comparison.csv`, after each job, and prints it at the end."""
+
+    def __init__(self) -> None:
+        self._results: list[dict[str, Any]] = []
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Take in one more run, if it has a result."""
+        if config.hydra.mode.name != "MULTIRUN" or not is_first_process():
+            return
+        result = Path(config.hydra.runtime.output_dir) / RESULT
+        if result.exists():
+            self._results.append(json.loads(result.read_text()))
+            columns, rows = self._rows()
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+            write_text(self._path(config), text.getvalue())
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Compare the runs in the sweep's folder, best first."""
-        folder = Path(config.hydra.sweep.dir)
-        results = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
-        if not results:
-            log.warning("%s: no run of the sweep left a result", folder)
+        """Print the runs, best first."""
+        if not is_first_process():
             return
-        shared = set.intersection(*(set(result["overrides"]) for result in results))
-        for result in results:
-            result["run"] = " ".join(override for override in result["overrides"] if override not in shared)
-        results.sort(key=lambda result: -(result["best_val_psnr"] or 0.0))
-        columns = ["run", *sorted({key for result in results for key in result if key.startswith("val/")})]
-        columns += ["best_val_psnr", "steps", "parameters", "seconds"]
-        rows = [[_text(result.get(column)) for column in columns] for result in results]
-
-        path = folder / "comparison.csv"
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
-        table = Table(*columns, title=f"{len(rows)} runs in {folder}")
+        path = self._path(config)
+        if not self._results:
+            log.warning("%s: no run of the sweep left a result", path.parent)
+            return
+        columns, rows = self._rows()
+        table = Table(*columns, title=f"{len(rows)} runs in {path.parent}")
         for row in rows:
             table.add_row(*row)
         Console(stderr=True, width=None if Console(stderr=True).is_terminal else 140).print(table)
-        print(path)
+        print(json.dumps({"runs": len(rows), "comparison": str(path)}))
+
+    def _path(self, config: DictConfig) -> Path:
+        return Path(config.hydra.sweep.dir) / "comparison.csv"
+
+    def _rows(self) -> tuple[list[str], list[list[str]]]:
+        shared = set.intersection(*(set(result["overrides"]) for result in self._results))
+        runs = [
+            result | {"run": " ".join(override for override in result["overrides"] if override not in shared)}
+            for result in self._results
+        ]
+        runs.sort(key=lambda run: -(run["best_val_psnr"] or 0.0))
+        columns = ["run", *sorted({key for run in runs for key in run if key.startswith("val/")})]
+        columns += ["best_val_psnr", "steps", "parameters", "seconds"]
+        return columns, [[_text(run.get(column)) for column in columns] for run in runs]
 
 
 def _text(value: Any) -> str:

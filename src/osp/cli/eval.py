@@ -11,6 +11,7 @@ from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from osp.cli.checks import CLIP, check_numbers
 from osp.data.sources import ClipSource, ShardClips
 from osp.data.video import ClipError
 from osp.errors import UsageError
@@ -26,8 +27,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     Raises UsageError before any compute for sizes that the VAE does not take.
     """
+    least = {"max_clips": 1, "batch_size": 1, "contact_sheet_clips": 0, "save_videos": 0}
+    check_numbers(cfg, CLIP | least, optional=["max_clips"])
     if cfg.vae.get("path", "") is None:
         raise UsageError("give checkpoint=FILE of `osp train`, or vae=published vae.kind=KIND vae.source=FILE")
+    device = _device(cfg.device)
     output = Path(HydraConfig.get().runtime.output_dir)
     vae = instantiate(cfg.vae)
     vae.check_size(cfg.clip.frames, cfg.clip.height, cfg.clip.width)
@@ -38,7 +42,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         _clips(source, len(source) if cfg.max_clips is None else min(cfg.max_clips, len(source))),
         output=output,
         model_name=_name(cfg),
-        device=_device(cfg.device),
+        device=device,
         precision=cfg.precision,
         batch_size=cfg.batch_size,
         perceptual=instantiate(cfg.perceptual),
@@ -60,10 +64,16 @@ def _clips(source: ClipSource, count: int) -> Iterator[Mapping[str, Any] | ClipE
             yield error
 
 
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device={name} is not known; choose auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def _name(cfg: DictConfig) -> str:

@@ -9,6 +9,7 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 from torch import Tensor
 
+from osp.cli.checks import check_numbers
 from osp.data.shards import ShardReport, write_rendered, write_shards
 from osp.data.synthetic import SyntheticClips
 from osp.errors import UsageError
@@ -16,6 +17,9 @@ from osp.errors import UsageError
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Write the shards; gives what the folder holds now. Raises UsageError unless there is one kind of input."""
+    least = {"clip_seconds": 0.01, "min_frames": 1, "shard_clips": 1, "shard_bytes": 1, "workers": 1}
+    drawn = {"clips": 0, "frames": 1, "height": 1, "width": 1, "fps": 0.01, "seed": 0}
+    check_numbers(cfg, least | {f"synthetic.{key}": value for key, value in drawn.items()}, optional=["workers"])
     if (cfg.input is None) == (cfg.synthetic.clips == 0):
         raise UsageError("give either input=DIR, a folder of videos, or synthetic.clips=N, a number of clips to draw")
     output = Path(to_absolute_path(cfg.output))

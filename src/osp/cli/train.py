@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from osp.cli.checks import CLIP, check_numbers
 from osp.errors import UsageError
 from osp.training.callbacks import ClipLogger, ProgressLog
 from osp.training.checkpoints import BEST, LAST, AtomicCheckpointIO, LastCheckpoint
@@ -25,8 +26,13 @@ from osp.weights.files import read_checkpoint
 
 log = logging.getLogger(__name__)
 
+RESULT = "result.json"
+"""What a run leaves in its folder, and a sweep's table is made of."""
+
 # What a run cannot change half-way. The rest (steps, devices, intervals) may differ when it is continued.
 _FIXED = ("vae", "module", "data", "clip", "seed")
+# What of it may: the loader itself refuses another global batch.
+_FREE = ("data.workers", "data.batch_size", "data.val_batch_size")
 
 
 def run(cfg: DictConfig) -> dict[str, Any] | None:
@@ -38,13 +44,16 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     _quiet()
     output = Path(HydraConfig.get().runtime.output_dir)
     begun = time.monotonic()
+    check_numbers(cfg, CLIP | {"seed": 0, "checkpoint_every": 1, "logged_clips": 0, "trainer.max_steps": 1})
     lightning.seed_everything(cfg.seed, verbose=False)
 
     vae = instantiate(cfg.vae)
     for part in ("train", "val"):
         clips = cfg.data[part]
+        if clips is None:
+            raise UsageError(f"data.{part}=null: training needs clips, and chooses the best checkpoint by validation")
+        check_numbers(cfg, {f"data.{part}.{size}": 1 for size in ("frames", "height", "width")})
         vae.check_size(clips.frames, clips.height, clips.width)
-    checkpoint = _start(cfg, output)
     data = instantiate(cfg.data)
     module = instantiate(cfg.module, vae=vae)
 
@@ -55,12 +64,8 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         mode="max",
         enable_version_counter=False,
     )
-    callbacks = [
-        best,
-        LastCheckpoint(output / "checkpoints", cfg.checkpoint_every),
-        ClipLogger(cfg.logged_clips),
-        ProgressLog(),
-    ]
+    last = LastCheckpoint(output / "checkpoints", cfg.checkpoint_every)
+    callbacks = [ClipLogger(cfg.logged_clips), ProgressLog(), best, last]
     trainer: lightning.Trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,
@@ -69,6 +74,9 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         enable_progress_bar=sys.stderr.isatty(),
         default_root_dir=output,
     )
+    checkpoint, done = _start(cfg, output)
+    if done is not None:
+        return done if trainer.is_global_zero else None
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if not trainer.is_global_zero:
         return None
@@ -82,13 +90,13 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         "seconds": round(time.monotonic() - begun, 1),
         "overrides": list(HydraConfig.get().overrides.task),
     }
-    _write(output / "result.json", json.dumps(result, indent=1))
+    write_text(output / RESULT, json.dumps(result, indent=1))
     return result
 
 
 def _quiet() -> None:
     """Keep Lightning's tips, and the second copy of every message, out of the log."""
-    if not _is_first():
+    if not is_first_process():
         logging.getLogger("osp").setLevel(logging.WARNING)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -103,15 +111,19 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
 
 
-def _start(cfg: DictConfig, output: Path) -> Path | None:
-    """The checkpoint to continue from, after checking that it is of a run with these settings."""
-    settings = output / "config.yaml"
-    last = output / "checkpoints" / LAST
-    first = _is_first()  # the other processes of the run come here too, perhaps later
+def _start(cfg: DictConfig, output: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint to continue from, if it is of a run with these settings, and the result if there is one already.
+
+    Nothing may fail between this and the fit: with resume=false the old checkpoints go here.
+    """
+    settings, last, result = output / "config.yaml", output / "checkpoints" / LAST, output / RESULT
+    first = is_first_process()  # the other processes of the run come here too, perhaps later
     if not cfg.resume and first:
+        result.unlink(missing_ok=True)
         for part in ("checkpoints", "tensorboard"):
             shutil.rmtree(output / part, ignore_errors=True)
     going_on = cfg.resume and last.exists()
+    done = None
     if going_on:
         if settings.exists():
             _refuse_other_settings(OmegaConf.load(settings), cfg, output)
@@ -119,12 +131,13 @@ def _start(cfg: DictConfig, output: Path) -> Path | None:
         log.info("continuing from step %d of %s", step, last)
         if step >= cfg.trainer.max_steps:
             log.info("nothing to do: trainer.max_steps=%d is reached", cfg.trainer.max_steps)
+            done = json.loads(result.read_text()) if result.exists() else None
     if first:
-        _write(settings, OmegaConf.to_yaml(cfg, resolve=True))
-    return last if going_on else None
+        write_text(settings, OmegaConf.to_yaml(cfg, resolve=True))
+    return last if going_on else None, done
 
 
-def _is_first() -> bool:
+def is_first_process() -> bool:
     """Whether this is the run's first process, as far as its launcher has said yet."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
@@ -133,7 +146,7 @@ def _refuse_other_settings(before: Any, cfg: DictConfig, output: Path) -> None:
     for part in _FIXED:
         old, new = (_flat(_plain(config).get(part), part) for config in (before, cfg))
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
+            if key not in _FREE and old.get(key) != new.get(key):
                 raise UsageError(
                     f"{output} holds a run with {key}={old.get(key)}, not {new.get(key)}; "
                     "choose another output=DIR, or resume=false to start over"
@@ -152,7 +165,8 @@ def _flat(value: Any, key: str) -> dict[str, Any]:
     return {key: value}
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)

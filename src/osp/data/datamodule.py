@@ -5,7 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from osp.data.loader import FixedLoader, ResumableLoader
-from osp.data.sources import ClipSource
+from osp.data.sources import ClipSource, FirstClips
 
 
 class ClipDataModule(pl.LightningDataModule):
@@ -18,7 +18,7 @@ class ClipDataModule(pl.LightningDataModule):
         val_batch_size: the same for validation; None takes `batch_size`.
         workers: reading processes of each rank, for training and again during a validation pass.
         seed: of the training order.
-        val_clips: validate on the first so many clips of `val`; None takes all.
+        train_clips, val_clips: take the first so many clips of `train`, `val`; None takes all.
 
     If the LightningModule has a method `batches_per_step(step: int) -> int`, `training_step` gets a list of so many
     batches instead of one batch.
@@ -43,10 +43,12 @@ class ClipDataModule(pl.LightningDataModule):
         val_batch_size: int | None = None,
         workers: int = 0,
         seed: int = 0,
+        train_clips: int | None = None,
         val_clips: int | None = None,
     ) -> None:
         super().__init__()
-        self.train_source, self.val_source = train, val
+        self.train_source = train if train_clips is None else FirstClips(train, train_clips)
+        self.val_source = val
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.workers, self.seed, self.val_clips = workers, seed, val_clips

@@ -121,7 +121,7 @@ def _listed_shard(folder: Path, shard: Mapping[str, Any]) -> list[ClipEntry]:
         tar = folder / shard["file"]
         clips, expected = int(shard["clips"]), int(shard["bytes"])
         found = tar.stat().st_size
-        lines = tar.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+        lines = tar.with_suffix(".jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         entries = [_entry(tar, json.loads(line)) for line in lines]
     except OSError as error:
         raise DataError(f"{error.filename}: {INDEX_NAME} needs it ({error.strerror}); {_MEND}") from error

@@ -190,7 +190,7 @@ class ShardWriter:
         data = path.read_bytes()
         if len(data) < length:
             raise DataError(f"{path}: is cut short ({len(data)} of {length} bytes); write into a new folder")
-        for line in data.decode("utf-8").splitlines():
+        for line in data.decode("utf-8").split("\n")[:-1]:
             entry = json.loads(line)
             self.sources[entry["source"]] = entry
             self.next_number = max(self.next_number, entry["number"] + 1)

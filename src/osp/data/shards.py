@@ -181,9 +181,9 @@ def _is_done(source: _Source, line: Mapping[str, Any] | None) -> bool:
 
 
 def _known(source: _Source, lines: Mapping[str, Mapping[str, Any]]) -> str:
-    """The content under which the whole of a source is stored already, if it is."""
+    """The content of a source that needs no second look: what could be stored of it is."""
     line = lines.get(source.name)
-    return line["sha256"] if line is not None and line["done"] and not line["reason"] else ""
+    return line["sha256"] if line is not None and line["done"] else ""
 
 
 def _check_captions(output: Path, sources: Iterable[_Source], lines: Mapping[str, Mapping[str, Any]]) -> None:

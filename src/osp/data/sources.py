@@ -43,6 +43,25 @@ def stable_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+class FirstClips:
+    """The first so many clips of a source, or all if it has fewer. Raises UsageError for less than one."""
+
+    def __init__(self, source: ClipSource, clips: int) -> None:
+        if clips < 1:
+            raise UsageError(f"train_clips={clips}: must be at least 1")
+        self.source, self.clips = source, clips
+
+    def __len__(self) -> int:
+        return min(self.clips, len(self.source))
+
+    def fingerprint(self) -> str:
+        return f"first {len(self)} of {self.source.fingerprint()}"
+
+    def read(self, index: int, draw: int) -> dict[str, Any]:
+        """See `ClipSource.read`."""
+        return self.source.read(index, draw)
+
+
 class ShardClips:
     """The clips of a shard folder, decoded to one size and length.
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Lightning's names, so that evaluation and training share the setting
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+PAIRS = "reconstructions"
 NO_BASELINES: Mapping[str, "VideoAutoencoder"] = MappingProxyType({})
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
@@ -143,8 +144,8 @@ def evaluate_reconstruction(
             not have (flicker of an image) is null and does not count in the mean.
         metrics.csv: a row a clip, then the row `mean`.
         contact_sheet.png: the first `contact_sheet_clips` clips.
-        reconstructions/KEY.mp4: input and reconstruction side by side of the first `save_videos` clips; a PNG for a
-            single frame.
+        reconstructions/NUMBER-KEY.mp4: input and reconstruction side by side of the first `save_videos` clips; a PNG
+            for a single frame. Those of an earlier evaluation go.
 
     Raises:
         UsageError: a setting, or the clips' size, does not fit the networks.
@@ -156,6 +157,8 @@ def evaluate_reconstruction(
         raise UsageError(f"batch_size={batch_size}: must be at least 1")
     networks = _Networks(vae, baselines, perceptual, features, torch.device(device), AUTOCAST[precision])
     output = _make_folder(Path(output))
+    for outdated in (*(output / PAIRS).glob("*.*"), output / "contact_sheet.png"):
+        outdated.unlink(missing_ok=True)
     frechet = None if features is None else FrechetDistance(features.num_features)
 
     run = _Run()
@@ -180,7 +183,7 @@ def evaluate_reconstruction(
                     if shown < contact_sheet_clips:
                         run.sheet.append(_sheet_clip(record, *pair))
                     if shown < save_videos:
-                        _save_pair(output / "reconstructions", str(clip["key"]), *pair, float(clip["fps"]))
+                        _save_pair(output / PAIRS, f"{shown:03d}-{clip['key']}", *pair, float(clip["fps"]))
             if features is not None and frechet is not None and finite.any():
                 frechet.update(features(video[finite]).cpu(), reference=True)
                 frechet.update(features(reconstruction[finite]).cpu(), reference=False)
@@ -321,7 +324,7 @@ def _save_pair(folder: Path, key: str, video: Tensor, reconstruction: Tensor, fp
     """Input | reconstruction, both uint8 `C T H W` on the CPU."""
     folder.mkdir(exist_ok=True)
     pair = torch.cat([video.cpu(), reconstruction], dim=-1)
-    name = re.sub(r"[^\w.-]+", "_", key)  # keys of foreign shards may hold slashes
+    name = re.sub(r"[^\w.-]+", "_", key.removesuffix(Path(key).suffix))  # keys may be paths
     if pair.shape[1] == 1:
         _replace(folder / f"{name}.png", _png(Image.fromarray(pair[:, 0].permute(1, 2, 0).numpy())))
     else:

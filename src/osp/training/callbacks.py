@@ -71,8 +71,8 @@ class ProgressLog(Callback):
 
 
 def animated_gif(video: Tensor, fps: float) -> bytes:
-    """uint8 `C T H W` -> the bytes of a GIF that loops."""
+    """uint8 `C T H W` -> the bytes of a GIF that loops; an image has 0 frames a second."""
     frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video.unbind(1)]
     file = io.BytesIO()
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0)
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 / (fps or 1.0), loop=0)
     return file.getvalue()

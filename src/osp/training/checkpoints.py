@@ -6,11 +6,12 @@ from typing import Any
 
 import lightning
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from osp.errors import DataError, UsageError
 from osp.vae import WFVAE
-from osp.weights.files import read_checkpoint
+from osp.weights.files import load_exactly, read_checkpoint
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
@@ -29,11 +30,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(temporary, path)
 
 
-class LastCheckpoint(Callback):
+class LastCheckpoint(Checkpoint):
     """Keeps the newest state in `folder/last.ckpt`: every `every_n_steps` steps and at the last one.
 
-    Lightning's ModelCheckpoint guesses at what it saves under manual optimisation; this one saves what there is.
-    Raises UsageError for less than one step.
+    Where a validation is due at the same step it is saved after it, with its outcome; put it behind the callback that
+    keeps the best. Lightning's ModelCheckpoint guesses at what it saves under manual optimisation; this one saves what
+    there is. Raises UsageError for less than one step.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int) -> None:
@@ -45,10 +47,28 @@ class LastCheckpoint(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Save if it is time."""
-        step = trainer.global_step
-        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+        """Save if it is time, unless a validation comes first."""
+        if self._due(trainer) and not self._validates(trainer):
             trainer.save_checkpoint(self.path)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save if it is time."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._due(trainer):
+            trainer.save_checkpoint(self.path)
+
+    def _due(self, trainer: lightning.Trainer) -> bool:
+        step = trainer.global_step
+        return step > 0 and (step % self.every_n_steps == 0 or step == trainer.max_steps)
+
+    def _validates(self, trainer: lightning.Trainer) -> bool:
+        """Whether this step surely ends in a validation (counted in steps, not in epochs)."""
+        every = trainer.val_check_batch
+        return bool(
+            trainer.enable_validation
+            and trainer.check_val_every_n_epoch is None
+            and isinstance(every, int)
+            and trainer.global_step % every == 0
+        )
 
 
 def load_trained_vae(path: str | Path) -> WFVAE:
@@ -63,5 +83,5 @@ def load_trained_vae(path: str | Path) -> WFVAE:
     vae = WFVAE(**settings)
     prefix = "ema.model."
     averaged = {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
-    vae.load_state_dict(averaged)
+    load_exactly(vae, averaged, path)
     return vae.eval()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from osp.data.sources import stable_seed
 from osp.data.video import to_float
-from osp.errors import OspError, UsageError
+from osp.errors import DataError, OspError, UsageError
 from osp.training.discriminator import PatchDiscriminator3d, adaptive_weight, hinge_loss
 from osp.training.ema import ExponentialMovingAverage
 from osp.training.losses import VAELoss
@@ -54,6 +54,7 @@ class VAEModule(lightning.LightningModule):
         super().__init__()
         _check("accumulate", accumulate, least=1)
         _check("discriminator_start", discriminator_start or 0)
+        _check("warmup_steps", warmup_steps)
         _check("ema_decay", ema_decay, below=1.0)
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("gradient_clip", gradient_clip)):
             _check(name, value)
@@ -69,6 +70,8 @@ class VAEModule(lightning.LightningModule):
         self.discriminator_weight = discriminator_weight
         self.discriminator_lr = lr if discriminator_lr is None else discriminator_lr
         self.seed = seed
+        self._broken = 0  # clips replaced since the process began
+        self._sums: dict[str, Tensor] = {}  # of the validation under way
 
     def discriminating(self, step: int) -> bool:
         """Whether the discriminator takes part in a step."""
@@ -93,10 +96,12 @@ class VAEModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Refuse what would train wrongly; bring the perceptual network to the device.
 
-        Raises UsageError for float16 with a discriminator.
+        Raises UsageError for float16, whose scaled gradients can be neither clipped nor balanced here.
         """
-        if self.discriminator is not None and self.trainer.precision == "16-mixed":
-            raise UsageError("trainer.precision=16-mixed does not train a discriminator; use bf16-mixed or 32-true")
+        if self.trainer.precision in ("16-mixed", "16-true"):
+            raise UsageError(
+                f"trainer.precision={self.trainer.precision} does not train a VAE; use bf16-mixed or 32-true"
+            )
         self._place_perceptual()
 
     def on_validation_start(self) -> None:
@@ -122,6 +127,7 @@ class VAEModule(lightning.LightningModule):
                 logs[name] = logs.get(name, 0.0) + value / self.accumulate
         self._check_and_clip(step, logs)
         vae_optimizer.step()
+        torch.clear_autocast_cache()  # it holds copies of the weights before the step
         self.ema.update(self.vae)
 
         if self.discriminating(step):
@@ -137,8 +143,12 @@ class VAEModule(lightning.LightningModule):
         clips = len(batches[0]["video"])
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=clips)
         self.log("train/loss", logs["total"], prog_bar=True, logger=False, batch_size=clips)
-        broken = float(sum(batch["broken"] for batch in batches))
-        self.log("data/broken", broken, reduce_fx="sum", batch_size=clips)
+        self._broken += sum(batch["broken"] for batch in batches)
+        self.log("data/broken", float(self._broken), batch_size=clips)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the means anew."""
+        self._sums = {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Reconstruct with the averaged weights; gives the reconstruction, `B 3 T H W`."""
@@ -146,18 +156,28 @@ class VAEModule(lightning.LightningModule):
         reconstruction = vae.decode(vae.encode(video).mode()).float().clamp(-1.0, 1.0)
         # Values span 2, so PSNR = 10 log10(4 / mean squared error), for each clip.
         errors = (reconstruction - video).square().mean(dim=(1, 2, 3, 4)).clamp(min=4e-10)
-        metrics = {"psnr": 10.0 * torch.log10(4.0 / errors)}
+        metrics = {"psnr": 10.0 * torch.log10(4.0 / errors), "clips": torch.ones_like(errors)}
         if self.loss.perceptual is not None:
             metrics[self.loss.perceptual.name] = self.loss.perceptual(reconstruction, video).mean(dim=1)
-        # Lightning would draw the points one step too early.
-        self.log("step", float(self.global_step), batch_size=1, sync_dist=True)
         # What fills up the last batches, or stands in for a broken clip, has no weight.
-        weight = batch["weight"]
-        counted = int(weight.sum())
         for name, values in metrics.items():
-            mean = (values * weight).sum() / max(counted, 1)
-            self.log(f"val/{name}", mean, prog_bar=name == "psnr", batch_size=counted, sync_dist=True)
+            self._sums[name] = self._sums.get(name, 0.0) + (values * batch["weight"]).sum()
         return reconstruction
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all clips of all processes, and how many clips these are.
+
+        Raises DataError if no clip of the validation could be read.
+        """
+        # Lightning's own weighted mean over processes rounds the weights to whole numbers.
+        sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in self._sums.items()}
+        clips = sums.pop("clips")
+        if not clips:
+            raise DataError("no clip of data.val could be read; give another data.val.path")
+        # Without `step` Lightning would draw the points one step too early.
+        self.log_dict({"step": float(self.global_step), "val/clips": clips})
+        for name, total in sums.items():
+            self.log(f"val/{name}", total / clips, prog_bar=name == "psnr")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint says how to build its VAE."""

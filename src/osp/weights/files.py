@@ -1,6 +1,7 @@
 """Weight files: read without running code, and checked key by key."""
 
 import pickle
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise WeightImportError(f"{path}: not a readable safetensors file ({error})") from error
     except pickle.UnpicklingError as error:
         raise WeightImportError(f"{path}: holds more than tensors and is refused, or is not a checkpoint") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WeightImportError(f"{path}: damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
+    except (RuntimeError, EOFError, ValueError, LookupError, AssertionError, struct.error) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise WeightImportError(f"{path}: damaged or not a checkpoint ({reason})") from error
     if not isinstance(loaded, dict):
         raise WeightImportError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
     return loaded

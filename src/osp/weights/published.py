@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from osp.errors import UsageError
 from osp.weights import wfvae
-from osp.weights.files import check_keys, read_checkpoint
+from osp.weights.files import WeightImportError, check_keys, read_checkpoint
 
 # Constructor settings of the published full-size models, in the names of their own config files.
 _WFVAE = {
@@ -79,5 +79,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     loaded = read_checkpoint(path)
     weights = loaded.get("ema_state_dict") or loaded.get("state_dict") or loaded
+    if not isinstance(weights, Mapping):
+        raise WeightImportError(f"{path}: its state dict is a {type(weights).__name__}, not tensors by name")
     weights = weights.get("gen_model") or weights
     return {key.removeprefix("module."): value for key, value in weights.items() if isinstance(value, Tensor)}

@@ -43,6 +43,8 @@ _SETTINGS = {
     "t_interpolation": "temporal_interpolation",
     "dropout": "dropout",
 }
+# Entries of their config files that do not shape the network.
+_NOT_SHAPING = ("attention_type", "scale", "shift", "use_tiling", "vae_scale_factor")
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,13 @@ class KeyPair:
 def build(published_settings: Mapping[str, Any]) -> WFVAE:
     """The VAE of published constructor settings, on the current default device, without weights.
 
-    Raises UsageError for a combination of blocks that no published VAE has.
+    Raises UsageError for a setting that no published VAE has, and for such a combination of blocks.
     """
     c = published_settings
+    known = {*_SETTINGS, "norm_type", *(f"{level}_{block}" for level in ("l1", "l2") for block in _BLOCKS)}
+    # `_class_name` and the like are of the framework that wrote the config file.
+    if unknown := [key for key in c if key not in {*known, *_NOT_SHAPING} and not key.startswith("_")]:
+        raise UsageError(f"a published WF-VAE has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     level1 = tuple(c[f"l1_{block}"] for block in _BLOCKS)
     level2 = tuple(c[f"l2_{block}"] for block in _BLOCKS)
     if level1 not in _LEVEL1 or level2 != _LEVEL2:

@@ -1,0 +1,26 @@
+"""What a verb checks of its settings before anything else happens."""
+
+from collections.abc import Collection, Mapping
+
+from omegaconf import DictConfig, OmegaConf
+
+from osp.errors import UsageError
+
+CLIP = {"clip.frames": 1, "clip.height": 1, "clip.width": 1, "clip.stride": 1}
+
+
+def check_numbers(cfg: DictConfig, least: Mapping[str, float], optional: Collection[str] = ()) -> None:
+    """Check numbers against the least value of each, whole numbers where that is an `int`; `optional` ones may be null.
+
+    Raises UsageError naming the key and the value.
+    """
+    for key, bound in least.items():
+        value = OmegaConf.select(cfg, key)
+        if value is None and key in optional:
+            continue
+        whole = isinstance(bound, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value >= bound:
+            given = "null" if value is None else value
+            raise UsageError(
+                f"{key}={given} makes no sense; it must be a {'whole ' if whole else ''}number of at least {bound}"
+            )
