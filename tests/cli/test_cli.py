@@ -132,7 +132,9 @@ def test_a_killed_run_goes_on_with_the_same_command(tmp_path: Path) -> None:
     end = f"trainer.max_steps={stopped + 7}"
     out, err = osp("train", *settings, f"output={tmp_path / 'killed'}", end)
     assert f"continuing from step {stopped} of" in err
-    assert json.loads(out.splitlines()[-1])["steps"] == stopped + 7
+    result = json.loads(out.splitlines()[-1])
+    assert result["steps"] == stopped + 7
+    assert result["best_val_psnr"] == result["val/psnr"]  # validated at the end, as the interval is longer than the run
     osp("train", *settings, f"output={tmp_path / 'whole'}", end)
     ours, theirs = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("killed", "whole")
@@ -250,7 +252,6 @@ def test_one_batch_of_shards_is_learnt_by_heart(
     ]
     code, out, _ = call(capsys, monkeypatch, "train", *run, "trainer.max_steps=60", "trainer.val_check_interval=30")
     assert code == 0
-    assert json.loads(out.splitlines()[-1])["val/clips"] == 2
     curve = _psnr_curve(tmp_path / "run")
     assert list(curve) == [30, 60]
     assert curve[60] > curve[30]

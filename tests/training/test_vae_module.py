@@ -186,7 +186,7 @@ def test_validation_is_the_mean_over_the_clips_that_count(monkeypatch: pytest.Mo
             for weight in weights:
                 module.validation_step({"video": video, "weight": torch.tensor(weight)}, 0)
         module.on_validation_epoch_end()
-        assert logged["val/clips"] == sum(map(sum, weights))
+        assert logged["data/val_clips"] == sum(map(sum, weights))
         return logged["val/psnr"]
 
     first, second, third = (validate([float(i == j) for j in range(3)]) for i in range(3))

@@ -44,7 +44,8 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     _quiet()
     output = Path(HydraConfig.get().runtime.output_dir)
     begun = time.monotonic()
-    check_numbers(cfg, CLIP | {"seed": 0, "checkpoint_every": 1, "logged_clips": 0, "trainer.max_steps": 1})
+    steps = {"checkpoint_every": 1, "trainer.max_steps": 1, "trainer.val_check_interval": 1}
+    check_numbers(cfg, CLIP | steps | {"seed": 0, "logged_clips": 0})
     lightning.seed_everything(cfg.seed, verbose=False)
 
     vae = instantiate(cfg.vae)
@@ -68,6 +69,8 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     callbacks = [ClipLogger(cfg.logged_clips), ProgressLog(), best, last]
     trainer: lightning.Trainer = instantiate(
         cfg.trainer,
+        # A run shorter than the interval is validated once, or it would have no best checkpoint.
+        val_check_interval=min(cfg.trainer.val_check_interval, cfg.trainer.max_steps),
         callbacks=callbacks,
         logger=TensorBoardLogger(output, name="", version="tensorboard"),
         plugins=[AtomicCheckpointIO()],

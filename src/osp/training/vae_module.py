@@ -175,7 +175,7 @@ class VAEModule(lightning.LightningModule):
         if not clips:
             raise DataError("no clip of data.val could be read; give another data.val.path")
         # Without `step` Lightning would draw the points one step too early.
-        self.log_dict({"step": float(self.global_step), "val/clips": clips})
+        self.log_dict({"step": float(self.global_step), "data/val_clips": clips})
         for name, total in sums.items():
             self.log(f"val/{name}", total / clips, prog_bar=name == "psnr")
 
