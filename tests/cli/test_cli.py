@@ -250,7 +250,7 @@ def test_one_batch_of_shards_is_learnt_by_heart(
         "debug=overfit",
         f"output={tmp_path / 'run'}",
     ]
-    code, out, _ = call(capsys, monkeypatch, "train", *run, "trainer.max_steps=60", "trainer.val_check_interval=30")
+    code, _, _ = call(capsys, monkeypatch, "train", *run, "trainer.max_steps=60", "trainer.val_check_interval=30")
     assert code == 0
     curve = _psnr_curve(tmp_path / "run")
     assert list(curve) == [30, 60]
