@@ -195,6 +195,7 @@ WRONG = [
     (["train", *TINY, "data.batch_size=0"], 2, "batch_size=0"),
     (["train", *TINY, "module.lr=fast"], 2, "lr"),
     (["train", *TINY, "trainer.precision=float7"], 2, "precision"),
+    (["train", *TINY, "trainer.devices=0"], 2, "Lightning refuses the settings of trainer"),
     (["train", *TINY, "checkpoint_every=0"], 2, "checkpoint_every=0"),
     (["shards", "output={tmp}/s"], 2, "give either input=DIR"),
     (["shards", "input={tmp}/none", "output={tmp}/s"], 2, "no such folder"),

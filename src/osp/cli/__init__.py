@@ -90,7 +90,7 @@ def _user_error(error: BaseException) -> OspError | None:
     if isinstance(error, OSError) and error.filename is not None:
         return DataError(f"{error.filename}: {error.strerror}")
     if isinstance(error, MisconfigurationException):
-        return UsageError(_one_line(error))
+        return UsageError(f"Lightning refuses the settings of trainer: {_one_line(error)}")
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         # What a constructor raises about its arguments; anything else is a bug in it.
         about_arguments = (TypeError, ValueError, ImportError)
