@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from osp.cli.train import RESULT, is_first_process, write_text
+from osp.cli.train import RESULT, is_first_process
+from osp.data.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class CompareRuns(Callback):
             columns, rows = self._rows()
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-            write_text(self._path(config), text.getvalue())
+            write_whole(self._path(config), text.getvalue())
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the runs, best first."""

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from osp.cli.checks import CLIP, check_numbers
+from osp.data.files import write_whole
 from osp.errors import UsageError
 from osp.training.callbacks import ClipLogger, ProgressLog
 from osp.training.checkpoints import BEST, LAST, AtomicCheckpointIO, LastCheckpoint
@@ -93,7 +93,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         "seconds": round(time.monotonic() - begun, 1),
         "overrides": list(HydraConfig.get().overrides.task),
     }
-    write_text(output / RESULT, json.dumps(result, indent=1))
+    write_whole(output / RESULT, json.dumps(result, indent=1))
     return result
 
 
@@ -136,7 +136,8 @@ def _start(cfg: DictConfig, output: Path) -> tuple[Path | None, dict[str, Any] |
             log.info("nothing to do: trainer.max_steps=%d is reached", cfg.trainer.max_steps)
             done = json.loads(result.read_text()) if result.exists() else None
     if first:
-        write_text(settings, OmegaConf.to_yaml(cfg, resolve=True))
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(settings, OmegaConf.to_yaml(cfg, resolve=True))
     return last if going_on else None, done
 
 
@@ -166,11 +167,3 @@ def _flat(value: Any, key: str) -> dict[str, Any]:
     if isinstance(value, dict):
         return {name: leaf for part, inner in value.items() for name, leaf in _flat(inner, f"{key}.{part}").items()}
     return {key: value}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

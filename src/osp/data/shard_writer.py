@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from osp.data.files import sync, write_whole
 from osp.data.shard_index import INDEX_FORMAT, INDEX_NAME, INDEX_VERSION, load_index
 from osp.errors import DataError, UsageError
 
@@ -131,7 +132,7 @@ class ShardWriter:
                     if line["reason"]:
                         reasons[line["source"]] = line["reason"]
             index["skipped"] = [{"source": source, "reason": reason} for source, reason in reasons.items()]
-            _write(self.folder / INDEX_NAME, json.dumps(index, ensure_ascii=False, indent=1))
+            write_whole(self.folder / INDEX_NAME, json.dumps(index, ensure_ascii=False, indent=1))
         self.index = index
         self.sources.update((line["source"], line) for line in lines)
         self._lines = []
@@ -142,7 +143,7 @@ class ShardWriter:
             return int(self.index["sources"]["bytes"])
         with open(self.folder / _JOURNAL, "ab") as file:
             file.write(b"".join(to_json(line) + b"\n" for line in lines))
-            _sync(file)
+            sync(file)
             return file.tell()
 
     def _load(self) -> None:
@@ -156,7 +157,7 @@ class ShardWriter:
             index |= {"captioned": 0, "settings": self._settings, "sources": {"file": _JOURNAL, "bytes": 0}}
             index |= {"shards": [], "skipped": []}
             with self._writing():
-                _write(self.folder / INDEX_NAME, json.dumps(index, ensure_ascii=False, indent=1))
+                write_whole(self.folder / INDEX_NAME, json.dumps(index, ensure_ascii=False, indent=1))
         self._check_settings(index.get("settings", {}))
         self.index = index
         with self._writing():
@@ -237,30 +238,16 @@ class _OpenShard:
     def close(self) -> tuple[dict[str, Any], dict[str, float]]:
         """Gives tar and listing their names; the shard's entry in the index, and its sums."""
         self._tar.close()
-        _sync(self._file)
+        sync(self._file)
         self._file.close()
         part = Path(self._file.name)
         with open(part, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         entry = {"file": self.path.name, "clips": len(self.lines), "bytes": part.stat().st_size, "sha256": sha256}
-        _write(self.path.with_suffix(".jsonl"), b"".join(line + b"\n" for line in self.lines))
+        write_whole(self.path.with_suffix(".jsonl"), b"".join(line + b"\n" for line in self.lines))
         os.replace(part, self.path)
         return entry, self._sums
 
     def discard(self) -> None:
         self._file.close()
         Path(self._file.name).unlink(missing_ok=True)
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    """The whole file or, after a kill, the old one."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
-        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
-        _sync(file)
-    os.replace(part, path)
-
-
-def _sync(file: BinaryIO | io.BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())

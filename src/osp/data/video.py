@@ -7,7 +7,6 @@ metadata are applied. Pixels are taken as square: a sample aspect ratio is not a
 import bisect
 import io
 import itertools
-import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from osp.data.files import write_whole
 from osp.errors import DataError, UsageError
 
 # Real containers only: a playlist (HLS, concat) that is named .mp4 must not make us open other files or the network.
@@ -179,13 +179,7 @@ def write_video(path: Path, video: Tensor, fps: float, *, lossless: bool = False
 
     See `encode_video` for the encoding.
     """
-    data = encode_video(video, fps, lossless=lossless)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, encode_video(video, fps, lossless=lossless))
 
 
 def encode_video(video: Tensor, fps: float, *, lossless: bool = False, threads: int = 0) -> bytes:

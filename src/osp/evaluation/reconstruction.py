@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from osp.data.files import write_whole
 from osp.data.video import ClipError, to_float, to_uint8, write_video
 from osp.errors import DataError, UsageError
 from osp.evaluation.contact_sheet import SheetClip, draw_contact_sheet
@@ -200,11 +200,11 @@ def evaluate_reconstruction(
     }
     results = _summary(run, model_name, {**settings, **own_settings}, _frechet_record(frechet, features), baselines)
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    _replace(output / "metrics.json", text.encode())
-    _replace(output / "metrics.csv", _table(results).encode())
+    write_whole(output / "metrics.json", text)
+    write_whole(output / "metrics.csv", _table(results))
     if run.sheet:
         sheet = draw_contact_sheet(run.sheet, f"{model_name}, clips: {len(run.records)}", _headline(results))
-        _replace(output / "contact_sheet.png", _png(sheet))
+        write_whole(output / "contact_sheet.png", _png(sheet))
     return results
 
 
@@ -326,7 +326,7 @@ def _save_pair(folder: Path, key: str, video: Tensor, reconstruction: Tensor, fp
     pair = torch.cat([video.cpu(), reconstruction], dim=-1)
     name = re.sub(r"[^\w.-]+", "_", key.removesuffix(Path(key).suffix))  # keys may be paths
     if pair.shape[1] == 1:
-        _replace(folder / f"{name}.png", _png(Image.fromarray(pair[:, 0].permute(1, 2, 0).numpy())))
+        write_whole(folder / f"{name}.png", _png(Image.fromarray(pair[:, 0].permute(1, 2, 0).numpy())))
     else:
         write_video(folder / f"{name}.mp4", pair, fps)
 
@@ -343,13 +343,6 @@ def _png(image: Image.Image) -> bytes:
     data = io.BytesIO()
     image.save(data, format="PNG")
     return data.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that no one ever sees half of it."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
 
 
 def _shape(video: Tensor) -> str:

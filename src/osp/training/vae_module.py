@@ -10,6 +10,7 @@ from torch import Tensor
 from osp.data.sources import stable_seed
 from osp.data.video import to_float
 from osp.errors import DataError, OspError, UsageError
+from osp.evaluation.metrics import psnr
 from osp.training.discriminator import PatchDiscriminator3d, adaptive_weight, hinge_loss
 from osp.training.ema import ExponentialMovingAverage
 from osp.training.losses import VAELoss
@@ -154,9 +155,8 @@ class VAEModule(lightning.LightningModule):
         """Reconstruct with the averaged weights; gives the reconstruction, `B 3 T H W`."""
         video, vae = to_float(batch["video"]), self.ema.model
         reconstruction = vae.decode(vae.encode(video).mode()).float().clamp(-1.0, 1.0)
-        # Values span 2, so PSNR = 10 log10(4 / mean squared error), for each clip.
-        errors = (reconstruction - video).square().mean(dim=(1, 2, 3, 4)).clamp(min=4e-10)
-        metrics = {"psnr": 10.0 * torch.log10(4.0 / errors), "clips": torch.ones_like(errors)}
+        scores = torch.stack([psnr(mine, theirs) for mine, theirs in zip(reconstruction, video, strict=True)])
+        metrics = {"psnr": scores, "clips": torch.ones_like(scores)}
         if self.loss.perceptual is not None:
             metrics[self.loss.perceptual.name] = self.loss.perceptual(reconstruction, video).mean(dim=1)
         # What fills up the last batches, or stands in for a broken clip, has no weight.
