@@ -243,7 +243,10 @@ def test_one_batch_of_shards_is_learnt_by_heart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = ["synthetic.frames=5", "synthetic.height=16", "synthetic.width=16"]
-    assert call(capsys, monkeypatch, "shards", f"output={tmp_path / 'shards'}", "synthetic.clips=6", *size)[0] == 0
+    assert (
+        call(capsys, monkeypatch, "shards", f"output={tmp_path / 'shards'}", "synthetic.clips=6", *size, "workers=0")[0]
+        == 0
+    )
     run = [
         *TINY,
         "data=shards",

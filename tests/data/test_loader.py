@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from osp.data.loader import Batch, FixedLoader, ResumableLoader
-from osp.data.sources import ShardClips
+from osp.data.sources import FirstClips, ShardClips
 from osp.data.video import ClipError, encode_video, read_clip
 from osp.errors import DataError, UsageError
 
@@ -291,7 +291,8 @@ def test_an_empty_source_is_refused() -> None:
 def test_the_fixed_pass_counts_each_clip_once_over_equal_ranks(world_size: int) -> None:
     source = NumberClips(12)
     ranks = [
-        FixedLoader(source, batch_size=2, clips=10, rank=rank, world_size=world_size) for rank in range(world_size)
+        FixedLoader(FirstClips(source, 10), batch_size=2, rank=rank, world_size=world_size)
+        for rank in range(world_size)
     ]
     passes = [list(rank) for rank in ranks]
     assert {len(batches) for batches in passes} == {len(ranks[0])}

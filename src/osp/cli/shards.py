@@ -17,7 +17,7 @@ from osp.errors import UsageError
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Write the shards; gives what the folder holds now. Raises UsageError unless there is one kind of input."""
-    least = {"clip_seconds": 0.01, "min_frames": 1, "shard_clips": 1, "shard_bytes": 1, "workers": 1}
+    least = {"clip_seconds": 0.01, "min_frames": 1, "shard_clips": 1, "shard_bytes": 1, "workers": 0}
     drawn = {"clips": 0, "frames": 1, "height": 1, "width": 1, "fps": 0.01, "seed": 0}
     check_numbers(cfg, least | {f"synthetic.{key}": value for key, value in drawn.items()}, optional=["workers"])
     if (cfg.input is None) == (cfg.synthetic.clips == 0):

@@ -47,11 +47,11 @@ class ClipDataModule(pl.LightningDataModule):
         val_clips: int | None = None,
     ) -> None:
         super().__init__()
-        self.train_source = train if train_clips is None else FirstClips(train, train_clips)
-        self.val_source = val
+        self.train_source = _first(train, train_clips)
+        self.val_source = None if val is None else _first(val, val_clips)
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
-        self.workers, self.seed, self.val_clips = workers, seed, val_clips
+        self.workers, self.seed = workers, seed
         self._loader: ResumableLoader | None = None
         self._resume_from: dict[str, Any] = {}
         # A bad setting shows here, not at the first validation.
@@ -90,7 +90,6 @@ class ClipDataModule(pl.LightningDataModule):
         return FixedLoader(
             self.val_source,
             batch_size=self.val_batch_size,
-            clips=self.val_clips,
             workers=self.workers,
             rank=rank,
             world_size=world_size,
@@ -109,3 +108,7 @@ class ClipDataModule(pl.LightningDataModule):
         """Stops the training workers; the state can still be saved."""
         if self._loader is not None:
             self._loader.close()
+
+
+def _first(source: ClipSource, clips: int | None) -> ClipSource:
+    return source if clips is None else FirstClips(source, clips)

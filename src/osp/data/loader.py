@@ -237,7 +237,7 @@ class ResumableLoader:
 
 
 class FixedLoader:
-    """The first `clips` clips of a source once each, in the same order in every pass, one rank's share of them.
+    """The clips of a source once each, in the same order in every pass, one rank's share of them.
 
     For validation. All ranks get equally many batches; `weight` (see FixedPlan) is 0 where a clip only fills a batch,
     so averages weighted by it count each readable clip exactly once over all ranks. A batch, on a rank without any
@@ -253,17 +253,14 @@ class FixedLoader:
         source: ClipSource,
         *,
         batch_size: int,
-        clips: int | None = None,
         workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
         prefetch: int = 2,
     ) -> None:
         _check(source, batch_size, workers, rank, world_size, prefetch)
-        if clips is not None and clips < 1:
-            raise UsageError(f"clips={clips}: must be at least 1, or null for all")
         self.source, self.workers, self.prefetch = source, workers, prefetch
-        self.plan = FixedPlan(min(clips or len(source), len(source)), batch_size, rank, world_size)
+        self.plan = FixedPlan(len(source), batch_size, rank, world_size)
         self._reported: set[int] = set()
 
     def __len__(self) -> int:

@@ -48,7 +48,7 @@ class FirstClips:
 
     def __init__(self, source: ClipSource, clips: int) -> None:
         if clips < 1:
-            raise UsageError(f"train_clips={clips}: must be at least 1")
+            raise UsageError(f"train_clips or val_clips is {clips}: must be at least 1, or null for all")
         self.source, self.clips = source, clips
 
     def __len__(self) -> int:

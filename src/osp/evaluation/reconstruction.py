@@ -149,7 +149,8 @@ def evaluate_reconstruction(
 
     Raises:
         UsageError: a setting, or the clips' size, does not fit the networks.
-        DataError: no clip could be evaluated, or `output` cannot be written.
+        DataError: no clip could be evaluated, or `output` cannot be made a folder.
+        OSError: a file in it cannot be written.
     """
     if precision not in AUTOCAST:
         raise UsageError(f"precision={precision}: choose one of {', '.join(AUTOCAST)}")
