@@ -14,9 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from osp.cli import main
 from osp.data.video import encode_video
+from osp.training.checkpoints import load_trained_vae
+from osp.weights import load_pretrained, load_published
+
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 TINY = [
     "experiment=wfvae_tiny",
@@ -177,6 +182,57 @@ def test_a_finished_run_does_nothing_and_another_model_is_refused(
     assert call(capsys, monkeypatch, *run, "vae.decoder_blocks=2", "resume=false")[0] == 0
 
 
+def test_published_weights_are_imported_evaluated_trained_on_and_exported(
+    tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*arguments: str) -> dict:
+        code, out, said = call(capsys, monkeypatch, *arguments)
+        assert code == 0, said
+        return json.loads(out.splitlines()[-1])
+
+    monkeypatch.chdir(tmp_path)
+    golden = GOLDEN / "wfvae_v13" / "d_nearest_noattn_main"
+    stored = load_file(golden.with_suffix(".safetensors"))
+    weights = {key.removeprefix("weights/"): v.float() for key, v in stored.items() if key.startswith("weights/")}
+    Path("published").mkdir()
+    save_file(weights, "published/diffusion_pytorch_model.safetensors")
+    settings = json.loads(golden.with_suffix(".json").read_text())["config"] | {"scale": [0.5] * 4}
+    Path("published/config.json").write_text(json.dumps(settings))
+
+    result = run("import-weights", "kind=wfvae_v13", "source=published", "output=ours")
+    assert result["kind"] == "wfvae_v13"
+    assert result["settings"]["latent_channels"] == 4
+    assert result["parameters"] == sum(p.numel() for p in load_pretrained("ours").parameters())
+    Path("settings.json").write_text(json.dumps(settings))
+    file = "source=published/diffusion_pytorch_model.safetensors"
+    assert run("import-weights", "kind=wfvae_v13", file, "output=b", "config=settings.json")["published"] == {
+        "scale": [0.5] * 4
+    }
+
+    size = ["clip.frames=5", "clip.height=16", "clip.width=16"]
+    evaluation = ["vae=pretrained", "path=ours", f"input={videos}", "perceptual.download=false", "save_videos=0"]
+    assert run("eval", *evaluation, "output=eval", "device=cpu", *size)["model"] == "VAE ours"
+
+    training = ["vae=pretrained", "path=ours", "module.loss.perceptual=null", "debug=limit", "trainer.accelerator=cpu"]
+    assert run("train", *training, "data.workers=0", "output=run", *size)["steps"] == 4
+    trained = load_trained_vae("run/checkpoints/last.ckpt")
+    assert trained.settings == load_pretrained("ours").settings
+    change = trained.decoder.conv_out.weight - load_pretrained("ours").decoder.conv_out.weight
+    assert 0 < change.abs().max() < 1e-3
+
+    exported = run("export-weights", "source=ours", "output=back")["settings"]
+    assert {key: exported[key] for key in settings} == settings
+    back = load_file("back/diffusion_pytorch_model.safetensors")
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[key], value) for key, value in weights.items())
+    run("export-weights", "source=run/checkpoints/last.ckpt", "output=back")
+    again = load_published("wfvae_v13", "back")
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in again.state_dict().items())
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        *("published", "ours", "settings.json", "b", "eval", "run", "back")
+    }
+
+
 WRONG = [
     (["trian"], 2, "there is no verb 'trian'"),
     (["train", *TINY, "vae.base_chanels=8"], 2, "base_chanels"),
@@ -208,6 +264,24 @@ WRONG = [
     (["eval", "checkpoint={tmp}/file", "input={tmp}"], 1, "file: .*not a checkpoint"),
     (["eval", "input={tmp}"], 2, "give checkpoint=FILE"),
     (["eval", "checkpoint={tmp}/none.ckpt", "input={tmp}"], 1, "none.ckpt: no such file"),
+    (["eval", "vae=pretrained", "input={tmp}"], 2, "vae=pretrained path=FOLDER"),
+    (["eval", "vae=pretrained", "path={tmp}", "input={tmp}"], 1, r"has no config\.json"),
+    (["train", "vae=pretrained"], 2, "give path=FOLDER"),
+    (["train", "vae=causalvae_v11", "vae.base_channels=32"], 2, "CausalVideoVAE cannot be trained"),
+    (["import-weights", "source={tmp}", "output={tmp}/o"], 2, "kind"),
+    (
+        ["import-weights", "kind=wfvae", "source={tmp}", "output={tmp}/o"],
+        2,
+        "kind='wfvae' is not known; choose wfvae_v13",
+    ),
+    (["import-weights", "kind=causalvae", "source={tmp}", "output={tmp}/o"], 1, "holds no weights"),
+    (["import-weights", "kind=causalvae", "source={tmp}/file", "output={tmp}/o"], 1, "file: .*not a checkpoint"),
+    (["import-weights", "kind=causalvae", "source={tmp}/none", "output={tmp}/o"], 1, "none: no such file or folder"),
+    (["import-weights", "kind=causalvae", "source={tmp}", "output={tmp}/o", "config=3"], 2, "config=3 makes no sense"),
+    (["import-weights", "kind=causalvae", "source={tmp}", "output={tmp}/o", "config={tmp}/no.json"], 1, r"no\.json"),
+    (["export-weights", "source={tmp}"], 2, "output"),
+    (["export-weights", "source={tmp}", "output={tmp}/o"], 1, r"has no config\.json"),
+    (["export-weights", "source={tmp}/none.ckpt", "output={tmp}/o"], 1, r"none\.ckpt: no such file"),
 ]
 
 
@@ -236,7 +310,7 @@ def test_a_wrong_command_is_told_in_one_line(
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = call(capsys, monkeypatch)
     assert code == 0
-    assert {"shards", "train", "eval"} <= set(out.split())
+    assert {"shards", "train", "eval", "import-weights", "export-weights"} <= set(out.split())
 
 
 def test_one_batch_of_shards_is_learnt_by_heart(

@@ -45,13 +45,21 @@ def test_every_experiment_builds_its_model(experiment: str) -> None:
 @pytest.mark.parametrize("group", ["vae", "data", "module", "trainer", "perceptual", "debug"])
 def test_every_choice_of_every_group_composes(group: str) -> None:
     for name in names(group):
-        verb = "eval" if name in ("trained", "published") else "train"
+        verb = "eval" if name in ("trained", "published", "pretrained", "causalvae_v11", "odvae_v12") else "train"
         overrides = (
             SHARDS if name == "shards" else ["vae.kind=wfvae_v13", "vae.source=x"] if name == "published" else []
         )
         overrides += ["input=x"] if verb == "eval" else []
         cfg = composed(verb, f"{group}={name}", *overrides)
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize("vae", ["causalvae_v11", "odvae_v12"])
+def test_a_vae_to_evaluate_only_is_what_its_configuration_says(vae: str) -> None:
+    with torch.device("meta"):
+        built = instantiate(composed("eval", f"vae={vae}", "input=x").vae)
+    size = f"{sum(value.numel() for value in built.parameters()):,}"
+    assert size in (config_folder() / "vae" / f"{vae}.yaml").read_text()
 
 
 def test_the_tiny_recipe_builds_its_module_with_and_without_discriminator() -> None:

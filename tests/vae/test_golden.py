@@ -14,7 +14,9 @@ from osp.weights import load_published
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 VAE_CASES = [
-    (kind, path.stem) for kind in ("wfvae_v13", "wfvae_v15") for path in sorted((GOLDEN / kind).glob("*.json"))
+    (kind, path.stem)
+    for kind in ("wfvae_v13", "wfvae_v15", "causalvae")
+    for path in sorted((GOLDEN / kind).glob("*.json"))
 ]
 
 

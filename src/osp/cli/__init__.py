@@ -16,6 +16,8 @@ VERBS = {
     "shards": "cut a folder of videos and images into WebDataset shards",
     "train": "train what an experiment composes",
     "eval": "encode and decode videos with a VAE and measure what comes back",
+    "import-weights": "turn published VAE weights into a folder of ours",
+    "export-weights": "turn a VAE of ours into a folder for the published code",
 }
 
 
@@ -61,7 +63,7 @@ def _run(verb: str, overrides: list[str]) -> list[OspError]:
     def task(cfg: DictConfig) -> Any:
         sys.argv = argv  # Lightning starts further processes with it
         try:
-            result = importlib.import_module(f"osp.cli.{verb}").run(cfg)
+            result = importlib.import_module(f"osp.cli.{verb.replace('-', '_')}").run(cfg)
         except Exception as error:
             if (mended := _user_error(error)) is None:
                 raise
@@ -109,7 +111,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {verb:8} {what}" for verb, what in VERBS.items())
+    verbs = "\n".join(f"  {verb:14} {what}" for verb, what in VERBS.items())
     return (
         f"osp VERB key=value ...\n\n{verbs}\n\n"
         "osp VERB --help lists a verb's settings, osp VERB --cfg job prints them composed,\n"

@@ -30,7 +30,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     least = {"max_clips": 1, "batch_size": 1, "contact_sheet_clips": 0, "save_videos": 0}
     check_numbers(cfg, CLIP | least, optional=["max_clips"])
     if cfg.vae.get("path", "") is None:
-        raise UsageError("give checkpoint=FILE of `osp train`, or vae=published vae.kind=KIND vae.source=FILE")
+        raise UsageError(
+            "give checkpoint=FILE of `osp train`, vae=pretrained path=FOLDER of `osp import-weights`, "
+            "or vae=published vae.kind=KIND vae.source=FILE"
+        )
     device = _device(cfg.device)
     output = Path(HydraConfig.get().runtime.output_dir)
     vae = instantiate(cfg.vae)
@@ -79,7 +82,8 @@ def _device(name: str) -> torch.device:
 def _name(cfg: DictConfig) -> str:
     """What the results call the model: the run that trained it, or the file it came from."""
     if cfg.checkpoint is None:
-        return f"{cfg.vae.get('kind', 'VAE')} {Path(str(cfg.vae.get('source', ''))).name}".strip()
+        origin = cfg.vae.get("path") or cfg.vae.get("source") or ""
+        return f"{cfg.vae.get('kind', 'VAE')} {Path(str(origin)).name}".strip()
     path = Path(cfg.checkpoint)
     settings = path.parent.parent / "config.yaml"
     return f"{OmegaConf.load(settings).name} {path.stem}" if settings.is_file() else path.stem

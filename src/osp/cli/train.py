@@ -22,6 +22,7 @@ from osp.data.files import write_whole
 from osp.errors import UsageError
 from osp.training.callbacks import ClipLogger, ProgressLog
 from osp.training.checkpoints import BEST, LAST, AtomicCheckpointIO, LastCheckpoint
+from osp.vae import WFVAE
 from osp.weights.files import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     lightning.seed_everything(cfg.seed, verbose=False)
 
     vae = instantiate(cfg.vae)
+    if not isinstance(vae, WFVAE):
+        raise UsageError(f"a {type(vae).__name__} cannot be trained here, only evaluated; choose a WF-VAE as vae")
+    vae.train()  # weights that were read come in eval mode
     for part in ("train", "val"):
         clips = cfg.data[part]
         if clips is None:

@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,20 @@ from torch import Tensor, nn
 from osp.errors import OspError
 
 _SHOWN = 20
+
+# What the readers raise at files that were cut off or altered, as tried with some thousand of them.
+_DAMAGED = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    AssertionError,
+    struct.error,
+)
 
 
 class WeightImportError(OspError):
@@ -31,12 +46,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of odd numbers in damaged files, which are refused anyway
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise WeightImportError(f"{path}: not a readable safetensors file ({error})") from error
     except pickle.UnpicklingError as error:
         raise WeightImportError(f"{path}: holds more than tensors and is refused, or is not a checkpoint") from error
-    except (RuntimeError, EOFError, ValueError, LookupError, AssertionError, struct.error) as error:
+    except _DAMAGED as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise WeightImportError(f"{path}: damaged or not a checkpoint ({reason})") from error
     if not isinstance(loaded, dict):

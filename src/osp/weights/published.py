@@ -1,6 +1,7 @@
-"""Load published checkpoints into our modules, refusing whatever does not fit."""
+"""Published checkpoints to our modules, refusing whatever does not fit, and our modules to published checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,45 +9,58 @@ import torch
 from torch import Tensor, nn
 
 from osp.errors import UsageError
-from osp.weights import wfvae
-from osp.weights.files import WeightImportError, check_keys, read_checkpoint
+from osp.vae import WFVAE, CausalVideoVAE
+from osp.weights import causalvae, wfvae
+from osp.weights.files import check_keys
+from osp.weights.folders import config_path, read_config, read_weights, unwrapped, write_model
+from osp.weights.keys import KeyPair, from_published
+from osp.weights.keys import to_published as _to_published
 
-# Constructor settings of the published full-size models, in the names of their own config files.
-_WFVAE = {
-    "base_channels": 128,
-    "encoder_num_resblocks": 2,
-    "decoder_num_resblocks": 2,
-    "encoder_energy_flow_hidden_size": 128,
-    "decoder_energy_flow_hidden_size": 128,
-    "connect_res_layer_num": 1,
-    "norm_type": "layernorm",
-    "use_attention": True,
-    "t_interpolation": "trilinear",
-    "dropout": 0.0,
-    "l2_dowmsample_block": "Spatial2xTime2x3DDownsample",
-    "l2_downsample_wavelet": "HaarWaveletTransform3D",
-    "l2_upsample_block": "Spatial2xTime2x3DUpsample",
-    "l2_upsample_wavelet": "InverseHaarWaveletTransform3D",
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_CLASS = "_class_name"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the published code writes a model of ours.
+
+    `build` makes the model, without weights, for published settings and the weights they came with; `key_pairs` names
+    its tensors there; `settings` are its published settings; `class_name` is that of the published class.
+    """
+
+    model: type[nn.Module]
+    class_name: str
+    build: Callable[[Mapping[str, Any], Mapping[str, Any]], nn.Module]
+    key_pairs: Callable[[Any], Iterable[KeyPair]]
+    settings: Callable[[Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A published model: its layout, what its settings are where a configuration is silent, and its full sizes."""
+
+    layout: Layout
+    defaults: Mapping[str, Any]
+    full_sizes: tuple[Mapping[str, Any], ...]
+
+
+_WFVAE = Layout(WFVAE, "WFVAEModel", wfvae.build, wfvae.key_pairs, wfvae.published_settings)
+_CAUSALVAE = Layout(
+    CausalVideoVAE, "CausalVAEModel", causalvae.build, causalvae.key_pairs, causalvae.published_settings
+)
+KINDS: dict[str, Kind] = {
+    "wfvae_v13": Kind(_WFVAE, wfvae.DEFAULTS_V13, wfvae.FULL_SIZES_V13),
+    "wfvae_v15": Kind(_WFVAE, wfvae.DEFAULTS_V15, wfvae.FULL_SIZES_V15),
+    "causalvae": Kind(_CAUSALVAE, causalvae.DEFAULTS, causalvae.FULL_SIZES),
 }
-_PUBLISHED_SETTINGS: dict[str, dict[str, Any]] = {
-    "wfvae_v13": _WFVAE
-    | {
-        "latent_dim": 8,
-        "l1_dowmsample_block": "Downsample",
-        "l1_downsample_wavelet": "HaarWaveletTransform2D",
-        "l1_upsample_block": "Upsample",
-        "l1_upsample_wavelet": "InverseHaarWaveletTransform2D",
-    },
-    "wfvae_v15": _WFVAE
-    | {
-        "latent_dim": 32,
-        "base_channels": 160,
-        "l1_dowmsample_block": "Spatial2xTime2x3DDownsample",
-        "l1_downsample_wavelet": "HaarWaveletTransform3D",
-        "l1_upsample_block": "Spatial2xTime2x3DUpsample",
-        "l1_upsample_wavelet": "InverseHaarWaveletTransform3D",
-    },
-}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A published model with its weights, and what its configuration says beyond the model's shape (as `scale`)."""
+
+    model: nn.Module
+    further_settings: dict[str, Any]
 
 
 def load_published(
@@ -54,32 +68,88 @@ def load_published(
 ) -> nn.Module:
     """A published model with its weights, float32 and in eval mode.
 
-    `kind` is "wfvae_v13" or "wfvae_v15". `source` is a `.safetensors`, `.pt` or `.ckpt` file or a state dict with the
-    published keys. `config` holds the published constructor settings; None means those of the full-size model.
+    `kind` is "wfvae_v13", "wfvae_v15" or "causalvae". `source` is a checkpoint file (safetensors or torch), a folder
+    with one or with shards, or a state dict with the published keys. `config` holds the published constructor settings;
+    None means those of the `config.json` in the folder or beside the file, else those of the published full-size model
+    that the keys are most like.
 
-    Raises UsageError for another kind, WeightImportError for a file that cannot be read safely and for unknown,
-    missing or misshapen keys, which it lists.
+    Raises UsageError for another kind and for settings that no published model has, WeightImportError for files that
+    cannot be read safely and for unknown, missing or misshapen keys, which it lists.
     """
-    if kind not in _PUBLISHED_SETTINGS:
-        raise UsageError(f"kind={kind!r} is not known; choose {' or '.join(_PUBLISHED_SETTINGS)}")
-    published = read_state_dict(source) if isinstance(source, str | Path) else source
-    with torch.device("meta"):
-        vae = wfvae.build(_PUBLISHED_SETTINGS[kind] | dict(config or {}))
-    pairs = list(wfvae.key_pairs(vae))
-    check_keys({key: pair.published_shape for pair in pairs for key in pair.published}, published)
-    vae.load_state_dict(wfvae.from_published(iter(pairs), published, vae), assign=True)
-    return vae.eval()
+    return import_published(kind, source, config).model
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint file.
+def import_published(
+    kind: str, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+) -> Imported:
+    """As `load_published`, with what the configuration says beyond the model's shape."""
+    if kind not in KINDS:
+        raise UsageError(f"kind={kind!r} is not known; choose {' or '.join(KINDS)}")
+    origin, name = "config", "the checkpoint"
+    if isinstance(source, str | Path):
+        if config is None and (config := read_config(source)) is not None:
+            origin = str(config_path(source))
+            if "model" in config and "settings" in config:
+                raise UsageError(f"{source} is no published model but one of `osp import-weights`; use vae=pretrained")
+        weights, name = read_weights(source), str(source)
+    else:
+        weights = unwrapped(source)
+    if config is None:
+        name += " (read with the full-size settings, as there is no config)"
+    sizes = KINDS[kind].full_sizes if config is None else (config,)
+    candidates = [_Candidate(KINDS[kind], size, weights, origin) for size in sizes]
+    best = min(candidates, key=lambda candidate: candidate.misfits)
+    check_keys(best.expected, weights, name)
+    best.model.load_state_dict(from_published(best.pairs, weights, best.model), assign=True)
+    return Imported(best.model.eval(), best.further_settings)
 
-    A training checkpoint's weights lie under `ema_state_dict` (preferred unless empty), `state_dict` or
-    `state_dict.gen_model`; the prefix `module.` is dropped. Raises WeightImportError, see `read_checkpoint`.
+
+def to_published(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model as the published code names it. Raises UsageError for a model it does not know."""
+    return _to_published(_layout(model).key_pairs(model), model.state_dict())
+
+
+def published_settings(model: nn.Module) -> dict[str, Any]:
+    """The constructor settings of a model as the published code names them. Raises UsageError as `to_published`."""
+    return _layout(model).settings(model)
+
+
+def save_published(
+    model: nn.Module, folder: str | Path, further_settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write a model for the published code: `config.json` and `diffusion_pytorch_model.safetensors`.
+
+    `further_settings` go into the configuration too. Gives what it says. Raises UsageError for a folder that holds
+    something else.
     """
-    loaded = read_checkpoint(path)
-    weights = loaded.get("ema_state_dict") or loaded.get("state_dict") or loaded
-    if not isinstance(weights, Mapping):
-        raise WeightImportError(f"{path}: its state dict is a {type(weights).__name__}, not tensors by name")
-    weights = weights.get("gen_model") or weights
-    return {key.removeprefix("module."): value for key, value in weights.items() if isinstance(value, Tensor)}
+    config = {_CLASS: _layout(model).class_name, **(further_settings or {}), **published_settings(model)}
+    write_model(Path(folder), _WEIGHTS, to_published(model), config, is_alike=lambda other: _CLASS in other)
+    return config
+
+
+class _Candidate:
+    """A model that weights may be of."""
+
+    def __init__(self, kind: Kind, settings: Mapping[str, Any], weights: Mapping[str, Tensor], origin: str) -> None:
+        try:
+            with torch.device("meta"):
+                self.model = kind.layout.build({**kind.defaults, **settings}, weights)
+        except UsageError as error:
+            raise UsageError(f"{origin}: {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"{origin}: these settings make no {kind.layout.class_name} ({error})") from error
+        self.pairs = list(kind.layout.key_pairs(self.model))
+        self.expected = {key: pair.published_shape for pair in self.pairs for key in pair.published}
+        shaping = kind.layout.settings(self.model)
+        self.further_settings = {
+            key: value for key, value in settings.items() if key not in shaping and not key.startswith("_")
+        }
+        found = {key: tuple(value.shape) for key, value in weights.items()}
+        self.misfits = len(self.expected.items() ^ found.items())
+
+
+def _layout(model: nn.Module) -> Layout:
+    for kind in KINDS.values():
+        if isinstance(model, kind.layout.model):
+            return kind.layout
+    raise UsageError(f"there is no published form of a {type(model).__name__}")

@@ -1,0 +1,26 @@
+"""`osp export-weights`: a VAE of ours -> a folder for the published code."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import to_absolute_path
+from omegaconf import DictConfig
+
+from osp.training.checkpoints import load_trained_vae
+from osp.weights.pretrained import load_pretrained, published_part
+from osp.weights.published import save_published
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Write the VAE of a folder of `osp import-weights` or of a checkpoint; gives what the output folder holds."""
+    source, output = (Path(to_absolute_path(str(path))) for path in (cfg.source, cfg.output))
+    if source.is_dir():
+        vae, further_settings = load_pretrained(source), published_part(source)
+    else:
+        vae, further_settings = load_trained_vae(source), {}
+    settings = save_published(vae, output, further_settings)
+    return {
+        "output": str(output),
+        "parameters": sum(parameter.numel() for parameter in vae.parameters()),
+        "settings": settings,
+    }

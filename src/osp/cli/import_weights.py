@@ -1,0 +1,38 @@
+"""`osp import-weights`: published weights -> a folder of ours."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import to_absolute_path
+from omegaconf import DictConfig, OmegaConf
+
+from osp.errors import UsageError
+from osp.weights.folders import read_json
+from osp.weights.pretrained import save_pretrained
+from osp.weights.published import import_published
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Read, check and write the weights; gives what the output folder holds. Raises UsageError for a bad `config`."""
+    imported = import_published(cfg.kind, to_absolute_path(str(cfg.source)), _published_settings(cfg.config))
+    output = Path(to_absolute_path(str(cfg.output)))
+    save_pretrained(imported.model, output, imported.further_settings)
+    return {
+        "output": str(output),
+        "parameters": sum(parameter.numel() for parameter in imported.model.parameters()),
+        "kind": cfg.kind,
+        "settings": imported.model.settings,
+        "published": imported.further_settings,
+    }
+
+
+def _published_settings(config: Any) -> dict[str, Any] | None:
+    """The settings that `config` holds, or names the JSON file of."""
+    if config is None:
+        return None
+    if isinstance(config, str):
+        return read_json(Path(to_absolute_path(config)))
+    settings = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    if not isinstance(settings, dict):
+        raise UsageError(f"config={settings} makes no sense; give a JSON file or {{key: value}}")
+    return {str(key): value for key, value in settings.items()}

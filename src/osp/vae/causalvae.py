@@ -1,0 +1,270 @@
+"""CausalVideoVAE: the causal convolutional video VAE of v1.0 and v1.1, and OD-VAE, its faster heir of v1.2.
+
+Chen et al., "OD-VAE: An Omni-dimensional Video Compressor for Improving Latent Video Diffusion Model",
+arXiv:2409.01199. A pyramid of residual levels; v1.0 works in 3D throughout and halves time by averaging, v1.2 starts
+with levels that see single frames and halves time with strided convolutions.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from osp.errors import UsageError
+from osp.vae.autoencoder import VideoVAE
+from osp.vae.layers import (
+    CausalConv3d,
+    Downsample,
+    FrameAttention,
+    Norm,
+    ResidualBlock,
+    Upsample,
+    activated,
+    add,
+    norm_layer,
+)
+from osp.vae.stream import Chain, StreamState
+
+COLOURS = 3
+
+Kernel = Literal["2d", "3d"]
+Resize = Literal["none", "frame", "space", "space_time"]
+Attention = Literal["frame", "mixed"]
+
+
+@dataclass(frozen=True)
+class CausalVAEConfig:
+    """The shape of a CausalVideoVAE.
+
+    Lists have one entry a level, the finest level first, in the decoder too; level i is `base_channels *
+    multipliers[i]` wide. `encoder_blocks` and `decoder_blocks` say whether the residual blocks of a level see single
+    frames or three, `conv_in` the same of the encoder's first layer. `encoder_resize` and `decoder_resize` are the
+    learned changes of size: "space" alone, or "space_time"; "frame" computes what "space" does and differs in the
+    layout of published checkpoints only. `encoder_time` and `decoder_time` add a halving or doubling of time without
+    weights. `inner_channels` are those between encoder or decoder and the 1x1x1 convolution at the latent. "mixed" is
+    an older form of attention.
+    """
+
+    latent_channels: int = 4
+    inner_channels: int = 4
+    base_channels: int = 128
+    multipliers: Sequence[int] = (1, 2, 4, 4)
+    blocks: int = 2
+    conv_in: Kernel = "3d"
+    encoder_blocks: Sequence[Kernel] = ("3d", "3d", "3d", "3d")
+    encoder_resize: Sequence[Resize] = ("space", "space", "space", "none")
+    encoder_time: Sequence[bool] = (False, True, True, False)
+    encoder_attention: Attention = "frame"
+    decoder_blocks: Sequence[Kernel] = ("3d", "3d", "3d", "3d")
+    decoder_resize: Sequence[Resize] = ("none", "space", "space", "space")
+    decoder_time: Sequence[bool] = (False, False, True, True)
+    decoder_attention: Attention = "frame"
+    norm: Norm = "group"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("latent_channels", "inner_channels", "base_channels", "blocks"):
+            _check_whole(name, getattr(self, name))
+        if not self.multipliers:
+            raise UsageError("multipliers is empty; it needs one number a level")
+        for multiplier in self.multipliers:
+            _check_whole("multipliers", multiplier)
+        for name in ("encoder_attention", "decoder_attention"):
+            _check_choice(name, getattr(self, name), get_args(Attention))
+        _check_choice("conv_in", self.conv_in, get_args(Kernel))
+        for part, choices in (("blocks", get_args(Kernel)), ("resize", get_args(Resize)), ("time", (True, False))):
+            for name in (f"encoder_{part}", f"decoder_{part}"):
+                levels = getattr(self, name)
+                if isinstance(levels, str) or len(levels) != len(self.multipliers):
+                    raise UsageError(
+                        f"{name}={levels} does not fit multipliers={list(self.multipliers)}; it needs one entry a level"
+                    )
+                for level in levels:
+                    _check_choice(name, level, choices)
+        # What comes from YAML or JSON is a list; equal settings must compare as equal.
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), Sequence) and not isinstance(value, str):
+                object.__setattr__(self, field.name, tuple(value))
+        if self.strides("encoder") != self.strides("decoder"):
+            raise UsageError(
+                f"the encoder shrinks time and space by {self.strides('encoder')}, "
+                f"the decoder grows them by {self.strides('decoder')}; make the resize and time entries agree"
+            )
+
+    def strides(self, half: Literal["encoder", "decoder"]) -> tuple[int, int]:
+        """By how much one half changes time and space."""
+        resizes, times = getattr(self, f"{half}_resize"), getattr(self, f"{half}_time")
+        doublings = sum(times) + sum(resize == "space_time" for resize in resizes)
+        return 2**doublings, 2 ** sum(resize != "none" for resize in resizes)
+
+
+class TimeDownsample(nn.Module):
+    """Averages three frames at every second one; the first frame is repeated twice in front."""
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B C T H W` -> `B C 1+(T-1)/2 H W`."""
+        held = state.take(self) if state is not None else None
+        past = x[:, :, :1].expand(-1, -1, 2, -1, -1) if held is None else held[0]
+        x = torch.cat([past, x], dim=2)
+        outputs = max(0, (x.shape[2] - 3) // 2 + 1)
+        if state is not None:
+            state.keep(self, x[:, :, outputs * 2 :])
+        return F.avg_pool3d(x, (3, 1, 1), (2, 1, 1)) if outputs else x[:, :, :0]
+
+
+class TimeUpsample(Upsample):
+    """Doubles the frames after the first one by linear interpolation, as `Upsample` does, with no convolution."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.interpolation = "trilinear"
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B C T H W` -> `B C 1+2(T-1) H W`."""
+        # In half precision interpolation loses bits.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self._double_time(wide, state).to(x.dtype)
+
+
+class MixedAttention(FrameAttention):
+    """The older attention that some published weights were trained with.
+
+    It cuts `B C T H W` into B*T blocks as the numbers lie in memory, channels before frames. With more than one frame
+    a block is no frame but some channels' history, so this can never stream. Its norm is always a group norm.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, norm="group")
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B C T H W` -> the same shape. Raises UsageError in a stream."""
+        normed = self.norm(x, state)
+        batch, channels, frames, height, width = x.shape
+        q, k, v = (
+            layer(normed).reshape(batch * frames, 1, channels, height * width).transpose(2, 3)
+            for layer in (self.q, self.k, self.v)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return add(self.output(attended.transpose(2, 3).reshape(x.shape)), x)
+
+
+class Encoder(nn.Module):
+    """Video to the moments of the posterior."""
+
+    def __init__(self, config: CausalVAEConfig) -> None:
+        super().__init__()
+        c = config
+        widths = [c.base_channels * multiplier for multiplier in c.multipliers]
+        self.conv_in = CausalConv3d(COLOURS, c.base_channels, (3, 3, 3) if c.conv_in == "3d" else (1, 3, 3))
+        self.levels = Chain()
+        for level, (inputs, width) in enumerate(zip([c.base_channels, *widths], widths, strict=False)):
+            blocks = _blocks(c.blocks, inputs, width, c.encoder_blocks[level], c)
+            resize: list[nn.Module] = []
+            if c.encoder_resize[level] != "none":
+                resize.append(Downsample(width, time=c.encoder_resize[level] == "space_time"))
+            if c.encoder_time[level]:
+                resize.append(TimeDownsample())
+            self.levels.append(_level(blocks, resize))
+        # The published encoder's attention has a group norm whatever the others have.
+        self.mid = _mid(widths[-1], c.encoder_attention, "group", c)
+        self.norm_out = norm_layer(c.norm, widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], 2 * c.inner_channels, (3, 3, 3))
+        self.moments = CausalConv3d(2 * c.inner_channels, 2 * c.latent_channels, (1, 1, 1))
+
+    def forward(self, video: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B 3 T H W` -> moments `B 2L T' H' W'`."""
+        h = self.mid(self.levels(self.conv_in(video, state), state), state)
+        return self.moments(activated(self.norm_out, self.conv_out, h, state), state)
+
+
+class Decoder(nn.Module):
+    """Latent to video. `levels` are those of the encoder in its order, the finest first; they run from the last."""
+
+    def __init__(self, config: CausalVAEConfig) -> None:
+        super().__init__()
+        c = config
+        widths = [c.base_channels * multiplier for multiplier in c.multipliers]
+        self.from_latent = CausalConv3d(c.latent_channels, c.inner_channels, (1, 1, 1))
+        self.conv_in = CausalConv3d(c.inner_channels, widths[-1], (3, 3, 3))
+        self.mid = _mid(widths[-1], c.decoder_attention, c.norm, c)
+        self.levels = nn.ModuleList()
+        for level, (width, inputs) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
+            blocks = _blocks(c.blocks + 1, inputs, width, c.decoder_blocks[level], c)
+            resize: list[nn.Module] = []
+            if c.decoder_resize[level] != "none":
+                resize.append(Upsample(width, time=c.decoder_resize[level] == "space_time"))
+            if c.decoder_time[level]:
+                resize.append(TimeUpsample())
+            self.levels.append(_level(blocks, resize))
+        self.norm_out = norm_layer(c.norm, widths[0])
+        self.conv_out = CausalConv3d(widths[0], COLOURS, (3, 3, 3))
+
+    def forward(self, latent: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B L T' H' W'` -> video `B 3 T H W`."""
+        h = self.mid(self.conv_in(self.from_latent(latent, state), state), state)
+        for level in reversed(self.levels):
+            h = level(h, state)
+        return activated(self.norm_out, self.conv_out, h, state)
+
+
+class CausalVideoVAE(VideoVAE):
+    """The CausalVideoVAE of v1.0 and v1.1 (the defaults), OD-VAE of v1.2, and any other shape of the family.
+
+    Takes the fields of `CausalVAEConfig` as keyword arguments. Raises UsageError for a shape that cannot be built. The
+    encoder of this family cannot stream, because its attention normalises over all frames.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        known = [field.name for field in fields(CausalVAEConfig)]
+        if unknown := sorted(settings.keys() - set(known)):
+            raise UsageError(f"CausalVideoVAE has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+        self.config = CausalVAEConfig(**settings)
+        self.latent_channels = self.config.latent_channels
+        self.time_stride, self.space_stride = self.config.strides("encoder")
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments that build this VAE again."""
+        return asdict(self.config)
+
+    def encode_moments(self, video: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B 3 T H W` -> mean and log variance, `B 2L T' H' W'`. Raises UsageError in a stream."""
+        return self.encoder(video, state)
+
+    def decode_latent(self, latent: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B L T' H' W'` -> video `B 3 T H W`. Raises UsageError in a stream unless norm=layer."""
+        return self.decoder(latent, state)
+
+
+def _blocks(count: int, inputs: int, width: int, kernel: Kernel, config: CausalVAEConfig) -> list[nn.Module]:
+    return [
+        ResidualBlock(inputs if i == 0 else width, width, norm=config.norm, time=kernel == "3d", dropout=config.dropout)
+        for i in range(count)
+    ]
+
+
+def _level(blocks: list[nn.Module], resize: list[nn.Module]) -> Chain:
+    return Chain(OrderedDict(blocks=Chain(*blocks), resize=Chain(*resize)))
+
+
+def _mid(width: int, attention: Attention, norm: Norm, config: CausalVAEConfig) -> Chain:
+    attend = FrameAttention(width, norm=norm) if attention == "frame" else MixedAttention(width)
+    first, last = (ResidualBlock(width, width, norm=config.norm, dropout=config.dropout) for _ in range(2))
+    return Chain(first, attend, last)
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name}={value} makes no sense; it must be a whole number of at least 1")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name}={value!r} is not known; choose {' or '.join(map(str, choices))}")

@@ -1,0 +1,144 @@
+"""Published CausalVideoVAE and OD-VAE checkpoints <-> our modules, by `osp.weights.keys`."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from osp.errors import UsageError
+from osp.vae.causalvae import CausalVAEConfig, CausalVideoVAE
+from osp.weights.keys import KeyPair, Setting, layer_pairs, settings_from_published, settings_to_published
+
+# Ours -> theirs, one after another.
+_RENAMED = tuple(
+    (re.compile(pattern), theirs)
+    for pattern, theirs in (
+        (r"^encoder\.moments$", "quant_conv"),
+        (r"^decoder\.from_latent$", "post_quant_conv"),
+        (r"^encoder\.levels\.(\d+)\.resize\.0", r"encoder.down.\1.downsample"),
+        (r"^decoder\.levels\.(\d+)\.resize\.0", r"decoder.up.\1.upsample"),
+        (r"^encoder\.levels\.(\d+)\.blocks", r"encoder.down.\1.block"),
+        (r"^decoder\.levels\.(\d+)\.blocks", r"decoder.up.\1.block"),
+        (r"\.mid\.0\.", ".mid.block_1."),
+        (r"\.mid\.1\.", ".mid.attn_1."),
+        (r"\.mid\.2\.", ".mid.block_2."),
+        (r"\.shortcut$", ".nin_shortcut"),
+        (r"\.output$", ".proj_out"),
+    )
+)
+
+_KERNELS = {"ResnetBlock2D": "2d", "ResnetBlock3D": "3d"}
+_DOWN = {"": "none", "Downsample": "frame", "SpatialDownsample2x": "space", "Spatial2xTime2x3DDownsample": "space_time"}
+_UP = {"": "none", "Upsample": "frame", "SpatialUpsample2x": "space", "Spatial2xTime2x3DUpsample": "space_time"}
+_ATTENTION = {"AttnBlock3DFix": "frame", "AttnBlock3D": "mixed"}
+_SETTINGS = {
+    "hidden_size": Setting("base_channels"),
+    "z_channels": Setting("inner_channels"),
+    "embed_dim": Setting("latent_channels"),
+    "hidden_size_mult": Setting("multipliers"),
+    "num_res_blocks": Setting("blocks"),
+    "dropout": Setting("dropout"),
+    "norm_type": Setting("norm", {"groupnorm": "group", "layernorm": "layer"}),
+    "encoder_conv_in": Setting("conv_in", {"CausalConv3d": "3d", "Conv2d": "2d"}),
+    "encoder_resnet_blocks": Setting("encoder_blocks", _KERNELS),
+    "encoder_spatial_downsample": Setting("encoder_resize", _DOWN),
+    "encoder_temporal_downsample": Setting("encoder_time", {"": False, "TimeDownsample2x": True}),
+    "encoder_attention": Setting("encoder_attention", _ATTENTION),
+    "decoder_resnet_blocks": Setting("decoder_blocks", _KERNELS),
+    "decoder_spatial_upsample": Setting("decoder_resize", _UP),
+    "decoder_temporal_upsample": Setting("decoder_time", {"": False, "TimeUpsample2x": True}),
+    "decoder_attention": Setting("decoder_attention", _ATTENTION),
+}
+# Entries of their config files that all models share.
+_SAME_IN_ALL: dict[str, Any] = {
+    "attn_resolutions": [],
+    "double_z": True,
+    "encoder_conv_out": "CausalConv3d",
+    "encoder_mid_resnet": "ResnetBlock3D",
+    "decoder_conv_in": "CausalConv3d",
+    "decoder_conv_out": "CausalConv3d",
+    "decoder_mid_resnet": "ResnetBlock3D",
+    "q_conv": "CausalConv3d",
+    "use_quant_layer": True,
+}
+# Entries that do not shape the network, and the beginnings of such.
+_NOT_SHAPING = ("resolution", "lr", "use_tiling")
+_NOT_SHAPING_BEGIN = ("_", "loss_")
+
+# What the published class does where its config is silent is what our defaults are (v1.0 and v1.1).
+DEFAULTS: dict[str, Any] = {}
+# What the full-size models have beyond them: v1.0 and v1.1 nothing, v1.2 the rest.
+FULL_SIZES: tuple[dict[str, Any], ...] = (
+    {},
+    {
+        "encoder_conv_in": "Conv2d",
+        "encoder_resnet_blocks": ["ResnetBlock2D", "ResnetBlock2D", "ResnetBlock3D", "ResnetBlock3D"],
+        "encoder_spatial_downsample": [
+            "Downsample",
+            "Spatial2xTime2x3DDownsample",
+            "Spatial2xTime2x3DDownsample",
+            "",
+        ],
+        "encoder_temporal_downsample": ["", "", "", ""],
+        "decoder_spatial_upsample": [
+            "",
+            "SpatialUpsample2x",
+            "Spatial2xTime2x3DUpsample",
+            "Spatial2xTime2x3DUpsample",
+        ],
+        "decoder_temporal_upsample": ["", "", "", ""],
+    },
+)
+
+
+def build(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> CausalVideoVAE:
+    """The VAE of published constructor settings, on the current default device, without weights.
+
+    Raises UsageError for a setting that no published VAE has, and for a shape that cannot be built.
+    """
+    c = published_settings
+    for key, value in c.items():
+        if key in _SAME_IN_ALL and value != _SAME_IN_ALL[key]:
+            raise UsageError(f"{key}={value!r} is of no published CausalVideoVAE; all have {_SAME_IN_ALL[key]!r}")
+    known = {*_SETTINGS, *_SAME_IN_ALL, *_NOT_SHAPING}
+    if unknown := [key for key in c if key not in known and not key.startswith(_NOT_SHAPING_BEGIN)]:
+        raise UsageError(
+            f"a published CausalVideoVAE has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+        )
+    settings = settings_from_published(_SETTINGS, c)
+    levels = settings.get("multipliers", CausalVAEConfig.multipliers)
+    if len(levels) < len(CausalVAEConfig.multipliers):
+        # The published lists of levels have four entries where a config is silent, of which a smaller model uses fewer.
+        lists = {f.name: f.default for f in fields(CausalVAEConfig) if isinstance(f.default, tuple)}
+        settings = {name: default[: len(levels)] for name, default in lists.items()} | settings
+    return CausalVideoVAE(**settings)
+
+
+def published_settings(vae: CausalVideoVAE) -> dict[str, Any]:
+    """The published constructor settings of a VAE."""
+    return settings_to_published(_SETTINGS, vae.settings)
+
+
+def key_pairs(vae: CausalVideoVAE) -> Iterator[KeyPair]:
+    """Every tensor of the VAE with its published key."""
+    flat = _flat_parts(vae)
+    return layer_pairs(vae, _published_name, lambda name, _: name.startswith(flat))
+
+
+def _published_name(name: str) -> str:
+    for pattern, theirs in _RENAMED:
+        name = pattern.sub(theirs, name)
+    return name
+
+
+def _flat_parts(vae: CausalVideoVAE) -> tuple[str, ...]:
+    """The beginnings of the names of what the published models compute with 2D convolutions."""
+    c = vae.config
+    parts = ["encoder.conv_in"] if c.conv_in == "2d" else []
+    for half, blocks, resizes in (
+        ("encoder", c.encoder_blocks, c.encoder_resize),
+        ("decoder", c.decoder_blocks, c.decoder_resize),
+    ):
+        parts += [f"{half}.levels.{i}.blocks." for i, kernel in enumerate(blocks) if kernel == "2d"]
+        parts += [f"{half}.levels.{i}.resize." for i, resize in enumerate(resizes) if resize == "frame"]
+    return tuple(parts)

@@ -1,0 +1,148 @@
+"""Weights as people have them: one file, a folder with its `config.json`, or shards with an index."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from osp.data.files import sync, write_whole
+from osp.errors import UsageError
+from osp.weights.files import WeightImportError, read_checkpoint
+
+CONFIG = "config.json"
+_INDEX = ".index.json"
+_TORCH = (".ckpt", ".pt", ".pth", ".bin")
+# Where a training checkpoint keeps its weights; the averaged ones come first.
+_WRAPPERS = ("ema_state_dict", "state_dict", "gen_model")
+
+
+def read_weights(source: str | Path) -> dict[str, Tensor]:
+    """The weights of a file or folder, without what a training checkpoint wraps around them.
+
+    A folder holds `*.safetensors` (preferred) or one torch file, or shards of either with a `*.index.json`.
+    Raises WeightImportError naming what is missing, damaged, or one of several.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = _weight_file(path)
+    elif not path.exists():
+        raise WeightImportError(f"{path}: no such file or folder")
+    loaded = _read_shards(path) if path.name.endswith(_INDEX) else read_checkpoint(path)
+    weights = unwrapped(loaded)
+    if not weights:
+        raise WeightImportError(f"{path}: holds no tensors by name")
+    return weights
+
+
+def unwrapped(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights in a training checkpoint, or in a state dict.
+
+    They lie under `ema_state_dict` (preferred unless empty), `state_dict` or `gen_model`, also one in another; the
+    prefix `module.` is dropped, and so is what is no tensor (as Megatron's `*_extra_state`).
+    """
+    weights = loaded
+    for _ in _WRAPPERS:
+        inner = (weights[name] for name in _WRAPPERS if isinstance(weights.get(name), Mapping) and weights[name])
+        weights = next(inner, weights)
+    return {str(key).removeprefix("module."): value for key, value in weights.items() if isinstance(value, Tensor)}
+
+
+def read_config(source: str | Path) -> dict[str, Any] | None:
+    """What the `config.json` in a folder, or beside a file, says; None if there is none.
+
+    Raises WeightImportError if it is not a JSON object.
+    """
+    path = config_path(source)
+    return read_json(path) if path.is_file() else None
+
+
+def config_path(source: str | Path) -> Path:
+    """Where the configuration of a weight file or folder is, if it has one."""
+    path = Path(source)
+    return (path if path.is_dir() else path.parent) / CONFIG
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises WeightImportError naming the file if it holds anything else."""
+    try:
+        loaded = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise WeightImportError(f"{path}: not readable as JSON ({str(error) or type(error).__name__})") from error
+    if not isinstance(loaded, dict):
+        raise WeightImportError(f"{path}: holds a JSON {type(loaded).__name__}, not an object")
+    return loaded
+
+
+def write_model(
+    folder: Path,
+    weights_name: str,
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    is_alike: Callable[[Mapping[str, Any]], bool],
+) -> None:
+    """Write weights and `config.json` into a folder; the one that is written last makes it complete.
+
+    A model of the same kind (`is_alike`, asked with its configuration) is replaced. Raises UsageError for a folder that
+    holds another's `config.json` or weights of this name.
+    """
+    config_file, weight_file = folder / CONFIG, folder / weights_name
+    if config_file.exists():
+        if not is_alike(read_json(config_file)):
+            raise UsageError(f"{config_file} is of something else; choose another output folder")
+    elif weight_file.exists():
+        raise UsageError(f"{weight_file} is there already, without a {CONFIG}; choose another output folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{weights_name}.part"
+    try:
+        save_file({key: value.contiguous() for key, value in weights.items()}, part, metadata={"format": "pt"})
+        with open(part, "rb+") as file:
+            sync(file)
+        # Old settings must never stand beside new weights.
+        config_file.unlink(missing_ok=True)
+        os.replace(part, weight_file)
+    finally:
+        part.unlink(missing_ok=True)
+    write_whole(config_file, json.dumps(config, indent=2))
+
+
+def _weight_file(folder: Path) -> Path:
+    """The file that holds a folder's weights, or the index of its shards."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    for suffixes in ((".safetensors",), _TORCH):
+        indices = [path for path in files if path.name.endswith(tuple(suffix + _INDEX for suffix in suffixes))]
+        shards = {name for index in indices for name in _weight_map(index).values()}
+        found = indices + [path for path in files if path.suffix in suffixes and path.name not in shards]
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise WeightImportError(f"{folder}: holds several weight files; name one of {names}")
+        if found:
+            return found[0]
+    raise WeightImportError(f"{folder}: holds no weights (.safetensors, {', '.join(_TORCH)}, or shards with an index)")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise WeightImportError(f"{index}: has no weight_map from keys to files")
+    for name in weight_map.values():
+        if name in ("", ".", "..") or "\\" in name or Path(name).name != name:
+            raise WeightImportError(f"{index}: names the shard {name!r}; a shard lies beside its index")
+    return weight_map
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    weight_map = _weight_map(index)
+    merged: dict[str, Any] = {}
+    for name in sorted(set(weight_map.values())):
+        shard = read_checkpoint(index.parent / name)
+        if twice := sorted(merged.keys() & shard.keys()):
+            raise WeightImportError(f"{index}: {name} and another shard hold {', '.join(twice[:5])}")
+        absent = [key for key, owner in weight_map.items() if owner == name and key not in shard]
+        if absent:
+            raise WeightImportError(f"{index}: {name} lacks {', '.join(absent[:5])}")
+        merged |= shard
+    return merged

@@ -1,0 +1,106 @@
+"""From our modules to the names, shapes and settings of published checkpoints, and back.
+
+All published VAEs share their layers, so they differ from ours in names only: a 3D convolution is wrapped once more
+(`.conv`), so is a layer norm (`.norm`), and a 2D convolution has no time dimension.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osp.errors import UsageError
+from osp.vae.layers import CausalConv3d, Downsample, GroupNorm, LayerNorm
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """One tensor of ours and the keys that hold it in a published checkpoint (several for a wavelet's filters)."""
+
+    ours: str
+    published: tuple[str, ...]
+    published_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Our name of a published setting and, where these differ, our values (of each level, where there is a list)."""
+
+    ours: str
+    values: Mapping[str, Any] | None = None
+
+
+def layer_pairs(
+    model: nn.Module, published_name: Callable[[str], str], is_2d: Callable[[str, CausalConv3d], bool]
+) -> Iterator[KeyPair]:
+    """The weights and biases of all convolutions and norms of a VAE.
+
+    `published_name` gives the published name of a module of ours, without wrappers; `is_2d` says whether a convolution
+    is a 2D one there.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, CausalConv3d):
+            flat = is_2d(name, module)
+            theirs = published_name(name) + ".conv" * (isinstance(module, Downsample) + (not flat))
+            shape = tuple(module.weight.shape)
+            yield KeyPair(f"{name}.weight", (f"{theirs}.weight",), (*shape[:2], *shape[3:]) if flat else shape)
+            yield KeyPair(f"{name}.bias", (f"{theirs}.bias",), shape[:1])
+        elif isinstance(module, LayerNorm | GroupNorm):
+            theirs = published_name(name) + (".norm" if isinstance(module, LayerNorm) else "")
+            for parameter in ("weight", "bias"):
+                yield KeyPair(f"{name}.{parameter}", (f"{theirs}.{parameter}",), tuple(module.weight.shape))
+
+
+def from_published(pairs: Iterable[KeyPair], published: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of ours, float32, with the values of a published one whose keys and shapes have been checked."""
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    return {
+        pair.ours: torch.stack([published[key].detach().float() for key in pair.published]).reshape(shapes[pair.ours])
+        for pair in pairs
+    }
+
+
+def to_published(pairs: Iterable[KeyPair], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A published state dict with the values of ours; no tensor shares memory with another."""
+    return {
+        key: part.clone()
+        for pair in pairs
+        for key, part in zip(
+            pair.published,
+            own[pair.ours].detach().reshape(len(pair.published), *pair.published_shape).unbind(),
+            strict=True,
+        )
+    }
+
+
+def settings_from_published(table: Mapping[str, Setting], published: Mapping[str, Any]) -> dict[str, Any]:
+    """Our settings for the published ones that the table names and the mapping holds.
+
+    Raises UsageError naming a value that no published model has.
+    """
+
+    def ours(key: str, value: Any) -> Any:
+        choices = table[key].values
+        if choices is None:
+            return value
+        if not isinstance(value, str):
+            return tuple(ours(key, part) for part in value)
+        if value not in choices:
+            raise UsageError(f"{key}={value!r} is not known; choose {' or '.join(map(repr, choices))}")
+        return choices[value]
+
+    return {setting.ours: ours(key, published[key]) for key, setting in table.items() if key in published}
+
+
+def settings_to_published(table: Mapping[str, Setting], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The published settings that the table names for ours, as their JSON files hold them."""
+
+    def theirs(key: str, value: Any) -> Any:
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [theirs(key, part) for part in value]
+        choices = table[key].values
+        return value if choices is None else next(name for name, meaning in choices.items() if meaning == value)
+
+    return {key: theirs(key, own[setting.ours]) for key, setting in table.items()}

@@ -1,0 +1,71 @@
+"""Models in our own form: a folder with `model.safetensors` and a `config.json` that says how to build it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from osp.errors import UsageError
+from osp.vae import WFVAE, CausalVideoVAE
+from osp.vae.autoencoder import VideoVAE
+from osp.weights.files import WeightImportError, load_exactly, read_checkpoint
+from osp.weights.folders import CONFIG, read_config, write_model
+
+_WEIGHTS = "model.safetensors"
+_MODELS: dict[str, type[VideoVAE]] = {model.__name__: model for model in (WFVAE, CausalVideoVAE)}
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, published: Mapping[str, Any] | None = None) -> None:
+    """Write a VAE: its weights, and settings that build it again. A VAE that is there already is replaced.
+
+    `published` holds what a published configuration says beyond the VAE's shape. Raises UsageError for another model
+    and for a folder that holds something else.
+    """
+    name = type(model).__name__
+    if name not in _MODELS:
+        raise UsageError(f"a {name} cannot be saved; a {' or '.join(_MODELS)} can")
+    config = {"model": name, "settings": model.settings, "published": dict(published or {})}
+    write_model(Path(folder), _WEIGHTS, model.state_dict(), config, is_alike=lambda other: "model" in other)
+
+
+def load_pretrained(path: str | Path | None) -> VideoVAE:
+    """The VAE in a folder of `save_pretrained`, float32 and in eval mode.
+
+    Raises UsageError without a path, and WeightImportError for a folder that holds no such VAE or a damaged one.
+    """
+    if path is None:
+        raise UsageError("give path=FOLDER, one of `osp import-weights`")
+    config, folder = _config(path), Path(path)
+    model = config.get("model")
+    if not isinstance(model, str) or model not in _MODELS:
+        raise WeightImportError(f"{folder / CONFIG}: model={model!r} is not known; choose {' or '.join(_MODELS)}")
+    try:
+        with torch.device("meta"):
+            vae = _MODELS[model](**config["settings"])
+    except (UsageError, KeyError, TypeError, ValueError) as error:
+        raise WeightImportError(f"{folder / CONFIG}: its settings build no {model} ({error})") from error
+    weights = read_checkpoint(folder / _WEIGHTS)
+    load_exactly(vae, {key: value.float() for key, value in weights.items()}, folder / _WEIGHTS)
+    return vae.eval()
+
+
+def published_part(path: str | Path) -> dict[str, Any]:
+    """What `save_pretrained` was told of the published configuration. Raises WeightImportError as `load_pretrained`."""
+    published = _config(path).get("published", {})
+    if not isinstance(published, dict):
+        raise WeightImportError(f"{Path(path) / CONFIG}: published is no object")
+    return published
+
+
+def _config(path: str | Path) -> dict[str, Any]:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise WeightImportError(f"{folder}: no such folder")
+    config = read_config(folder)
+    if config is None:
+        raise WeightImportError(f"{folder}: has no {CONFIG}; give a folder of `osp import-weights`")
+    if "_class_name" in config:
+        raise WeightImportError(f"{folder}: is in the published form; run `osp import-weights` first")
+    return config

@@ -1,0 +1,132 @@
+"""Sizes, shapes and streaming of the CausalVideoVAE family."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from osp.errors import UsageError
+from osp.vae import CausalVideoVAE
+from osp.vae.causalvae import MixedAttention, TimeDownsample, TimeUpsample
+from osp.vae.layers import FrameAttention
+from osp.vae.stream import StreamState
+from osp.weights import causalvae as published
+
+MANIFESTS = Path(__file__).parent.parent / "golden" / "manifests"
+SIZES = {"causalvae_defaults_4x8x8_4ch": 229_169_895, "odvae_v1_2_4x8x8_4ch": 239_189_991}
+
+
+def tiny(**settings: object) -> CausalVideoVAE:
+    small = {"base_channels": 8, "multipliers": [1, 2, 4], "blocks": 1, "norm": "layer"}
+    levels = {
+        "encoder_blocks": ["2d", "3d", "3d"],
+        "encoder_resize": ["frame", "space_time", "none"],
+        "encoder_time": [True, False, False],
+        "decoder_blocks": ["2d", "3d", "3d"],
+        "decoder_resize": ["none", "space", "space_time"],
+        "decoder_time": [False, True, False],
+    }
+    return CausalVideoVAE(**{**small, **levels, **settings})
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_full_size_parameters_and_keys_are_the_published_ones(name: str) -> None:
+    manifest = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
+    with torch.device("meta"):
+        vae = published.build(manifest["config"])
+    pairs = list(published.key_pairs(vae))
+    keys = {key: list(pair.published_shape) for pair in pairs for key in pair.published}
+    assert keys == manifest["keys"]
+    assert sum(value.numel() for value in vae.parameters()) == SIZES[name] == manifest["params_total"]
+    assert (vae.time_stride, vae.space_stride, vae.latent_channels) == (4, 8, 4)
+    assert {pair.ours for pair in pairs} == set(vae.state_dict())
+
+
+def in_chunks(module: nn.Module, x: Tensor, chunk: int) -> Tensor:
+    state, pieces = StreamState(), []
+    for start in range(0, x.shape[2], chunk):
+        pieces.append(module(x[:, :, start : start + chunk], state))
+    state.last = True
+    pieces.append(module(x[:, :, :0], state))  # the end may be known late
+    return torch.cat(pieces, dim=2)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder", "down", "up"])
+@torch.no_grad()
+def test_layers_give_the_whole_clip_result_in_chunks(part: str) -> None:
+    torch.manual_seed(0)
+    vae = tiny().double().eval()
+    # With the published norm over all frames in its place, the encoder cannot stream; everything else in it can.
+    vae.encoder.mid[1] = FrameAttention(32, norm="layer").double()
+    module, channels = {
+        "encoder": (vae.encoder, 3),
+        "decoder": (vae.decoder, 4),
+        "down": (TimeDownsample(), 2),
+        "up": (TimeUpsample(), 2),
+    }[part]
+    for frames in (1, 5, 13):
+        x = torch.randn(1, channels, frames, 8, 8, dtype=torch.float64)
+        whole = module(x)
+        for chunk in (1, 2, 3, 5, 13):
+            torch.testing.assert_close(in_chunks(module, x, chunk), whole, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_sizes_of_clip_and_latent_fit() -> None:
+    vae = tiny().eval()
+    assert (vae.time_stride, vae.space_stride) == (4, 4)
+    latent = vae.encode(torch.randn(1, 3, 9, 8, 12)).mean
+    assert latent.shape == (1, 4, 3, 2, 3)
+    assert vae.decode(latent).shape == (1, 3, 9, 8, 12)
+
+
+def test_norms_over_all_frames_cannot_stream() -> None:
+    vae = tiny().eval()
+    assert not vae.can_stream
+    with pytest.raises(UsageError, match="cannot stream"):
+        vae.encode(torch.zeros(1, 3, 9, 8, 8), chunk_frames=4)
+    with pytest.raises(UsageError, match="cannot stream"):
+        MixedAttention(32)(torch.zeros(1, 32, 1, 2, 2), StreamState())
+
+
+@torch.no_grad()
+def test_the_older_attention_is_the_other_one_for_a_single_frame_only() -> None:
+    torch.manual_seed(0)
+    mixed, frame = MixedAttention(32), FrameAttention(32, norm="group")
+    frame.load_state_dict(mixed.state_dict())
+    x = torch.randn(2, 32, 3, 4, 4)
+    torch.testing.assert_close(mixed(x[:, :, :1]), frame(x[:, :, :1]))
+    assert not torch.allclose(mixed(x), frame(x), atol=1e-2)
+
+
+def test_settings_build_the_same_vae_again() -> None:
+    vae = tiny(dropout=0.1)
+    again = CausalVideoVAE(**json.loads(json.dumps(vae.settings)))
+    assert again.settings == vae.settings
+    assert again.config == vae.config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base": 3}, "no setting base"),
+        ({"latent_channels": 0}, "latent_channels=0"),
+        ({"blocks": True}, "blocks=True"),
+        ({"multipliers": []}, "multipliers is empty"),
+        ({"multipliers": [1, "2", 4]}, "multipliers=2"),
+        ({"multipliers": [1, 2]}, "encoder_blocks=.*one entry a level"),
+        ({"encoder_blocks": "3d3"}, "encoder_blocks=3d3"),
+        ({"encoder_blocks": ["3d", "4d", "3d"]}, "encoder_blocks='4d'"),
+        ({"decoder_resize": ["none", "space", "time"]}, "decoder_resize='time'"),
+        ({"encoder_attention": "none"}, "encoder_attention='none'"),
+        ({"encoder_time": [False, False, False]}, r"shrinks .*\(2, 4\).*grows .*\(4, 4\)"),
+        ({"norm": "batch"}, "norm='batch'"),
+        ({"norm": "group"}, "multiples of 32"),
+    ],
+)
+def test_shapes_that_cannot_be_built_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        tiny(**settings)

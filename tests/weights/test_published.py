@@ -1,0 +1,222 @@
+"""Published checkpoints become our models and come back unchanged."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from osp.errors import UsageError
+from osp.vae import WFVAE, CausalVideoVAE
+from osp.vae.wavelet import EXACT_SCALE_3D, PUBLISHED_SCALE_3D
+from osp.weights import WeightImportError, load_published, published_settings, save_published, to_published
+from osp.weights.published import import_published
+
+MANIFESTS = Path(__file__).parent.parent / "golden" / "manifests"
+Case = tuple[str, dict, dict[str, Tensor]]
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], value) for key, value in b.items())
+
+
+def test_published_to_ours_to_published_is_the_identity(case: Case) -> None:
+    kind, config, weights = case
+    vae = load_published(kind, weights, config)
+    assert not vae.training
+    assert all(value.dtype == torch.float32 for value in vae.state_dict().values())
+    back = to_published(vae)
+    assert equal(back, weights)
+    settings = published_settings(vae)
+    assert {key: settings[key] for key in config} == config
+    again = load_published(kind, back, settings)
+    assert again.settings == vae.settings
+    assert equal(again.state_dict(), vae.state_dict())
+
+
+WF = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 6}
+CAUSAL = {"base_channels": 32, "blocks": 1}
+OWN = [
+    ("wfvae_v13", WFVAE, {**WF, "level1": "2d"}),
+    ("wfvae_v15", WFVAE, {**WF, "level1": "3d", "attention": False, "haar_scale": PUBLISHED_SCALE_3D}),
+    (
+        "wfvae_v13",
+        WFVAE,
+        {**WF, "base_channels": 32, "encoder_flow_channels": 32, "decoder_flow_channels": 32, "norm": "group"},
+    ),
+    ("causalvae", CausalVideoVAE, CAUSAL),
+    ("causalvae", CausalVideoVAE, {**CAUSAL, "conv_in": "2d", "encoder_attention": "mixed", "norm": "layer"}),
+    (
+        "causalvae",
+        CausalVideoVAE,
+        {
+            **CAUSAL,
+            "multipliers": (1, 2),
+            "encoder_blocks": ("2d", "2d"),
+            "encoder_resize": ("frame", "space_time"),
+            "encoder_time": (False, True),
+            "decoder_blocks": ("2d", "3d"),
+            "decoder_resize": ("frame", "space_time"),
+            "decoder_time": (True, False),
+            "decoder_attention": "mixed",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "model", "settings"), OWN)
+def test_ours_to_published_to_ours_is_the_identity(kind: str, model: type, settings: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = model(**settings).eval()
+    save_published(vae, tmp_path, {"use_tiling": True})
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["_class_name"] in ("WFVAEModel", "CausalVAEModel")
+    imported = import_published(kind, tmp_path)
+    assert imported.further_settings == {"use_tiling": True}
+    assert imported.model.settings == vae.settings
+    assert equal(imported.model.state_dict(), vae.state_dict())
+    frozen = {key for key, value in vae.named_parameters() if not value.requires_grad}
+    assert {key for key, value in imported.model.named_parameters() if not value.requires_grad} == frozen
+
+
+def test_the_settings_say_what_filters_the_weights_hold(small: Case) -> None:
+    kind, config, weights = small
+    assert load_published(kind, weights, config).settings["haar_scale"] == PUBLISHED_SCALE_3D
+    own = WFVAE(**{**load_published(kind, weights, config).settings, "haar_scale": EXACT_SCALE_3D})
+    vae = load_published(kind, to_published(own), config)
+    assert vae.settings["haar_scale"] == EXACT_SCALE_3D
+    assert torch.equal(vae.encoder.wavelet_in.filters, own.encoder.wavelet_in.filters)
+    halved = load_published(kind, {key: value.half() for key, value in weights.items()}, config)
+    again = WFVAE(**halved.settings)
+    assert torch.equal(again.encoder.wavelet_in.filters, halved.encoder.wavelet_in.filters)
+
+
+def test_half_precision_becomes_float32_and_nothing_is_shared(small: Case) -> None:
+    kind, config, weights = small
+    halves = {key: value.to(torch.bfloat16) for key, value in weights.items()}
+    loaded = load_published(kind, halves, config).state_dict()
+    assert all(value.dtype == torch.float32 for value in loaded.values())
+    vae = load_published(kind, weights, config)
+    with torch.no_grad():
+        for value in vae.state_dict().values():
+            value.zero_()
+    assert any(value.abs().sum() > 0 for value in weights.values())
+
+
+@pytest.mark.parametrize("layout", ["folder", "file", "shards", "training"])
+def test_weights_load_from_wherever_they_are(layout: str, small: Case, tmp_path: Path) -> None:
+    kind, config, weights = small
+    source = tmp_path
+    if layout == "folder":
+        save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    elif layout == "file":
+        save_file(weights, source := tmp_path / "weights.safetensors")
+    elif layout == "training":
+        torch.save({"ema_state_dict": {f"module.{key}": v for key, v in weights.items()}}, tmp_path / "checkpoint.ckpt")
+    else:
+        half = len(weights) // 2
+        parts = dict(list(weights.items())[:half]), dict(list(weights.items())[half:])
+        names = {key: f"{i}.safetensors" for i, part in enumerate(parts) for key in part}
+        for i, part in enumerate(parts):
+            save_file(part, tmp_path / f"{i}.safetensors")
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WFVAEModel", **config}))
+    vae = load_published(kind, source)
+    assert equal(to_published(vae), weights)
+    assert vae.settings == load_published(kind, weights, config).settings
+
+
+FULL_SIZE = {
+    "causalvae_defaults_4x8x8_4ch": "causalvae",
+    "odvae_v1_2_4x8x8_4ch": "causalvae",
+    "wfvae_large_16ch": "wfvae_v13",
+    "wfvae_v1_3_4x8x8_4ch": "wfvae_v13",
+    "wfvae_v1_3_4x8x8_8ch": "wfvae_v13",
+    "wfvae_v1_5_8x8x8_32ch": "wfvae_v15",
+}
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_full_size_checkpoint_without_config_is_recognised(name: str) -> None:
+    manifest = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
+    weights = {key: torch.ones(()).expand(shape) for key, shape in manifest["keys"].items()}  # takes no memory
+    del weights["encoder.conv_out.conv.bias"]
+    with pytest.raises(WeightImportError, match=r"full-size settings.*1 missing: encoder\.conv_out\.conv\.bias$"):
+        load_published(FULL_SIZE[name], weights)
+
+
+def test_what_a_configuration_says_beyond_the_shape_is_kept(small: Case) -> None:
+    kind, config, weights = small
+    further = {"scale": [0.5] * 4, "shift": [0.0] * 4, "use_tiling": True}
+    imported = import_published(kind, weights, config | further | {"_diffusers_version": "0.30"})
+    assert imported.further_settings == further
+
+
+def test_keys_that_do_not_fit_are_listed_with_the_file(small: Case, tmp_path: Path) -> None:
+    kind, config, weights = small
+    wrong = dict(weights)
+    wrong["encoder.extra.weight"] = torch.zeros(1)
+    wrong["decoder.conv_out.bias"] = torch.zeros(7)
+    del wrong["encoder.conv_out.conv.weight"]
+    save_file(wrong, tmp_path / "wrong.safetensors")
+    with pytest.raises(WeightImportError) as caught:
+        load_published(kind, tmp_path / "wrong.safetensors", config)
+    said = str(caught.value)
+    assert said.startswith(str(tmp_path / "wrong.safetensors"))
+    for part in (
+        "1 missing: encoder.conv_out.conv.weight",
+        "1 unknown: encoder.extra.weight",
+        "decoder.conv_out.bias ((7,)",
+    ):
+        assert part in said
+    with pytest.raises(WeightImportError, match="does not fit the model"):
+        load_published("causalvae", tmp_path / "wrong.safetensors")
+
+
+WRONG_SETTINGS = [
+    ("wfvae_v13", {"latent_dims": 4}, "no setting latent_dims; it has"),
+    ("wfvae_v13", {"latent_dim": "4"}, "these settings make no WFVAEModel"),
+    ("wfvae_v13", {"norm_type": "batchnorm"}, "norm_type='batchnorm' is not known"),
+    ("wfvae_v13", {"l1_upsample_block": "Upsampler"}, "no published WF-VAE has these blocks"),
+    ("causalvae", {"hidden_sise": 4}, "no setting hidden_sise; it has"),
+    ("causalvae", {"attn_resolutions": [16]}, r"attn_resolutions=\[16\] is of no published CausalVideoVAE"),
+    ("causalvae", {"q_conv": "Conv2d"}, "q_conv='Conv2d'"),
+    ("causalvae", {"encoder_resnet_blocks": ["ResnetBlock4D"]}, "encoder_resnet_blocks='ResnetBlock4D' is not known"),
+    ("causalvae", {"encoder_temporal_downsample": None}, "these settings make no CausalVAEModel"),
+    ("causalvae", {"hidden_size_mult": [1, 2, 4, 4, 4]}, "one entry a level"),
+    ("causalvae", {"hidden_size": 33}, "multiples of 32"),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "message"), WRONG_SETTINGS)
+def test_settings_that_no_published_model_has_are_refused(
+    kind: str, settings: dict, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"^config: .*{message}"):
+        load_published(kind, {"a": torch.ones(1)}, settings)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match=f"^{tmp_path / 'config.json'}: .*{message}"):
+        load_published(kind, tmp_path)
+
+
+def test_settings_with_one_value_only_are_accepted() -> None:
+    one_value = {
+        "attn_resolutions": [],
+        "double_z": True,
+        "q_conv": "CausalConv3d",
+        "encoder_mid_resnet": "ResnetBlock3D",
+    }
+    idle = {"_class_name": "CausalVAEModel", "resolution": 256, "lr": 1e-5, "loss_params": {"kl_weight": 1e-6}}
+    with pytest.raises(WeightImportError, match="does not fit the model"):
+        load_published("causalvae", {"a": torch.ones(1)}, {"hidden_size": 32, **one_value, **idle})
+
+
+def test_other_kinds_and_models_are_refused() -> None:
+    with pytest.raises(UsageError, match="kind='wfvae' is not known; choose wfvae_v13 or wfvae_v15 or causalvae"):
+        load_published("wfvae", {})
+    with pytest.raises(UsageError, match="no published form of a Linear"):
+        to_published(torch.nn.Linear(1, 1))
