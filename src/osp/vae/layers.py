@@ -1,9 +1,11 @@
 """Causal layers shared by the whole VAE family.
 
 Video is `B C T H W` throughout; a layer that works on single frames is one whose kernel spans one frame. Every layer
-takes `(x, state)`, see `osp.vae.stream`.
+takes `(x, state)`, see `osp.vae.stream`. In memory the channels come last wherever a layer has the choice: norms and
+1x1x1 convolutions are then plain row operations, and frames can be folded into the batch without a copy.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from osp.errors import UsageError
+from osp.vae.convolution import convolve_frames, convolve_over_time, worth_sliding
 from osp.vae.stream import StreamState
 
 Norm = Literal["layer", "group"]
@@ -31,22 +34,52 @@ class CausalConv3d(nn.Conv3d):
         padding = (0, 0, 0) if self.strided else (0, kernel[1] // 2, kernel[2] // 2)
         super().__init__(inputs, outputs, kernel, stride, padding)
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """`B C T H W` -> `B D 1+(T-1)/st H/sh W/sw` with strides st, sh, sw."""
+    def forward(
+        self, x: Tensor, state: StreamState | None = None, each: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """`B C T H W` -> `B D 1+(T-1)/st H/sh W/sw` with strides st, sh, sw.
+
+        `each` is applied to the frames first, as late as possible: where frames go through one by one, its result never
+        exists for all of them. It may not mix frames.
+        """
         span, step = self.kernel_size[0], self.stride[0]
-        if span > 1:
-            held = state.take(self) if state is not None else None
-            past = x[:, :, :1].expand(-1, -1, span - 1, -1, -1) if held is None else held[0]
-            x = torch.cat([past, x], dim=2)
+        if span == 1:
+            return self._convolve_frames(x, each)
+        held = state.take(self) if state is not None else None
+        past = None if held is None else held[0]
+        if step == 1 and x.shape[2] and worth_sliding(x):
+            out, last = convolve_over_time(x, past, self.weight, self.bias, each)
             if state is not None:
-                outputs = max(0, (x.shape[2] - span) // step + 1)
-                state.keep(self, x[:, :, outputs * step :])
-        if x.shape[2] < span:
+                state.keep(self, last)
+            return out
+        x = x if each is None else each(x)
+        if past is None:
+            past = x[:, :, :1].expand(-1, -1, span - 1, -1, -1)
+        x = torch.cat([past, x], dim=2)
+        outputs = max(0, (x.shape[2] - span) // step + 1)
+        if state is not None:
+            state.keep(self, x[:, :, outputs * step :])
+        if outputs == 0:
             height, width = (x.shape[3] // self.stride[1], x.shape[4] // self.stride[2])
             return x.new_empty(x.shape[0], self.out_channels, 0, height, width)
-        if self.strided:
-            x = F.pad(x, (0, 1, 0, 1))
-        return super().forward(x)
+        return super().forward(F.pad(x, (0, 1, 0, 1)) if self.strided else x)
+
+    def _convolve_frames(self, x: Tensor, each: Callable[[Tensor], Tensor] | None) -> Tensor:
+        weight = self.weight[:, :, 0]
+        if self.kernel_size == (1, 1, 1):
+            rows = (x if each is None else each(x)).movedim(1, -1)
+            return F.linear(rows, weight[:, :, 0, 0], self.bias).movedim(-1, 1)
+        if not self.strided and worth_sliding(x):
+            return convolve_frames(x, weight, self.bias, each)
+        x = x if each is None else each(x)
+        batch, _, frames, height, width = x.shape
+        if frames == 0:
+            height, width = height // self.stride[1], width // self.stride[2]
+            return x.new_empty(batch, self.out_channels, 0, height, width)
+        flat = x.transpose(1, 2).flatten(0, 1)
+        flat = F.pad(flat, (0, 1, 0, 1)) if self.strided else flat
+        out = F.conv2d(flat, weight, self.bias, self.stride[1:], self.padding[1:])
+        return out.unflatten(0, (batch, frames)).transpose(1, 2)
 
 
 class Downsample(CausalConv3d):
@@ -58,6 +91,8 @@ class Downsample(CausalConv3d):
 
 class LayerNorm(nn.Module):
     """Layer norm over the channels of each position, eps 1e-6."""
+
+    per_frame = True
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -98,6 +133,18 @@ def norm_layer(kind: Norm, channels: int, *, per_frame: bool = False) -> nn.Modu
     raise UsageError(f"norm={kind!r} is not known; choose layer or group")
 
 
+def activated(
+    norm: nn.Module, convolution: CausalConv3d, x: Tensor, state: StreamState | None, dropout: nn.Module | None = None
+) -> Tensor:
+    """Norm, SiLU and convolution: `B C T H W` -> `B D T H W`."""
+
+    def activate(frames: Tensor) -> Tensor:
+        frames = F.silu(norm(frames, state), inplace=not torch.is_grad_enabled())
+        return frames if dropout is None else dropout(frames)
+
+    return convolution(x, state, each=activate) if norm.per_frame else convolution(activate(x), state)
+
+
 class ResidualBlock(nn.Module):
     """Norm, SiLU, convolution, twice, and a shortcut; with `time` the convolutions see three frames, else one."""
 
@@ -113,9 +160,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """`B C T H W` -> `B D T H W`."""
-        h = self.conv1(F.silu(self.norm1(x, state)), state)
-        h = self.conv2(self.dropout(F.silu(self.norm2(h, state))), state)
-        return h + (x if self.shortcut is None else self.shortcut(x, state))
+        h = activated(self.norm1, self.conv1, x, state)
+        h = activated(self.norm2, self.conv2, h, state, self.dropout)
+        return add(h, x if self.shortcut is None else self.shortcut(x, state))
+
+
+def add(fresh: Tensor, x: Tensor) -> Tensor:
+    """The sum, in place of `fresh` (which nobody else may need) where no gradient is recorded."""
+    return fresh + x if torch.is_grad_enabled() else fresh.add_(x)
 
 
 class FrameAttention(nn.Module):
@@ -128,16 +180,16 @@ class FrameAttention(nn.Module):
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """`B C T H W` -> the same shape."""
-        normed = self.norm(x, state)
         if x.shape[2] == 0:
             return x
+        normed = self.norm(x, state)
         # B C T H W -> (B T) 1 (H W) C
         q, k, v = (
             layer(normed, state).movedim(1, -1).flatten(0, 1).flatten(1, 2)[:, None]
             for layer in (self.q, self.k, self.v)
         )
         attended = F.scaled_dot_product_attention(q, k, v)[:, 0]
-        return x + self.output(attended.reshape(*x.movedim(1, -1).shape).movedim(-1, 1), state)
+        return add(self.output(attended.reshape(*x.movedim(1, -1).shape).movedim(-1, 1), state), x)
 
 
 class Upsample(nn.Module):
@@ -161,10 +213,12 @@ class Upsample(nn.Module):
         # Interpolation in half precision loses bits that the published models keep.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.time:
-            wide = _double_space(self._double_time(wide, state), "bilinear")
-        else:
-            wide = _double_space(wide, "nearest")
-        return self.conv(wide.to(x.dtype), state)
+            wide = self._double_time(wide, state)
+
+        def double_space(frames: Tensor) -> Tensor:
+            return _double_space(frames, "bilinear" if self.time else "nearest").to(x.dtype)
+
+        return self.conv(wide, state, each=double_space)
 
     def _double_time(self, x: Tensor, state: StreamState | None) -> Tensor:
         held = state.take(self) if state is not None else None
@@ -184,9 +238,11 @@ class Upsample(nn.Module):
             frames = torch.cat([frames, frames[:, :, -1:]], dim=2)
         if state is not None:
             state.keep(self, frames[:, :, -2:])
-        left, middle, right = frames[:, :, :-2], frames[:, :, 1:-1], frames[:, :, 2:]
-        doubled = torch.stack([0.25 * left + 0.75 * middle, 0.75 * middle + 0.25 * right], dim=3).flatten(2, 3)
-        return torch.cat([first, doubled], dim=2)
+        left, middle, right = (
+            part.movedim(1, -1) for part in (frames[:, :, :-2], frames[:, :, 1:-1], frames[:, :, 2:])
+        )
+        doubled = torch.stack([0.25 * left + 0.75 * middle, 0.75 * middle + 0.25 * right], dim=2).flatten(1, 2)
+        return torch.cat([first, doubled.movedim(-1, 1)], dim=2)
 
 
 def _double_space(x: Tensor, mode: Literal["bilinear", "nearest"]) -> Tensor:
@@ -194,5 +250,5 @@ def _double_space(x: Tensor, mode: Literal["bilinear", "nearest"]) -> Tensor:
     if frames == 0:
         return x.new_empty(batch, channels, 0, 2 * height, 2 * width)
     corners = False if mode == "bilinear" else None
-    doubled = F.interpolate(x.flatten(1, 2), scale_factor=2, mode=mode, align_corners=corners)
-    return doubled.unflatten(1, (channels, frames))
+    doubled = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2, mode=mode, align_corners=corners)
+    return doubled.unflatten(0, (batch, frames)).transpose(1, 2)

@@ -8,16 +8,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GaussianPosterior:
-    """A Gaussian with independent dimensions: `mean` and `logvar`, both `B C T H W`."""
+    """A Gaussian with independent dimensions: `mean` and `logvar`, both `B C T H W`.
+
+    `frames` is the number of video frames it was encoded from, for `decode(latent, frames=...)`; None for a piece.
+    """
 
     mean: Tensor
     logvar: Tensor
+    frames: int | None = None
 
     @classmethod
-    def from_moments(cls, moments: Tensor) -> "GaussianPosterior":
+    def from_moments(cls, moments: Tensor, frames: int | None = None) -> "GaussianPosterior":
         """`B 2C T H W` (mean, then log variance) -> the posterior, with the log variance clamped to [-30, 20]."""
         mean, logvar = moments.chunk(2, dim=1)
-        return cls(mean, logvar.clamp(-30.0, 20.0))
+        return cls(mean, logvar.clamp(-30.0, 20.0), frames)
 
     def mode(self) -> Tensor:
         """The most likely latent, `B C T H W`."""

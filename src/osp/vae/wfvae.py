@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from osp.errors import UsageError
+from osp.vae.autoencoder import COLOURS, VideoVAE
 from osp.vae.layers import (
     CausalConv3d,
     Downsample,
@@ -21,6 +21,7 @@ from osp.vae.layers import (
     Norm,
     ResidualBlock,
     Upsample,
+    activated,
     norm_layer,
 )
 from osp.vae.posterior import GaussianPosterior
@@ -32,8 +33,6 @@ from osp.vae.wavelet import (
     haar_filters_2d,
     haar_filters_3d,
 )
-
-COLOURS = 3
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Encoder(nn.Module):
         h = self.down1(coefficients, state)
         h = self.down2(torch.cat([h, self.flow_l1(l1, state)], dim=1), state)
         h = self.mid(torch.cat([h, self.flow_l2(l2, state)], dim=1), state)
-        return self.conv_out(F.silu(self.norm_out(h, state)), state), (l1, l2)
+        return activated(self.norm_out, self.conv_out, h, state), (l1, l2)
 
 
 class Decoder(nn.Module):
@@ -175,12 +174,12 @@ class Decoder(nn.Module):
         l1 = self.flow_l1(h[:, -self.flow_channels :], state)
         l1 = _add_to_lowest_band(*self.join_l1(l1, self.wavelet_l2(l2, state), state))
         h = self.head(self.up1(h[:, : -self.flow_channels], state), state)
-        h = self.conv_out(F.silu(self.norm_out(h, state)), state)
+        h = activated(self.norm_out, self.conv_out, h, state)
         h = _add_to_lowest_band(*self.join_out(h, self.wavelet_l1(l1, state), state))
         return self.wavelet_out(h, state), (l1, l2)
 
 
-class WFVAE(nn.Module):
+class WFVAE(VideoVAE):
     """The WF-VAE of v1.3 (4x8x8) and v1.5 (8x8x8) and any other shape of the family.
 
     Takes the fields of `WFVAEConfig` as keyword arguments. Raises UsageError for a shape that cannot be built.
@@ -195,6 +194,7 @@ class WFVAE(nn.Module):
             known = ", ".join(field.name for field in fields(WFVAEConfig))
             raise UsageError(f"WF-VAE has no setting {', '.join(sorted(unknown))}; it has {known}")
         self.config = WFVAEConfig(**settings)
+        self.latent_channels = self.config.latent_channels
         self.time_stride = 4 if self.config.level1 == "2d" else 8
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
@@ -209,47 +209,22 @@ class WFVAE(nn.Module):
         """The weight of the last learned layer, where the adversarial loss is balanced."""
         return self.decoder.conv_out.weight
 
-    def check_size(self, frames: int, height: int, width: int) -> None:
-        """Raise UsageError unless a clip of this size can be encoded and comes back in the same size."""
-        if frames < 1 or (frames - 1) % self.time_stride:
-            below = max(0, (frames - 1) // self.time_stride) * self.time_stride + 1
-            raise UsageError(
-                f"frames={frames} does not fit this VAE, which takes 1 + a multiple of {self.time_stride}; "
-                f"use {below} or {below + self.time_stride}"
-            )
-        for name, value in (("height", height), ("width", width)):
-            if value < self.space_stride or value % self.space_stride:
-                raise UsageError(
-                    f"{name}={value} does not fit this VAE, which takes multiples of {self.space_stride}; "
-                    f"use {max(1, round(value / self.space_stride)) * self.space_stride}"
-                )
+    def encode_moments(self, video: Tensor, state: StreamState | None = None) -> Tensor:
+        """See `VideoVAE`."""
+        return self.encoder(video, state)[0]
 
-    def encode(self, video: Tensor) -> GaussianPosterior:
-        """`B 3 T H W` in [-1, 1] -> posterior over `B L 1+(T-1)/time_stride H/8 W/8`.
-
-        Raises UsageError for a size that does not fit, see `check_size`.
-        """
-        if video.ndim != 5 or video.shape[1] != COLOURS:
-            raise UsageError(f"encode takes a video B 3 T H W, got shape {tuple(video.shape)}")
-        self.check_size(*video.shape[2:])
-        moments, _ = self.encoder(video)
-        return GaussianPosterior.from_moments(moments)
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """`B L T H W` -> video `B 3 1+(T-1)*time_stride 8H 8W`. Raises UsageError for another number of channels."""
-        if latent.ndim != 5 or latent.shape[1] != self.config.latent_channels:
-            raise UsageError(
-                f"decode takes a latent B {self.config.latent_channels} T H W, got shape {tuple(latent.shape)}"
-            )
-        video, _ = self.decoder(latent)
-        return video
+    def decode_latent(self, latent: Tensor, state: StreamState | None = None) -> Tensor:
+        """See `VideoVAE`."""
+        return self.decoder(latent, state)[0]
 
     def forward(self, video: Tensor, generator: torch.Generator | None = None) -> Autoencoding:
         """`B 3 T H W` through a sampled latent and back, with what the losses need."""
-        moments, encoder_coefficients = self.encoder(video)
-        posterior = GaussianPosterior.from_moments(moments)
+        moments, encoder_coefficients = self.encoder(self.pad_frames(video))
+        posterior = GaussianPosterior.from_moments(moments, video.shape[2])
         reconstruction, decoder_coefficients = self.decoder(posterior.sample(generator))
-        return Autoencoding(reconstruction, posterior, encoder_coefficients, decoder_coefficients)
+        return Autoencoding(
+            reconstruction[:, :, : video.shape[2]], posterior, encoder_coefficients, decoder_coefficients
+        )
 
 
 def _level1_filters(config: WFVAEConfig) -> Tensor:

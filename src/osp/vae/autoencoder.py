@@ -1,0 +1,148 @@
+"""What all VAEs of the family share: encode and decode, whole, in pieces and in tiles, for any number of frames."""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osp.errors import UsageError
+from osp.vae.posterior import GaussianPosterior
+from osp.vae.stream import StreamState
+from osp.vae.streaming import check_streams, decode_pieces, stream_encode
+from osp.vae.tiling import ClipRun, Tiling
+
+COLOURS = 3
+
+# Latent frames that go through at once where the caller does not say: few enough for the caches. An even number, to
+# which the first piece adds one, makes full pairs of frames after the clip's first (see `osp.vae.convolution`).
+_PIECE = 2
+
+
+class VideoVAE(nn.Module):
+    """A causal video VAE: the first frame becomes one latent frame, every further `time_stride` frames another one.
+
+    A clip may have any number of frames. One that is not 1 + a multiple of `time_stride` long is encoded as if its last
+    frame stood still until it is; the posterior remembers the true number, and `decode(latent, frames=...)` cuts off
+    what was added. Height and width are multiples of `space_stride`.
+
+    A subclass has the attributes below, and its network in `encode_moments` and `decode_latent`.
+    """
+
+    latent_channels: int
+    time_stride: int
+    space_stride: int
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments that build this VAE again."""
+
+    @abstractmethod
+    def encode_moments(self, video: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B 3 T H W` with T = 1 mod `time_stride` (any T in a stream) -> mean and log variance, `B 2L T' H' W'`."""
+
+    @abstractmethod
+    def decode_latent(self, latent: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B L T' H' W'` -> `B 3 1+(T'-1)*time_stride H W`; in a stream, the frames that are ready."""
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether every layer can work on a piece of a clip, which a norm over all frames cannot."""
+        return all(getattr(module, "per_frame", True) for module in self.modules())
+
+    def check_size(self, frames: int, height: int, width: int) -> None:
+        """Raise UsageError unless a clip of this size can be encoded."""
+        if frames < 1:
+            raise UsageError(f"frames={frames} makes no sense; a clip has at least one")
+        for name, value in (("height", height), ("width", width)):
+            if value < self.space_stride or value % self.space_stride:
+                raise UsageError(
+                    f"{name}={value} does not fit this VAE, which takes multiples of {self.space_stride}; "
+                    f"use {max(1, round(value / self.space_stride)) * self.space_stride}"
+                )
+
+    def check_video(self, video: Tensor) -> None:
+        """Raise UsageError unless this can be encoded."""
+        if video.ndim != 5 or video.shape[1] != COLOURS:
+            raise UsageError(f"a video is B 3 T H W, not {tuple(video.shape)}")
+        self.check_size(*video.shape[2:])
+
+    def check_latent(self, latent: Tensor) -> None:
+        """Raise UsageError unless this can be decoded."""
+        if latent.ndim != 5 or latent.shape[1] != self.latent_channels or latent.shape[2] < 1:
+            raise UsageError(f"a latent of this VAE is B {self.latent_channels} T H W, not {tuple(latent.shape)}")
+
+    def pad_frames(self, video: Tensor) -> Tensor:
+        """`B 3 T H W` -> the same with the last frame repeated until T is 1 + a multiple of the time stride."""
+        missing = -(video.shape[2] - 1) % self.time_stride
+        return torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2) if missing else video
+
+    def encode(self, video: Tensor, chunk_frames: int | None = None, tiling: Tiling | None = None) -> GaussianPosterior:
+        """`B 3 T H W` in [-1, 1] with any T >= 1 -> posterior over `B L 1+ceil((T-1)/time_stride) H/s W/s`.
+
+        The clip goes through in pieces of `chunk_frames` frames, with the same result for any. None leaves the choice
+        to the VAE; it takes the clip whole where gradients are recorded or a layer needs all frames. With `tiling` the
+        frames go through in tiles, which is not exact.
+
+        Raises UsageError for a size that does not fit, and for `chunk_frames` where the VAE cannot stream.
+        """
+        self.check_video(video)
+        frames, video = video.shape[2], self.pad_frames(video)
+        pieces = self._pieces(video, chunk_frames, self.time_stride)
+        if pieces is None:
+            run = ClipRun(self.encode_moments, tiling, streamed=False, pixel_in=1, pixel_out=self.space_stride)
+            return GaussianPosterior.from_moments(run(video), frames)
+        parts = list(stream_encode(self, pieces, tiling))
+        mean, logvar = (torch.cat([getattr(part, name) for part in parts], dim=2) for name in ("mean", "logvar"))
+        return GaussianPosterior(mean, logvar, frames)
+
+    def decode(
+        self,
+        latent: Tensor,
+        chunk_frames: int | None = None,
+        tiling: Tiling | None = None,
+        frames: int | None = None,
+    ) -> Tensor:
+        """`B L T H W` -> video `B 3 1+(T-1)*time_stride sH sW`, or only its first `frames` frames.
+
+        The latent goes through in pieces of `chunk_frames` latent frames; None and `tiling` mean what they mean in
+        `encode`. Raises UsageError for a latent of another model, for more frames than it holds, and for `chunk_frames`
+        where the VAE cannot stream.
+        """
+        self.check_latent(latent)
+        held = 1 + (latent.shape[2] - 1) * self.time_stride
+        if frames is not None and not held - self.time_stride < frames <= held:
+            raise UsageError(f"a latent of {latent.shape[2]} frames is not that of a video of frames={frames}")
+        pieces = self._pieces(latent, chunk_frames, 1)
+        if pieces is None:
+            run = ClipRun(self.decode_latent, tiling, streamed=False, pixel_in=self.space_stride, pixel_out=1)
+            return run(latent)[:, :, :frames]
+        last = [False] * (len(pieces) - 1) + [True]
+        return _joined(decode_pieces(self, zip(pieces, last, strict=True), tiling), held)[:, :, :frames]
+
+    def _pieces(self, x: Tensor, size: int | None, latent_frame: int) -> tuple[Tensor, ...] | None:
+        """The clip in pieces of `size` frames, or None if it should stay whole."""
+        if size is not None:
+            if size < 1:
+                raise UsageError(f"chunk_frames={size} makes no sense; a piece has at least one frame")
+            check_streams(self)
+            return x.split(size, dim=2)
+        size = _PIECE * latent_frame
+        if torch.is_grad_enabled() or not self.can_stream or x.shape[2] <= size + 1:
+            return None
+        return (x[:, :, : size + 1], *x[:, :, size + 1 :].split(size, dim=2))
+
+
+def _joined(pieces: Iterable[Tensor], frames: int) -> Tensor:
+    """Pieces `B C t H W` with `frames` frames in all -> one tensor, without holding everything twice."""
+    out, done = None, 0
+    for piece in pieces:
+        if out is None:
+            out = piece.new_empty(*piece.shape[:2], frames, *piece.shape[3:])
+        out[:, :, done : done + piece.shape[2]] = piece
+        done += piece.shape[2]
+    assert out is not None
+    assert done == frames
+    return out
