@@ -17,7 +17,7 @@ COLOURS = 3
 
 # Latent frames that go through at once where the caller does not say: few enough for the caches. An even number, to
 # which the first piece adds one, makes full pairs of frames after the clip's first (see `osp.vae.convolution`).
-_PIECE = 2
+_PIECE = 4
 
 
 class VideoVAE(nn.Module):
@@ -130,9 +130,10 @@ class VideoVAE(nn.Module):
             check_streams(self)
             return x.split(size, dim=2)
         size = _PIECE * latent_frame
-        if torch.is_grad_enabled() or not self.can_stream or x.shape[2] <= size + 1:
+        if torch.is_grad_enabled() or not self.can_stream:
             return None
-        return (x[:, :, : size + 1], *x[:, :, size + 1 :].split(size, dim=2))
+        rest = x[:, :, size + 1 :]
+        return (x[:, :, : size + 1], *(rest.split(size, dim=2) if rest.shape[2] else ()))
 
 
 def _joined(pieces: Iterable[Tensor], frames: int) -> Tensor:

@@ -36,44 +36,44 @@ def convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None, each: Each |
 
 
 def convolve_over_time(
-    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, each: Each | None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, past: tuple[Tensor, ...] | None, weight: Tensor, bias: Tensor | None, each: Each | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """A causal 3x3x3 convolution: `B C T H W` -> `B D T H W`, and the last two frames for the next piece of a stream.
 
-    `past` holds those of the piece before, `B C 2 H W`; None means that x begins the clip, whose first frame is then
-    its own past.
+    `past` holds the two of the piece before, `B C 1 H W` each; None means that x begins the clip, whose first frame is
+    then its own past.
     """
-    g0, g1, g2 = (weight[:, :, i].contiguous(memory_format=torch.channels_last) for i in range(3))
-    half = (g0 + g2).mul_(0.5)
-    plus, minus = torch.add(half, g1, alpha=0.5), torch.sub(half, g1, alpha=0.5)
-    count, done = x.shape[2], 0
+    g0, g2 = (weight[:, :, i].contiguous(memory_format=torch.channels_last) for i in (0, 2))
+    plus = (g0 + g2).mul_(0.5)
+    minus = torch.sub(plus, weight[:, :, 1], alpha=0.5)
+    plus.add_(weight[:, :, 1], alpha=0.5)
+    count, done = x.shape[2], 0 if past is not None else 1
+    first = _frame(x, 0, each)
+    f0, f1 = (first, first) if past is None else (frame[:, :, 0] for frame in past)
+    batch, _, height, width = first.shape
+    out = first.new_empty(batch, count, height, width, len(weight)).movedim(-1, 1)  # the channels last in memory
     if past is None:
-        first = _frame(x, 0, each)
-        window, done = (first, first), 1
-    else:
-        window = (past[:, :, 0], past[:, :, 1])
-    batch, _, height, width = window[0].shape
-    out = window[0].new_empty(batch, count, height, width, len(weight)).movedim(-1, 1)  # the channels last in memory
-    if past is None:
-        out[:, :, 0] = F.conv2d(first, plus.mul(2), bias, padding=1)
+        out[:, :, 0] = F.conv2d(first, plus * 2, bias, padding=1)
     while done + 2 <= count:
-        f0, f1 = window
-        f2, f3 = _frame(x, done, each), _frame(x, done + 1, each)
-        sums, differences = F.conv2d(f1 + f2, plus, bias, padding=1), F.conv2d(f2 - f1, minus, padding=1)
+        f2 = first if done == 0 else _frame(x, done, each)
+        f3 = _frame(x, done + 1, each)
         even, odd = out[:, :, done], out[:, :, done + 1]
-        torch.add(sums, differences, out=even)
-        torch.sub(sums, differences, out=odd)
+        even.copy_(F.conv2d(f1 + f2, plus, bias, padding=1))
+        difference = F.conv2d(f2 - f1, minus, padding=1)
+        torch.sub(even, difference, out=odd)
+        even += difference
+        del difference
         even += F.conv2d(f0 - f2, g0, padding=1)
         odd -= F.conv2d(f1 - f3, g2, padding=1)
-        window, done = (f2, f3), done + 2
+        f0, f1, done = f2, f3, done + 2
     if done < count:
-        f2 = _frame(x, done, each)
-        direct = F.conv2d(window[0], g0, bias, padding=1)
-        direct += F.conv2d(window[1], g1, padding=1)
-        direct += F.conv2d(f2, g2, padding=1)
-        out[:, :, done] = direct
-        window = (window[1], f2)
-    return out, torch.stack(window, dim=2)
+        f2 = first if done == 0 else _frame(x, done, each)
+        last = out[:, :, done]
+        last.copy_(F.conv2d(f0, g0, bias, padding=1))
+        last += F.conv2d(f1, plus - minus, padding=1)
+        last += F.conv2d(f2, g2, padding=1)
+        f0, f1 = f1, f2
+    return out, (f0[:, :, None], f1[:, :, None])
 
 
 def _frame(x: Tensor, index: int, each: Each | None) -> Tensor:

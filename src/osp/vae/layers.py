@@ -5,6 +5,7 @@ takes `(x, state)`, see `osp.vae.stream`. In memory the channels come last where
 1x1x1 convolutions are then plain row operations, and frames can be folded into the batch without a copy.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -33,6 +34,7 @@ class CausalConv3d(nn.Conv3d):
         self.strided = stride[1] > 1
         padding = (0, 0, 0) if self.strided else (0, kernel[1] // 2, kernel[2] // 2)
         super().__init__(inputs, outputs, kernel, stride, padding)
+        self.growth = outputs / inputs / math.prod(stride)
 
     def forward(
         self, x: Tensor, state: StreamState | None = None, each: Callable[[Tensor], Tensor] | None = None
@@ -45,20 +47,17 @@ class CausalConv3d(nn.Conv3d):
         span, step = self.kernel_size[0], self.stride[0]
         if span == 1:
             return self._convolve_frames(x, each)
-        held = state.take(self) if state is not None else None
-        past = None if held is None else held[0]
+        past = state.take(self) if state is not None else None
         if step == 1 and x.shape[2] and worth_sliding(x):
-            out, last = convolve_over_time(x, past, self.weight, self.bias, each)
+            out, past = convolve_over_time(x, past, self.weight, self.bias, each)
             if state is not None:
-                state.keep(self, last)
+                state.keep(self, *past)
             return out
         x = x if each is None else each(x)
-        if past is None:
-            past = x[:, :, :1].expand(-1, -1, span - 1, -1, -1)
-        x = torch.cat([past, x], dim=2)
+        x = torch.cat([x[:, :, :1]] * (span - 1) + [x] if past is None else [*past, x], dim=2)
         outputs = max(0, (x.shape[2] - span) // step + 1)
         if state is not None:
-            state.keep(self, x[:, :, outputs * step :])
+            state.keep(self, *x[:, :, outputs * step :].split(1, dim=2))
         if outputs == 0:
             height, width = (x.shape[3] // self.stride[1], x.shape[4] // self.stride[2])
             return x.new_empty(x.shape[0], self.out_channels, 0, height, width)
@@ -206,6 +205,7 @@ class Upsample(nn.Module):
             raise UsageError(f"temporal_interpolation={interpolation!r} is not known; choose trilinear or nearest")
         self.time = time
         self.interpolation = interpolation
+        self.growth = 8 if time else 4
         self.conv = CausalConv3d(channels, channels, (3, 3, 3) if time else (1, 3, 3))
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:

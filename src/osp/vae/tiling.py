@@ -77,9 +77,12 @@ class ClipRun:
 
     def _advance(self, x: Tensor, tile: tuple[int, int], last: bool) -> Tensor:
         state = self._states.setdefault(tile, StreamState()) if self.streamed else None
-        if state is not None:
-            state.last = last
-        return self.half(x, state)
+        if state is None:
+            return self.half(x, None)
+        state.last = last
+        y = self.half(x, state)
+        state.first = False
+        return y
 
     def _in(self, start: int) -> slice:
         assert self.tiling is not None

@@ -6,6 +6,7 @@ levels 1 and 2 around the main path, in the encoder and, mirrored, in the decode
 """
 
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from osp.vae.layers import (
     norm_layer,
 )
 from osp.vae.posterior import GaussianPosterior
-from osp.vae.stream import Chain, Join, StreamState
+from osp.vae.stream import Chain, Join, StreamState, run
 from osp.vae.wavelet import (
     EXACT_SCALE_3D,
     HaarTransform,
@@ -173,8 +174,9 @@ class Decoder(nn.Module):
         h = self.up2(h[:, : -self.flow_channels], state)
         l1 = self.flow_l1(h[:, -self.flow_channels :], state)
         l1 = _add_to_lowest_band(*self.join_l1(l1, self.wavelet_l2(l2, state), state))
-        h = self.head(self.up1(h[:, : -self.flow_channels], state), state)
-        h = activated(self.norm_out, self.conv_out, h, state)
+        # One run to the end, as what lies between is the largest by far.
+        layers = (*self.up1, *self.head, partial(activated, self.norm_out, self.conv_out))
+        h = run(layers, h[:, : -self.flow_channels], state)
         h = _add_to_lowest_band(*self.join_out(h, self.wavelet_l1(l1, state), state))
         return self.wavelet_out(h, state), (l1, l2)
 
