@@ -85,7 +85,8 @@ def test_sizes_of_clip_and_latent_fit() -> None:
 
 def test_norms_over_all_frames_cannot_stream() -> None:
     vae = tiny().eval()
-    assert not vae.can_stream
+    assert not vae.can_stream("encoder")
+    assert vae.can_stream("decoder")
     with pytest.raises(UsageError, match="cannot stream"):
         vae.encode(torch.zeros(1, 3, 9, 8, 8), chunk_frames=4)
     with pytest.raises(UsageError, match="cannot stream"):

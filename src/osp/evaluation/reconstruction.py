@@ -43,7 +43,10 @@ class Posterior(Protocol):
 
 
 class VideoAutoencoder(Protocol):
-    """What is evaluated: takes T = 1 + n `time_stride` frames, height and width multiples of `space_stride`."""
+    """What is evaluated: takes any number of frames, and height and width that are multiples of `space_stride`.
+
+    A clip comes back with its own number of frames or with the next one that is 1 + a multiple of `time_stride`.
+    """
 
     time_stride: int
     space_stride: int
@@ -77,6 +80,8 @@ class _Networks:
         """`B C T H W` in [-1, 1] -> its reconstruction, float32, clamped; not finite where the model's is not."""
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             reconstruction = vae.decode(vae.encode(video).mode()).float()
+        if reconstruction.shape[2] == 1 + -(-(video.shape[2] - 1) // vae.time_stride) * vae.time_stride:
+            reconstruction = reconstruction[:, :, : video.shape[2]]  # without what filled the last stride
         if reconstruction.shape != video.shape:
             raise UsageError(
                 f"{type(vae).__name__} gives {_shape(reconstruction)} for a video of {_shape(video)} (B C T H W)"
@@ -86,14 +91,8 @@ class _Networks:
     def check_size(self, frames: int, height: int, width: int) -> None:
         """Raises UsageError for clips of a size that one of the networks does not take."""
         for vae in (self.vae, *self.baselines.values()):
-            name, stride = type(vae).__name__, vae.time_stride
-            if (frames - 1) % stride:
-                below = (frames - 1) // stride * stride + 1
-                raise UsageError(
-                    f"frames={frames} does not fit {name}, which takes 1 + a multiple of {stride}; "
-                    f"use {below} or {below + stride}"
-                )
             if height % vae.space_stride or width % vae.space_stride:
+                name = type(vae).__name__
                 raise UsageError(
                     f"{height}x{width} (height x width) does not fit {name}: use multiples of {vae.space_stride}"
                 )

@@ -154,7 +154,8 @@ class VAEModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Reconstruct with the averaged weights; gives the reconstruction, `B 3 T H W`."""
         video, vae = to_float(batch["video"]), self.ema.model
-        reconstruction = vae.decode(vae.encode(video).mode()).float().clamp(-1.0, 1.0)
+        latent = vae.encode(video).mode()
+        reconstruction = vae.decode(latent, frames=video.shape[2]).float().clamp(-1.0, 1.0)
         scores = torch.stack([psnr(mine, theirs) for mine, theirs in zip(reconstruction, video, strict=True)])
         metrics = {"psnr": scores, "clips": torch.ones_like(scores)}
         if self.loss.perceptual is not None:

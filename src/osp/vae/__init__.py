@@ -2,6 +2,7 @@
 
 from osp.vae.autoencoder import VideoVAE
 from osp.vae.causalvae import CausalVAEConfig, CausalVideoVAE
+from osp.vae.memory import fit_tiling
 from osp.vae.posterior import GaussianPosterior
 from osp.vae.streaming import stream_decode, stream_encode
 from osp.vae.tiling import Tiling
@@ -15,6 +16,7 @@ __all__ = [
     "Tiling",
     "VideoVAE",
     "WFVAEConfig",
+    "fit_tiling",
     "stream_decode",
     "stream_encode",
 ]

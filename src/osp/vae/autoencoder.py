@@ -1,7 +1,6 @@
 """What all VAEs of the family share: encode and decode, whole, in pieces and in tiles, for any number of frames."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 from osp.errors import UsageError
 from osp.vae.posterior import GaussianPosterior
 from osp.vae.stream import StreamState
-from osp.vae.streaming import check_streams, decode_pieces, stream_encode
-from osp.vae.tiling import ClipRun, Tiling
+from osp.vae.streaming import Half, check_streams, run_in_pieces
+from osp.vae.tiling import Corner, Tiling, in_tiles
 
 COLOURS = 3
 
@@ -27,12 +26,15 @@ class VideoVAE(nn.Module):
     frame stood still until it is; the posterior remembers the true number, and `decode(latent, frames=...)` cuts off
     what was added. Height and width are multiples of `space_stride`.
 
-    A subclass has the attributes below, and its network in `encode_moments` and `decode_latent`.
+    A subclass has the attributes below, the modules `encoder` and `decoder`, and calls them in `encode_moments` and
+    `decode_latent`.
     """
 
     latent_channels: int
     time_stride: int
     space_stride: int
+    tiling: Tiling | None = None
+    """The tiles that frames go through in where a call does not say; None: whole frames."""
 
     @property
     @abstractmethod
@@ -47,10 +49,9 @@ class VideoVAE(nn.Module):
     def decode_latent(self, latent: Tensor, state: StreamState | None = None) -> Tensor:
         """`B L T' H' W'` -> `B 3 1+(T'-1)*time_stride H W`; in a stream, the frames that are ready."""
 
-    @property
-    def can_stream(self) -> bool:
-        """Whether every layer can work on a piece of a clip, which a norm over all frames cannot."""
-        return all(getattr(module, "per_frame", True) for module in self.modules())
+    def can_stream(self, half: Half) -> bool:
+        """Whether every layer of that half can work on a piece of a clip, which a norm over all frames cannot."""
+        return all(getattr(module, "per_frame", True) for module in self.get_submodule(half).modules())
 
     def check_size(self, frames: int, height: int, width: int) -> None:
         """Raise UsageError unless a clip of this size can be encoded."""
@@ -83,20 +84,15 @@ class VideoVAE(nn.Module):
         """`B 3 T H W` in [-1, 1] with any T >= 1 -> posterior over `B L 1+ceil((T-1)/time_stride) H/s W/s`.
 
         The clip goes through in pieces of `chunk_frames` frames, with the same result for any. None leaves the choice
-        to the VAE; it takes the clip whole where gradients are recorded or a layer needs all frames. With `tiling` the
-        frames go through in tiles, which is not exact.
+        to the VAE; it takes the clip whole where gradients are recorded or a layer needs all frames. With `tiling`, or
+        if the VAE has one, the frames go through in tiles, which is not exact.
 
         Raises UsageError for a size that does not fit, and for `chunk_frames` where the VAE cannot stream.
         """
         self.check_video(video)
         frames, video = video.shape[2], self.pad_frames(video)
-        pieces = self._pieces(video, chunk_frames, self.time_stride)
-        if pieces is None:
-            run = ClipRun(self.encode_moments, tiling, streamed=False, pixel_in=1, pixel_out=self.space_stride)
-            return GaussianPosterior.from_moments(run(video), frames)
-        parts = list(stream_encode(self, pieces, tiling))
-        mean, logvar = (torch.cat([getattr(part, name) for part in parts], dim=2) for name in ("mean", "logvar"))
-        return GaussianPosterior(mean, logvar, frames)
+        moments = self._run("encoder", video, chunk_frames, tiling, 1 + (video.shape[2] - 1) // self.time_stride)
+        return GaussianPosterior.from_moments(moments, frames)
 
     def decode(
         self,
@@ -115,35 +111,33 @@ class VideoVAE(nn.Module):
         held = 1 + (latent.shape[2] - 1) * self.time_stride
         if frames is not None and not held - self.time_stride < frames <= held:
             raise UsageError(f"a latent of {latent.shape[2]} frames is not that of a video of frames={frames}")
-        pieces = self._pieces(latent, chunk_frames, 1)
-        if pieces is None:
-            run = ClipRun(self.decode_latent, tiling, streamed=False, pixel_in=self.space_stride, pixel_out=1)
-            return run(latent)[:, :, :frames]
-        last = [False] * (len(pieces) - 1) + [True]
-        return _joined(decode_pieces(self, zip(pieces, last, strict=True), tiling), held)[:, :, :frames]
+        return self._run("decoder", latent, chunk_frames, tiling, held)[:, :, :frames]
 
-    def _pieces(self, x: Tensor, size: int | None, latent_frame: int) -> tuple[Tensor, ...] | None:
-        """The clip in pieces of `size` frames, or None if it should stay whole."""
-        if size is not None:
-            if size < 1:
-                raise UsageError(f"chunk_frames={size} makes no sense; a piece has at least one frame")
-            check_streams(self)
-            return x.split(size, dim=2)
-        size = _PIECE * latent_frame
-        if torch.is_grad_enabled() or not self.can_stream:
-            return None
-        rest = x[:, :, size + 1 :]
-        return (x[:, :, : size + 1], *(rest.split(size, dim=2) if rest.shape[2] else ()))
+    def pixels(self, half: Half) -> dict[str, int]:
+        """The sizes of a pixel of that half's input and output, in pixels of the video."""
+        pixel_in, pixel_out = (1, self.space_stride) if half == "encoder" else (self.space_stride, 1)
+        return {"pixel_in": pixel_in, "pixel_out": pixel_out}
 
+    def _run(self, half: Half, x: Tensor, chunk_frames: int | None, tiling: Tiling | None, frames: int) -> Tensor:
+        """One half over a whole clip, one tile after the other; `frames` is the length of the result."""
+        network = self.encode_moments if half == "encoder" else self.decode_latent
+        lengths = self._lengths(half, x.shape[2], chunk_frames)
 
-def _joined(pieces: Iterable[Tensor], frames: int) -> Tensor:
-    """Pieces `B C t H W` with `frames` frames in all -> one tensor, without holding everything twice."""
-    out, done = None, 0
-    for piece in pieces:
-        if out is None:
-            out = piece.new_empty(*piece.shape[:2], frames, *piece.shape[3:])
-        out[:, :, done : done + piece.shape[2]] = piece
-        done += piece.shape[2]
-    assert out is not None
-    assert done == frames
-    return out
+        def run(tile: Tensor, _: Corner) -> Tensor:
+            return network(tile) if lengths is None else run_in_pieces(network, tile, lengths, frames)
+
+        return in_tiles(x, tiling or self.tiling, run, **self.pixels(half))
+
+    def _lengths(self, half: Half, frames: int, chunk_frames: int | None) -> list[int] | None:
+        """The lengths of the pieces that a clip goes through in, or None if it should stay whole."""
+        if chunk_frames is None:
+            if torch.is_grad_enabled() or not self.can_stream(half):
+                return None
+            size, first = (self.time_stride if half == "encoder" else 1) * _PIECE, 1
+        else:
+            if chunk_frames < 1:
+                raise UsageError(f"chunk_frames={chunk_frames} makes no sense; a piece has at least one frame")
+            check_streams(self, half)
+            size, first = chunk_frames, 0
+        rest = max(0, frames - size - first)
+        return [min(frames, size + first), *[size] * (rest // size), *([rest % size] if rest % size else [])]

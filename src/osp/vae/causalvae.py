@@ -15,21 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from osp.errors import UsageError
-from osp.vae.autoencoder import VideoVAE
+from osp.vae.autoencoder import COLOURS, VideoVAE
 from osp.vae.layers import (
     CausalConv3d,
     Downsample,
     FrameAttention,
     Norm,
     ResidualBlock,
+    TimeUpsample,
     Upsample,
     activated,
     add,
     norm_layer,
 )
 from osp.vae.stream import Chain, StreamState
-
-COLOURS = 3
 
 Kernel = Literal["2d", "3d"]
 Resize = Literal["none", "frame", "space", "space_time"]
@@ -114,20 +113,6 @@ class TimeDownsample(nn.Module):
         if state is not None:
             state.keep(self, x[:, :, outputs * 2 :])
         return F.avg_pool3d(x, (3, 1, 1), (2, 1, 1)) if outputs else x[:, :, :0]
-
-
-class TimeUpsample(Upsample):
-    """Doubles the frames after the first one by linear interpolation, as `Upsample` does, with no convolution."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.interpolation = "trilinear"
-
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """`B C T H W` -> `B C 1+2(T-1) H W`."""
-        # In half precision interpolation loses bits.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self._double_time(wide, state).to(x.dtype)
 
 
 class MixedAttention(FrameAttention):

@@ -31,8 +31,13 @@ def convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None, each: Each |
     """A 2D convolution of each frame: `B C T H W`, weight `D C kh kw` with odd kernel -> `B D T H W`."""
     kernel = weight.contiguous(memory_format=torch.channels_last)
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    frames = [F.conv2d(_frame(x, i, each), kernel, bias, padding=padding) for i in range(x.shape[2])]
-    return torch.stack([frame.movedim(1, -1) for frame in frames], dim=1).movedim(-1, 1)
+    out = None
+    for i in range(x.shape[2]):
+        frame = F.conv2d(_frame(x, i, each), kernel, bias, padding=padding)
+        out = _room(frame, x.shape[2], len(weight)) if out is None else out
+        out[:, :, i] = frame
+    assert out is not None
+    return out
 
 
 def convolve_over_time(
@@ -50,8 +55,7 @@ def convolve_over_time(
     count, done = x.shape[2], 0 if past is not None else 1
     first = _frame(x, 0, each)
     f0, f1 = (first, first) if past is None else (frame[:, :, 0] for frame in past)
-    batch, _, height, width = first.shape
-    out = first.new_empty(batch, count, height, width, len(weight)).movedim(-1, 1)  # the channels last in memory
+    out = _room(first, count, len(weight))
     if past is None:
         out[:, :, 0] = F.conv2d(first, plus * 2, bias, padding=1)
     while done + 2 <= count:
@@ -79,3 +83,9 @@ def convolve_over_time(
 def _frame(x: Tensor, index: int, each: Each | None) -> Tensor:
     frame = x[:, :, index : index + 1]
     return (frame if each is None else each(frame))[:, :, 0]
+
+
+def _room(frame: Tensor, frames: int, channels: int) -> Tensor:
+    """For `B D T H W`, with the channels last in memory, where a frame is `B C H W`."""
+    batch, _, height, width = frame.shape
+    return frame.new_empty(batch, frames, height, width, channels).movedim(-1, 1)

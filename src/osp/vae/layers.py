@@ -2,7 +2,7 @@
 
 Video is `B C T H W` throughout; a layer that works on single frames is one whose kernel spans one frame. Every layer
 takes `(x, state)`, see `osp.vae.stream`. In memory the channels come last wherever a layer has the choice: norms and
-1x1x1 convolutions are then plain row operations, and frames can be folded into the batch without a copy.
+1x1x1 convolutions are then row operations, and frames can be folded into the batch without a copy.
 """
 
 import math
@@ -65,10 +65,7 @@ class CausalConv3d(nn.Conv3d):
 
     def _convolve_frames(self, x: Tensor, each: Callable[[Tensor], Tensor] | None) -> Tensor:
         weight = self.weight[:, :, 0]
-        if self.kernel_size == (1, 1, 1):
-            rows = (x if each is None else each(x)).movedim(1, -1)
-            return F.linear(rows, weight[:, :, 0, 0], self.bias).movedim(-1, 1)
-        if not self.strided and worth_sliding(x):
+        if not self.strided and x.shape[2] and worth_sliding(x):
             return convolve_frames(x, weight, self.bias, each)
         x = x if each is None else each(x)
         batch, _, frames, height, width = x.shape
@@ -191,36 +188,23 @@ class FrameAttention(nn.Module):
         return add(self.output(attended.reshape(*x.movedim(1, -1).shape).movedim(-1, 1), state), x)
 
 
-class Upsample(nn.Module):
-    """Doubles height and width, and with `time` the frames after the first too, then convolves.
+class TimeUpsample(nn.Module):
+    """Doubles the frames after the first one.
 
-    In time the frames after the first are interpolated linearly, without aligned corners: both frames that come of
-    frame i need frame i and one neighbour each, so the layer looks one frame ahead and holds its last frame back until
-    the stream's end. In space the frames with `time` are interpolated bilinearly, those without repeated.
+    By default they are interpolated linearly, without aligned corners: both frames that come of frame i need frame i
+    and one neighbour each, so the layer looks one frame ahead and holds its last frame back until the stream's end.
+    With "nearest" they are repeated.
     """
 
-    def __init__(self, channels: int, *, time: bool, interpolation: Interpolation = "trilinear") -> None:
+    def __init__(self, interpolation: Interpolation = "trilinear") -> None:
         super().__init__()
         if interpolation not in ("trilinear", "nearest"):
             raise UsageError(f"temporal_interpolation={interpolation!r} is not known; choose trilinear or nearest")
-        self.time = time
         self.interpolation = interpolation
-        self.growth = 8 if time else 4
-        self.conv = CausalConv3d(channels, channels, (3, 3, 3) if time else (1, 3, 3))
+        self.growth = 2
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """`B C T H W` -> `B C 1+2(T-1) 2H 2W` with `time`, else `B C T 2H 2W`."""
-        # Interpolation in half precision loses bits that the published models keep.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.time:
-            wide = self._double_time(wide, state)
-
-        def double_space(frames: Tensor) -> Tensor:
-            return _double_space(frames, "bilinear" if self.time else "nearest").to(x.dtype)
-
-        return self.conv(wide, state, each=double_space)
-
-    def _double_time(self, x: Tensor, state: StreamState | None) -> Tensor:
+        """`B C T H W` -> `B C 1+2(T-1) H W`."""
         held = state.take(self) if state is not None else None
         if held is None:
             first, x = x[:, :, :1], x[:, :, 1:]
@@ -238,14 +222,37 @@ class Upsample(nn.Module):
             frames = torch.cat([frames, frames[:, :, -1:]], dim=2)
         if state is not None:
             state.keep(self, frames[:, :, -2:])
-        left, middle, right = (
-            part.movedim(1, -1) for part in (frames[:, :, :-2], frames[:, :, 1:-1], frames[:, :, 2:])
-        )
+        rows = _wide(frames).movedim(1, -1)
+        left, middle, right = rows[:, :-2], rows[:, 1:-1], rows[:, 2:]
         doubled = torch.stack([0.25 * left + 0.75 * middle, 0.75 * middle + 0.25 * right], dim=2).flatten(1, 2)
-        return torch.cat([first, doubled.movedim(-1, 1)], dim=2)
+        return torch.cat([first, doubled.to(x.dtype).movedim(-1, 1)], dim=2)
 
 
-def _double_space(x: Tensor, mode: Literal["bilinear", "nearest"]) -> Tensor:
+class Upsample(nn.Module):
+    """Doubles height and width, and with `time` the frames after the first too (see `TimeUpsample`), then convolves.
+
+    In space the frames with `time` are interpolated bilinearly, those without repeated.
+    """
+
+    def __init__(self, channels: int, *, time: bool, interpolation: Interpolation = "trilinear") -> None:
+        super().__init__()
+        self.time = TimeUpsample(interpolation) if time else None
+        self.growth = 8 if time else 4
+        self.conv = CausalConv3d(channels, channels, (3, 3, 3) if time else (1, 3, 3))
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B C T H W` -> `B C 1+2(T-1) 2H 2W` with `time`, else `B C T 2H 2W`."""
+        # The published models go back to half precision only after both interpolations.
+        wide = x if self.time is None else self.time(_wide(x), state)
+        mode = "nearest" if self.time is None else "bilinear"
+        return self.conv(wide, state, each=lambda frames: _double_space(frames, mode).to(x.dtype))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _double_space(x: Tensor, mode: str) -> Tensor:
     batch, channels, frames, height, width = x.shape
     if frames == 0:
         return x.new_empty(batch, channels, 0, 2 * height, 2 * width)

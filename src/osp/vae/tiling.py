@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from osp.errors import UsageError
-from osp.vae.stream import StreamState
 
-Half = Callable[[Tensor, StreamState | None], Tensor]
-"""One half of a VAE: `encode_moments` or `decode_latent`."""
+Corner = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -28,12 +26,6 @@ class Tiling:
         if not 0 <= self.overlap < self.size:
             raise UsageError(f"tiles of {self.size} pixels cannot overlap by {self.overlap}; use 0 to {self.size - 1}")
 
-    def check(self, space_stride: int) -> None:
-        """Raise UsageError unless tiles begin and end where latent pixels do."""
-        for name in ("size", "overlap"):
-            if getattr(self, name) % space_stride:
-                raise UsageError(f"tiling: {name}={getattr(self, name)} must be a multiple of {space_stride}")
-
     def starts(self, length: int) -> list[int]:
         """Where the tiles of a side of `length` pixels begin; the last one ends with the side."""
         if length <= self.size:
@@ -41,73 +33,53 @@ class Tiling:
         return [*range(0, length - self.size, self.size - self.overlap), length - self.size]
 
 
-class ClipRun:
-    """One clip on its way through one half of a VAE: whole or in pieces, in tiles or not.
+def in_tiles(
+    x: Tensor, tiling: Tiling | None, run: Callable[[Tensor, Corner], Tensor], *, pixel_in: int, pixel_out: int
+) -> Tensor:
+    """What `run` makes of the tiles of `B C T H W`, put together; it is also told where a tile's top left corner is.
 
-    `streamed` says that the clip comes in pieces; each tile is then a stream of its own. `pixel_in` and `pixel_out` are
-    the sizes of a pixel of the half's input and output, in pixels of the video.
+    `pixel_in` and `pixel_out` are the sizes of a pixel of `x` and of the result, in pixels of the video: 1, or for a
+    latent the VAE's space stride. Without a tiling, or if a tile holds whole frames, `run` gets all of x at once.
+
+    Raises UsageError for tiles that do not begin and end where latent pixels do.
     """
+    height, width = (side * pixel_in for side in x.shape[3:])
+    if tiling is None or tiling.size >= max(height, width):
+        return run(x, (0, 0))
+    stride = max(pixel_in, pixel_out)
+    for name in ("size", "overlap"):
+        if getattr(tiling, name) % stride:
+            raise UsageError(f"tiling: {name}={getattr(tiling, name)} must be a multiple of {stride}")
+    out = None
+    for top, down in _tiles(tiling, height, pixel_out):
+        for left, across in _tiles(tiling, width, pixel_out):
+            rows, columns = (slice(start // pixel_in, (start + tiling.size) // pixel_in) for start in (top, left))
+            y = run(x[..., rows, columns], (top, left))
+            if out is None:
+                out = y.new_zeros(*y.shape[:3], height // pixel_out, width // pixel_out)
+            rows, columns = (slice(start // pixel_out, (start + tiling.size) // pixel_out) for start in (top, left))
+            out[..., rows, columns].addcmul_(y, (down[:, None] * across).to(y))
+    assert out is not None
+    return out
 
-    def __init__(self, half: Half, tiling: Tiling | None, *, streamed: bool, pixel_in: int, pixel_out: int) -> None:
-        self.half = half
-        self.tiling = tiling
-        self.streamed = streamed
-        self.pixel_in, self.pixel_out = pixel_in, pixel_out
-        if tiling is not None:
-            tiling.check(max(pixel_in, pixel_out))
-        self._states: dict[tuple[int, int], StreamState] = {}
 
-    def __call__(self, x: Tensor, last: bool = True) -> Tensor:
-        """The next piece of the clip, `B C T H W` -> what of the result is ready."""
-        height, width = (side * self.pixel_in for side in x.shape[3:])
-        if self.tiling is None or self.tiling.size >= max(height, width):
-            return self._advance(x, (0, 0), last)
-        out = None
-        for top, down in self._tiles(height):
-            for left, across in self._tiles(width):
-                tile = x[..., self._in(top), self._in(left)]
-                y = self._advance(tile, (top, left), last)
-                if out is None:
-                    out = y.new_zeros(*y.shape[:3], height // self.pixel_out, width // self.pixel_out)
-                out[..., self._out(top, y.shape[3]), self._out(left, y.shape[4])] += y * (
-                    down.to(y)[:, None] * across.to(y)
-                )
-        assert out is not None
-        return out
+def _tiles(tiling: Tiling, length: int, pixel: int) -> list[tuple[int, Tensor]]:
+    """Where the tiles of a side begin, in video pixels, and what each contributes to each pixel of the result.
 
-    def _advance(self, x: Tensor, tile: tuple[int, int], last: bool) -> Tensor:
-        state = self._states.setdefault(tile, StreamState()) if self.streamed else None
-        if state is None:
-            return self.half(x, None)
-        state.last = last
-        y = self.half(x, state)
-        state.first = False
-        return y
-
-    def _in(self, start: int) -> slice:
-        assert self.tiling is not None
-        return slice(start // self.pixel_in, (start + self.tiling.size) // self.pixel_in)
-
-    def _out(self, start: int, length: int) -> slice:
-        return slice(start // self.pixel_out, start // self.pixel_out + length)
-
-    def _tiles(self, length: int) -> list[tuple[int, Tensor]]:
-        """Where tiles begin along a side, in video pixels, and what each contributes to each of its output pixels.
-
-        A tile counts less and less towards an edge that it shares; all tiles together count 1 everywhere.
-        """
-        assert self.tiling is not None
-        starts = self.tiling.starts(length)
-        size, overlap = min(self.tiling.size, length) // self.pixel_out, max(1, self.tiling.overlap // self.pixel_out)
-        ramp = ((torch.arange(size) + 0.5) / overlap).clamp(max=1.0)
-        total = torch.zeros(length // self.pixel_out)
-        weights = []
-        for start in starts:
-            weight = torch.ones(size)
-            if start > 0:
-                weight = weight * ramp
-            if start != starts[-1]:
-                weight = weight * ramp.flip(0)
-            total[self._out(start, size)] += weight
-            weights.append(weight)
-        return [(start, w / total[self._out(start, size)]) for start, w in zip(starts, weights, strict=True)]
+    A tile counts less and less towards an edge that it shares; all tiles together count 1 everywhere.
+    """
+    starts = tiling.starts(length)
+    size, overlap = min(tiling.size, length) // pixel, max(1, tiling.overlap // pixel)
+    ramp = ((torch.arange(size) + 0.5) / overlap).clamp(max=1.0)
+    weights = torch.zeros(len(starts), length // pixel)
+    for weight, start in zip(weights, starts, strict=True):
+        inside = torch.ones(size)
+        if start != starts[0]:
+            inside = inside * ramp
+        if start != starts[-1]:
+            inside = inside * ramp.flip(0)
+        weight[start // pixel : start // pixel + size] = inside
+    weights /= weights.sum(dim=0)
+    return [
+        (start, weight[start // pixel : start // pixel + size]) for start, weight in zip(starts, weights, strict=True)
+    ]

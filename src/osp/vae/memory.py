@@ -1,0 +1,121 @@
+"""How much memory a VAE needs, found without computing anything, and the tiles that fit into a budget."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from osp.errors import UsageError
+from osp.vae.autoencoder import COLOURS, VideoVAE
+from osp.vae.streaming import Half
+from osp.vae.tiling import Tiling
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+HALVES: tuple[Half, ...] = get_args(Half)
+
+# Beyond the tensors: an allocator's unused parts, and the work space of convolutions.
+_HEADROOM = 1.2
+
+
+def parse_bytes(value: int | str) -> int:
+    """`6GiB`, `800 MB` or a number of bytes -> bytes. Raises UsageError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", str(value).strip().upper())
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise UsageError(f"max_memory={value} is no amount of memory; write for example 6GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the tensors made inside the block: `peak` is the most that was alive at once, in bytes.
+
+    Works on the meta device, where nothing is computed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._bytes = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Run the operation and count what it made."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                held = self._alive.get(storage._cdata)
+                if held is None or held[0].expired():
+                    self._bytes += storage.nbytes() - (held[1] if held else 0)
+                    self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        if self._bytes > self.peak:  # only then does it matter what has gone meanwhile
+            self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+            self._bytes = sum(size for _, size in self._alive.values())
+            self.peak = max(self.peak, self._bytes)
+        return result
+
+
+def working_bytes(vae: VideoVAE, half: Half, height: int, width: int, dtype: torch.dtype = torch.float32) -> int:
+    """The most bytes that one half of the VAE has in tensors, besides its weights, for frames of this size in pixels.
+
+    That is for a clip of any length where that half streams, and for one of two latent frames where it does not.
+    Convolutions are counted as on a GPU; those that slide on the CPU need less.
+    """
+    with torch.device("meta"), torch.no_grad():
+        twin = type(vae)(**vae.settings).to(dtype)
+        frames = 1 + (8 if vae.can_stream(half) else 1) * vae.time_stride
+        with LiveBytes() as live:
+            if half == "encoder":
+                twin.encode(torch.empty(1, COLOURS, frames, height, width, dtype=dtype))
+            else:
+                latent_frames = 1 + (frames - 1) // vae.time_stride
+                size = (latent_frames, height // vae.space_stride, width // vae.space_stride)
+                twin.decode(torch.empty(1, vae.latent_channels, *size, dtype=dtype))
+    return live.peak
+
+
+def fit_tiling(
+    vae: VideoVAE,
+    height: int,
+    width: int,
+    max_memory: int | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    overlap: int = 64,
+) -> Tiling | None:
+    """The largest tiles with which `encode` and `decode` of `height` x `width` frames stay within `max_memory`.
+
+    `max_memory` is in bytes or like "6GiB". It holds the weights in `dtype` and what the VAE works with for one clip;
+    the clip itself comes on top. None means that whole frames fit. Raises UsageError if not even the smallest tiles do.
+    """
+    vae.check_size(1, height, width)
+    budget = parse_bytes(max_memory)
+    weights = sum(tensor.numel() for tensor in vae.state_dict().values()) * dtype.itemsize
+
+    def needed(side: int) -> int:
+        size = (min(side, height), min(side, width))
+        return weights + int(_HEADROOM * max(working_bytes(vae, half, *size, dtype) for half in HALVES))
+
+    whole = max(height, width)
+    if needed(whole) <= budget:
+        return None
+    step = 4 * vae.space_stride
+    overlap = math.ceil(overlap / vae.space_stride) * vae.space_stride
+    low, high = overlap + step, whole
+    if high <= low or needed(low) > budget:
+        least = min(low, whole)
+        raise UsageError(
+            f"max_memory={max_memory} is too little: for {least} pixels a side this VAE needs "
+            f"{needed(least) / 2**30:.2f} GiB"
+        )
+    while high - low > step:  # low fits, high does not
+        middle = (low + high) // 2 // step * step
+        middle = middle if middle > low else low + step
+        low, high = (middle, high) if needed(middle) <= budget else (low, middle)
+    return Tiling(low, overlap)
