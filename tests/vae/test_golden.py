@@ -44,9 +44,12 @@ def test_wavelets(case: str) -> None:
         torch.testing.assert_close(value, tensors[f"out/{name}"], rtol=0, atol=bar, msg=name)
 
 
+@pytest.mark.parametrize("slide", [False, True])
 @pytest.mark.parametrize(("kind", "case"), VAE_CASES)
 @torch.no_grad()
-def test_vae(kind: str, case: str) -> None:
+def test_vae(kind: str, case: str, slide: bool, request: pytest.FixtureRequest) -> None:
+    if slide:
+        request.getfixturevalue("sliding")
     settings, tensors = load_case(kind, case)
     weights = {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
     vae = load_published(kind, weights, settings["config"])

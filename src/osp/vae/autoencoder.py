@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from osp.errors import UsageError
 from osp.vae.posterior import GaussianPosterior
 from osp.vae.stream import StreamState
-from osp.vae.streaming import Half, check_streams, run_in_pieces
+from osp.vae.streaming import Half, Network, check_streams, run_clip
 from osp.vae.tiling import Corner, Tiling, in_tiles
 
 COLOURS = 3
 
-# Latent frames that go through at once where the caller does not say: few enough for the caches. An even number, to
-# which the first piece adds one, makes full pairs of frames after the clip's first (see `osp.vae.convolution`).
-_PIECE = 4
+# Latent frames that go through at once in a stream: few enough for the caches. An even number, see `osp.vae.streaming`.
+_PIECE = 2
 
 
 class VideoVAE(nn.Module):
@@ -83,9 +82,9 @@ class VideoVAE(nn.Module):
     def encode(self, video: Tensor, chunk_frames: int | None = None, tiling: Tiling | None = None) -> GaussianPosterior:
         """`B 3 T H W` in [-1, 1] with any T >= 1 -> posterior over `B L 1+ceil((T-1)/time_stride) H/s W/s`.
 
-        The clip goes through in pieces of `chunk_frames` frames, with the same result for any. None leaves the choice
-        to the VAE; it takes the clip whole where gradients are recorded or a layer needs all frames. With `tiling`, or
-        if the VAE has one, the frames go through in tiles, which is not exact.
+        The clip goes through in chunks of `chunk_frames` frames, with the same result for any. None leaves the choice
+        to the VAE, which takes the clip as a stream unless gradients are recorded or a layer needs all frames. With
+        `tiling`, or if the VAE has one, the frames go through in tiles, which is not exact.
 
         Raises UsageError for a size that does not fit, and for `chunk_frames` where the VAE cannot stream.
         """
@@ -103,7 +102,7 @@ class VideoVAE(nn.Module):
     ) -> Tensor:
         """`B L T H W` -> video `B 3 1+(T-1)*time_stride sH sW`, or only its first `frames` frames.
 
-        The latent goes through in pieces of `chunk_frames` latent frames; None and `tiling` mean what they mean in
+        The latent goes through in chunks of `chunk_frames` latent frames; None and `tiling` mean what they mean in
         `encode`. Raises UsageError for a latent of another model, for more frames than it holds, and for `chunk_frames`
         where the VAE cannot stream.
         """
@@ -113,6 +112,14 @@ class VideoVAE(nn.Module):
             raise UsageError(f"a latent of {latent.shape[2]} frames is not that of a video of frames={frames}")
         return self._run("decoder", latent, chunk_frames, tiling, held)[:, :, :frames]
 
+    def network(self, half: Half) -> Network:
+        """The function of that half."""
+        return self.encode_moments if half == "encoder" else self.decode_latent
+
+    def piece(self, half: Half) -> int:
+        """The frames of that half's input that go through at once in a stream."""
+        return _PIECE * (self.time_stride if half == "encoder" else 1)
+
     def pixels(self, half: Half) -> dict[str, int]:
         """The sizes of a pixel of that half's input and output, in pixels of the video."""
         pixel_in, pixel_out = (1, self.space_stride) if half == "encoder" else (self.space_stride, 1)
@@ -120,24 +127,16 @@ class VideoVAE(nn.Module):
 
     def _run(self, half: Half, x: Tensor, chunk_frames: int | None, tiling: Tiling | None, frames: int) -> Tensor:
         """One half over a whole clip, one tile after the other; `frames` is the length of the result."""
-        network = self.encode_moments if half == "encoder" else self.decode_latent
-        lengths = self._lengths(half, x.shape[2], chunk_frames)
+        if chunk_frames is not None:
+            if chunk_frames < 1:
+                raise UsageError(f"chunk_frames={chunk_frames} makes no sense; a chunk has at least one frame")
+            check_streams(self, half)
+        streams = chunk_frames is not None or (not torch.is_grad_enabled() and self.can_stream(half))
+        network, length = self.network(half), x.shape[2]
+        size = chunk_frames or length
+        lengths = [*[size] * (length // size), *([length % size] if length % size else [])]
 
         def run(tile: Tensor, _: Corner) -> Tensor:
-            return network(tile) if lengths is None else run_in_pieces(network, tile, lengths, frames)
+            return run_clip(network, tile, lengths, frames, self.piece(half)) if streams else network(tile, None)
 
         return in_tiles(x, tiling or self.tiling, run, **self.pixels(half))
-
-    def _lengths(self, half: Half, frames: int, chunk_frames: int | None) -> list[int] | None:
-        """The lengths of the pieces that a clip goes through in, or None if it should stay whole."""
-        if chunk_frames is None:
-            if torch.is_grad_enabled() or not self.can_stream(half):
-                return None
-            size, first = (self.time_stride if half == "encoder" else 1) * _PIECE, 1
-        else:
-            if chunk_frames < 1:
-                raise UsageError(f"chunk_frames={chunk_frames} makes no sense; a piece has at least one frame")
-            check_streams(self, half)
-            size, first = chunk_frames, 0
-        rest = max(0, frames - size - first)
-        return [min(frames, size + first), *[size] * (rest // size), *([rest % size] if rest % size else [])]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 Layer = Callable[[Tensor, "StreamState | None"], Tensor]
 
-_PIECE_BYTES = 64 << 20
+_PIECE_BYTES = 32 << 20
 
 
 class StreamState:

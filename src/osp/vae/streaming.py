@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from osp.vae.autoencoder import VideoVAE
 
 Half = Literal["encoder", "decoder"]
+Network = Callable[[Tensor, StreamState | None], Tensor]
 
 
 def stream_encode(
@@ -22,8 +23,9 @@ def stream_encode(
 ) -> Iterator[GaussianPosterior]:
     """Encode a clip that comes in pieces `B 3 t H W` of any lengths, and give the posterior in pieces.
 
-    Together the pieces are what `vae.encode` gives for the whole clip. If the clip's length is not 1 + a multiple of
-    the time stride, its last frame is repeated until it is. With `tiling` each tile is a stream of its own.
+    The pieces that come out need not match those that went in. Together they are what `vae.encode` gives for the whole
+    clip. If its length is not 1 + a multiple of the time stride, its last frame is repeated until it is. With `tiling`
+    each tile is a stream of its own.
 
     Raises UsageError if the VAE cannot stream, for pieces that do not fit it or each other, and if there is none.
     """
@@ -33,19 +35,19 @@ def stream_encode(
         vae.check_video(piece)
         _check_fits(piece, final)
         seen, final = seen + piece.shape[2], piece[:, :, -1:].clone()
-        if (moments := stream(piece, last=False)).shape[2]:
-            yield GaussianPosterior.from_moments(moments)
+        yield from map(GaussianPosterior.from_moments, stream(piece, last=False))
     if final is None:
         raise UsageError("there are no frames to encode")
     if missing := -(seen - 1) % vae.time_stride:
-        yield GaussianPosterior.from_moments(stream(final.expand(-1, -1, missing, -1, -1), last=True))
+        filling = final.expand(-1, -1, missing, -1, -1)
+        yield from map(GaussianPosterior.from_moments, stream(filling, last=True))
 
 
 def stream_decode(vae: "VideoVAE", latents: Iterable[Tensor], tiling: Tiling | None = None) -> Iterator[Tensor]:
     """Decode a latent that comes in pieces `B L t h w` of any lengths, and give the video in pieces `B 3 T H W`.
 
-    Together the pieces are what `vae.decode` gives for the whole latent. Where the VAE looks ahead, frames come out a
-    piece later, and the last ones after the last piece. With `tiling` each tile is a stream of its own.
+    The pieces that come out need not match those that went in, as the VAE looks ahead. Together they are what
+    `vae.decode` gives for the whole latent. With `tiling` each tile is a stream of its own.
 
     Raises UsageError if the VAE cannot stream, for pieces that do not fit it or each other, and if there is none.
     """
@@ -57,32 +59,47 @@ def stream_decode(vae: "VideoVAE", latents: Iterable[Tensor], tiling: Tiling | N
             vae.check_latent(piece)
             _check_fits(piece, final)
             final = piece[:, :, -1:].clone()
-            video = stream(piece, last=False)
+            yield from stream(piece, last=False)
         elif final is not None:
-            video = stream(final[:, :, :0], last=True)
+            yield from stream(final[:, :, :0], last=True)
         else:
             raise UsageError("there are no latents to decode")
-        if video.shape[2]:
-            yield video
 
 
-def run_in_pieces(
-    half: Callable[[Tensor, StreamState | None], Tensor], x: Tensor, lengths: Iterable[int], frames: int
-) -> Tensor:
-    """A whole clip `B C T H W` through one half of a VAE, in pieces of the given lengths -> its `frames` frames."""
+def run_clip(network: Network, x: Tensor, lengths: Iterable[int], frames: int, piece: int) -> Tensor:
+    """A whole clip `B C T H W` through one half of a VAE, in chunks of the given lengths -> its `frames` frames."""
     state, out, done = StreamState(), None, 0
-    pieces = x.split(list(lengths), dim=2)
-    for i, piece in enumerate(pieces):
-        state.last = i == len(pieces) - 1
-        y = half(piece, state)
-        state.first = False
-        if out is None:
-            out = y.new_empty(*y.shape[:2], frames, *y.shape[3:])
-        out[:, :, done : done + y.shape[2]] = y
-        done += y.shape[2]
+    chunks = x.split(list(lengths), dim=2)
+    for i, chunk in enumerate(chunks):
+        for part, last in _pieces(chunk, piece, first=i == 0, last=i == len(chunks) - 1):
+            y = _advance(network, part, state, last)
+            if out is None:
+                out = y.new_empty(*y.shape[:2], frames, *y.shape[3:])
+            out[:, :, done : done + y.shape[2]] = y
+            done += y.shape[2]
     assert out is not None
     assert done == frames
     return out
+
+
+def _pieces(chunk: Tensor, length: int, *, first: bool, last: bool) -> Iterator[tuple[Tensor, bool]]:
+    """A chunk in pieces of `length` frames, so that a large one needs no more memory, and whether each ends the clip.
+
+    The first piece of a clip is a frame longer, so that after it strides are full and frames come in pairs (see
+    `osp.vae.convolution`). A chunk without frames is one piece.
+    """
+    done = 0
+    while done == 0 or done < chunk.shape[2]:
+        end = done + length + (first and done == 0)
+        yield chunk[:, :, done:end], last and end >= chunk.shape[2]
+        done = end
+
+
+def _advance(network: Network, x: Tensor, state: StreamState, last: bool) -> Tensor:
+    state.last = last
+    y = network(x, state)
+    state.first = False
+    return y
 
 
 def check_streams(vae: "VideoVAE", half: Half) -> None:
@@ -99,22 +116,20 @@ class _Stream:
 
     def __init__(self, vae: "VideoVAE", half: Half, tiling: Tiling | None) -> None:
         check_streams(vae, half)
-        self.half = vae.encode_moments if half == "encoder" else vae.decode_latent
-        self.pixels = vae.pixels(half)
+        self.vae, self.half = vae, half
         self.tiling = tiling or vae.tiling
-        self._states: dict[Corner, StreamState] = {}
+        self.states: dict[Corner, StreamState] = {}
 
-    def __call__(self, x: Tensor, *, last: bool) -> Tensor:
-        """The next piece -> what of the result is ready."""
+    def __call__(self, chunk: Tensor, *, last: bool) -> Iterator[Tensor]:
+        """The next chunk -> what of the result is ready, as it comes."""
+        network, length = self.vae.network(self.half), self.vae.piece(self.half)
+        for part, ends in _pieces(chunk, length, first=not self.states, last=last):
 
-        def advance(tile: Tensor, corner: Corner) -> Tensor:
-            state = self._states.setdefault(corner, StreamState())
-            state.last = last
-            y = self.half(tile, state)
-            state.first = False
-            return y
+            def advance(tile: Tensor, corner: Corner, ends: bool = ends) -> Tensor:
+                return _advance(network, tile, self.states.setdefault(corner, StreamState()), ends)
 
-        return in_tiles(x, self.tiling, advance, **self.pixels)
+            if (y := in_tiles(part, self.tiling, advance, **self.vae.pixels(self.half))).shape[2]:
+                yield y
 
 
 def _check_fits(piece: Tensor, before: Tensor | None) -> None:

@@ -1,0 +1,55 @@
+"""VAEs small enough to run in float64 hundreds of times."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from osp.vae import WFVAE, CausalVideoVAE, VideoVAE, convolution
+
+
+def build_wfvae(**settings: object) -> WFVAE:
+    small = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 6}
+    return WFVAE(**{**small, "encoder_blocks": 1, "decoder_blocks": 1, **settings})
+
+
+def build_odvae() -> CausalVideoVAE:
+    """v1.2's layers in small; its decoder streams, its encoder has a group norm and cannot."""
+    return CausalVideoVAE(
+        base_channels=8,
+        multipliers=(1, 1, 2, 4),
+        blocks=1,
+        norm="layer",
+        conv_in="2d",
+        encoder_blocks=("2d", "2d", "3d", "3d"),
+        encoder_resize=("space", "space_time", "space_time", "none"),
+        encoder_time=(False,) * 4,
+        decoder_resize=("none", "frame", "space_time", "space_time"),
+        decoder_time=(False,) * 4,
+    )
+
+
+VAES = {
+    "4x8x8": lambda: build_wfvae(level1="2d"),
+    "8x8x8": lambda: build_wfvae(level1="3d", temporal_interpolation="nearest"),
+    "od-vae": build_odvae,
+}
+
+
+@pytest.fixture
+def tiny_wfvae() -> Callable[..., WFVAE]:
+    """Builds a tiny WF-VAE with the given settings."""
+    return build_wfvae
+
+
+@pytest.fixture(params=VAES)
+def any_vae(request: pytest.FixtureRequest) -> VideoVAE:
+    """One VAE of each kind, in float64."""
+    torch.manual_seed(0)
+    return VAES[request.param]().double().eval()
+
+
+@pytest.fixture
+def sliding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions slide over frames of any size, as they do over large ones."""
+    monkeypatch.setattr(convolution, "SMALL_FRAME", 0)
