@@ -49,3 +49,6 @@ def test_training_does_not_slide() -> None:
         assert worth_sliding(large)
         assert not worth_sliding(small)
         assert not worth_sliding(large.to("meta"))
+        assert not worth_sliding(large.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not worth_sliding(large)

@@ -85,3 +85,11 @@ def test_posterior_samples_and_divergence(tiny_wfvae: Build) -> None:
     standard = torch.distributions.Normal(0.0, 1.0)
     expected = torch.distributions.kl_divergence(normal, standard).sum(dim=(1, 2, 3, 4))
     torch.testing.assert_close(posterior.kl(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_training_takes_any_number_of_frames(tiny_wfvae: Build) -> None:
+    video = torch.randn(1, 3, 6, 16, 16)
+    result = tiny_wfvae()(video)
+    assert result.reconstruction.shape == video.shape
+    assert result.posterior.frames == 6
+    assert [a.shape for a in result.encoder_coefficients] == [b.shape for b in result.decoder_coefficients]

@@ -22,9 +22,14 @@ SMALL_FRAME = 1 << 15
 
 
 def worth_sliding(x: Tensor) -> bool:
-    """Whether a clip `B C T H W` should slide. Training keeps the plain convolution, whose backward pass is one too."""
+    """Whether a clip `B C T H W` should slide. Training keeps the plain convolution, whose backward pass is one too.
+
+    Half precision does too: the sums of frames would lose bits there.
+    """
+    exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
     large = x[:, :, :1].numel() >= SMALL_FRAME
-    return large and x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return exact and large and free and x.device.type == "cpu"
 
 
 def convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None, each: Each | None) -> Tensor:
