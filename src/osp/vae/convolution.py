@@ -79,7 +79,7 @@ def convolve_over_time(
         f2 = first if done == 0 else _frame(x, done, each)
         last = out[:, :, done]
         last.copy_(F.conv2d(f0, g0, bias, padding=1))
-        last += F.conv2d(f1, plus - minus, padding=1)
+        last += F.conv2d(f1, weight[:, :, 1], padding=1)
         last += F.conv2d(f2, g2, padding=1)
         f0, f1 = f1, f2
     return out, (f0[:, :, None], f1[:, :, None])

@@ -67,9 +67,7 @@ class Chain(nn.Sequential):
         return run(tuple(self), x, state)
 
 
-def run(
-    layers: Sequence[Callable[[Tensor, StreamState | None], Tensor]], x: Tensor, state: StreamState | None
-) -> Tensor:
+def run(layers: Sequence[Layer], x: Tensor, state: StreamState | None) -> Tensor:
     """Layers one after another, each given the stream's state: `B C T H W` -> what the last one gives.
 
     Where a stream's chunk is large, or is about to become so (a layer's `growth` is the size of its output to that of
