@@ -7,7 +7,7 @@ OUT ?= outputs
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo test lint train-vae eval sweep clean help
+.PHONY: setup demo test lint train-vae eval bench-vae sweep clean help
 
 setup: $(INSTALLED)  ## make .venv with everything, versions as in constraints.txt
 
@@ -45,6 +45,9 @@ train-vae: setup  ## train a VAE: make train-vae ARGS="experiment=wfvae_v13_8ch 
 
 eval: setup  ## evaluate one: make eval ARGS="checkpoint=FILE input=DIR"
 	$(OSP) eval $(ARGS)
+
+bench-vae: setup  ## time and memory of the full-size VAE, a quarter of an hour on 4 cores: make bench-vae ARGS="frames=65"
+	$(OSP) bench target=vae output=$(OUT)/bench/vae $(or $(ARGS),frames=[17,33] sizes=[128x128,256x256])
 
 sweep: setup  ## a multirun over two latent sizes, compared in one table
 	$(OSP) train --multirun experiment=wfvae_tiny output=$(OUT)/sweep vae.latent_channels=4,16 \

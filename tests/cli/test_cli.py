@@ -37,6 +37,8 @@ TINY = [
     "trainer.accelerator=cpu",
 ]
 
+BENCH = ["vae=wfvae_tiny", "frames=5", "sizes=16x16", "device=cpu"]
+
 
 def osp(*arguments: str, code: int = 0) -> tuple[str, str]:
     """Run `osp` in a process of its own; gives stdout and stderr."""
@@ -269,6 +271,26 @@ WRONG = [
     (["eval", "vae=pretrained", "path={tmp}", "input={tmp}"], 1, r"has no config\.json"),
     (["train", "vae=pretrained"], 2, "give path=FOLDER"),
     (["train", "vae=causalvae_v11", "vae.base_channels=32"], 2, "CausalVideoVAE cannot be trained"),
+    (["bench", *BENCH, "target=oven"], 2, "target=oven is not known; choose vae"),
+    (["bench", *BENCH, "sizes=64"], 2, "sizes=64 makes no sense; give HEIGHTxWIDTH"),
+    (["bench", *BENCH, "sizes=[64x64,64x60]"], 2, "width=60 does not fit this VAE.*multiples of 8"),
+    (["bench", *BENCH, "sizes=[]"], 2, r"sizes=\[\] leaves nothing"),
+    (["bench", *BENCH, "frames=[5,0]"], 2, "frames=0 makes no sense"),
+    (["bench", *BENCH, "frames=some"], 2, "frames=some makes no sense"),
+    (["bench", *BENCH, "chunk_frames=0"], 2, "chunk_frames=0 makes no sense"),
+    (["bench", *BENCH, "precision=fp8"], 2, "precision=fp8 is not known; choose 32-true"),
+    (["bench", *BENCH, "mode=[whole,half]"], 2, "mode=half is not known; choose whole, pieces, stream"),
+    (["bench", *BENCH, "compile=maybe"], 2, "compile=maybe is not known; choose false, true"),
+    (["bench", *BENCH, "tiling=256"], 2, "tiling=256 makes no sense"),
+    (["bench", *BENCH, "tiling=[{{size:100,overlap:8}}]"], 2, "size=100 and overlap=8 must be multiples of 8"),
+    (["bench", *BENCH, "device=cuda:99"], 2, "device=cuda:99: this machine has"),
+    (["bench", *BENCH, "repeats=0"], 2, "repeats=0 makes no sense"),
+    (["bench", *BENCH, "threads=0"], 2, "threads=0 makes no sense"),
+    (["bench", *BENCH, "isolate=often"], 2, "isolate=often makes no sense"),
+    (["bench", *BENCH, "checkpoint=x"], 2, "checkpoint=x is not read with vae=wfvae_tiny; give vae=trained too"),
+    (["bench", "vae=pretrained"], 2, "vae=pretrained needs path=FOLDER"),
+    (["bench", "vae=published"], 2, r"vae=published needs vae\.kind=\.\.\. and vae\.source="),
+    (["bench", "vae=trained", "checkpoint={tmp}/none.ckpt"], 1, r"none\.ckpt: no such file"),
     (["import-weights", "source={tmp}", "output={tmp}/o"], 2, "kind"),
     (
         ["import-weights", "kind=wfvae", "source={tmp}", "output={tmp}/o"],
@@ -311,7 +333,7 @@ def test_a_wrong_command_is_told_in_one_line(
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = call(capsys, monkeypatch)
     assert code == 0
-    assert {"shards", "train", "eval", "import-weights", "export-weights"} <= set(out.split())
+    assert {"shards", "train", "eval", "bench", "import-weights", "export-weights"} <= set(out.split())
 
 
 def test_one_batch_of_shards_is_learnt_by_heart(

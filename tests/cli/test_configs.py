@@ -54,6 +54,14 @@ def test_every_choice_of_every_group_composes(group: str) -> None:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
+def test_the_benchmark_takes_every_vae() -> None:
+    for name in names("vae"):
+        source = {"published": ["vae.kind=wfvae_v13", "vae.source=x"]}.get(name, [])
+        cfg = composed("bench", f"vae={name}", *source)
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        assert cfg.output == "outputs/bench/vae"
+
+
 @pytest.mark.parametrize("vae", ["causalvae_v11", "odvae_v12"])
 def test_a_vae_to_evaluate_only_is_what_its_configuration_says(vae: str) -> None:
     with torch.device("meta"):

@@ -16,6 +16,7 @@ VERBS = {
     "shards": "cut a folder of videos and images into WebDataset shards",
     "train": "train what an experiment composes",
     "eval": "encode and decode videos with a VAE and measure what comes back",
+    "bench": "measure speed and memory of a part, as one table and one plot",
     "import-weights": "turn published VAE weights into a folder of ours",
     "export-weights": "turn a VAE of ours into a folder for the published code",
 }

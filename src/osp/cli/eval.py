@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from osp.cli.checks import CLIP, check_numbers
 from osp.data.sources import ClipSource, ShardClips
 from osp.data.video import ClipError
+from osp.devices import choose_device
 from osp.errors import UsageError
 from osp.evaluation.frechet import video_features
 from osp.evaluation.reconstruction import evaluate_reconstruction
@@ -34,7 +34,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             "give checkpoint=FILE of `osp train`, vae=pretrained path=FOLDER of `osp import-weights`, "
             "or vae=published vae.kind=KIND vae.source=FILE"
         )
-    device = _device(cfg.device)
+    device = choose_device(cfg.device)
     output = Path(HydraConfig.get().runtime.output_dir)
     vae = instantiate(cfg.vae)
     vae.check_size(cfg.clip.frames, cfg.clip.height, cfg.clip.width)
@@ -65,18 +65,6 @@ def _clips(source: ClipSource, count: int) -> Iterator[Mapping[str, Any] | ClipE
             yield source.read(index, 0)
         except ClipError as error:
             yield error
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"device={name} is not known; choose auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _name(cfg: DictConfig) -> str:

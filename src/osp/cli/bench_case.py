@@ -1,0 +1,134 @@
+"""What `osp bench` measures: a target gives cases, and each of them is a row of the table."""
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from omegaconf import DictConfig
+
+from osp.devices import PeakMemory, choose_device, free_unused, synchronize
+
+
+class Case(Protocol):
+    """One row: what to run, and how. It can be sent to another process."""
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """The row's first columns."""
+
+    @property
+    def note(self) -> str:
+        """Why this cannot be measured, or nothing."""
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """What the rows to compare with each other have in common."""
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the others of the group are compared with this one."""
+
+    @property
+    def work(self) -> Mapping[str, float]:
+        """What one run does, to be given per second."""
+
+    @property
+    def flops(self) -> int:
+        """Nominal operations of one run."""
+
+    @property
+    def precision(self) -> str:
+        """What the settings call `dtype`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the arithmetic is done in."""
+
+    def load(self, device: torch.device) -> Any:
+        """The model, ready to run."""
+
+    def inputs(self, model: Any) -> Any:
+        """What goes in; it counts as memory of the run."""
+
+    def run(self, model: Any, inputs: Any) -> None:
+        """One run."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something to measure: `cases` makes rows of the settings, and says what the model is.
+
+    `notes` stand under the table. The plot shows the column `speed` in a panel for each value of the column `panel`,
+    over the column `x`, with a line style for each combination of the columns `style` and a colour for each of the
+    others.
+    """
+
+    cases: Callable[[DictConfig], tuple[Sequence[Case], str]]
+    notes: tuple[str, ...]
+    speed: str
+    panel: str
+    x: str
+    style: tuple[str, ...]
+
+
+def measure(case: Case, device_name: str, repeats: int, threads: int) -> dict[str, Any]:
+    """What the runs of a case cost: `seconds` of each after the first, `first_seconds`, `peak_bytes`, `taken_bytes`.
+
+    Or a `note` that says why they came to nothing.
+    """
+    torch.set_num_threads(threads)
+    device = choose_device(device_name)
+    seconds = []
+    try:
+        model = case.load(device)
+        first = _seconds(case, model, case.inputs(model), device)
+        with PeakMemory(device) as memory:
+            inputs = case.inputs(model)
+            for _ in range(repeats):
+                seconds.append(_seconds(case, model, inputs, device))
+    except Exception as error:
+        if (note := _note(error)) is None:
+            raise
+        return {"note": note}
+    finally:
+        model = inputs = None
+        free_unused(device)
+    return {
+        "first_seconds": first,
+        "seconds": seconds,
+        "peak_bytes": memory.peak,
+        "taken_bytes": memory.taken,
+    }
+
+
+def measure_apart(case: Case, device_name: str, repeats: int, threads: int) -> dict[str, Any]:
+    """`measure` in a process of its own, which a lack of memory may cost."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, case, device_name, repeats, threads).result()
+        except BrokenProcessPool:
+            return {"note": "the system ended the process, as it does when memory runs out"}
+
+
+def _seconds(case: Case, model: Any, inputs: Any, device: torch.device) -> float:
+    synchronize(device)
+    begun = time.perf_counter()
+    case.run(model, inputs)
+    synchronize(device)
+    return time.perf_counter() - begun
+
+
+def _note(error: Exception) -> str | None:
+    """What the table says of an error that belongs there; None for a bug."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "out of memory"
+    compiler = sys.modules.get("torch._dynamo.exc")  # loaded if anything was compiled
+    if compiler is not None and isinstance(error, compiler.TorchDynamoException):
+        return f"does not compile: {str(error).strip().splitlines()[0]}"
+    return None

@@ -1,0 +1,179 @@
+"""What `osp bench` leaves: one table, the same as files, and one plot."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from osp.cli.bench_case import Case, Target
+from osp.data.files import write_whole
+
+# Columns of the table that are measured: heading, and what its numbers are divided by
+_MEASURED = {
+    "seconds": ("seconds", 1),
+    "frames_per_second": ("frames/s", 1),
+    "megapixels_per_second": ("megapixels/s", 1),
+    "flops": ("TFLOP", 1e12),
+    "share_of_peak": ("% of peak", 0.01),
+    "peak_bytes": ("peak MiB", 1 << 20),
+    "taken_bytes": ("taken MiB", 1 << 20),
+    "time_ratio": ("time ratio", 1),
+    "memory_ratio": ("memory ratio", 1),
+}
+_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
+_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ("--", "v"), (":", "x"))
+
+
+def table_rows(
+    done: Iterable[tuple[Case, Mapping[str, Any]]], matmul_flops: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Cases, and what `measure` gave for each -> rows, with all that follows from it.
+
+    `matmul_flops` is the peak rate to compare with, for each precision. What a row does not have is None.
+    """
+    done = list(done)
+    references = {case.group: measured for case, measured in done if case.is_reference and "seconds" in measured}
+    return [_row(case, measured, references.get(case.group), matmul_flops[case.precision]) for case, measured in done]
+
+
+def _row(
+    case: Case, measured: Mapping[str, Any], reference: Mapping[str, Any] | None, matmul_flops: float
+) -> dict[str, Any]:
+    row = {**case.about, "flops": case.flops, "note": measured.get("note", "")}
+    if "seconds" not in measured:
+        return row
+    seconds, taken = min(measured["seconds"]), measured["taken_bytes"]
+    row |= {f"{name}_per_second": amount / seconds for name, amount in case.work.items()}
+    row |= {"share_of_peak": case.flops / seconds / matmul_flops}
+    row |= {"peak_bytes": measured["peak_bytes"], "taken_bytes": taken}
+    if reference is not None:
+        row["time_ratio"] = seconds / min(reference["seconds"])
+        row["memory_ratio"] = taken / reference["taken_bytes"] if taken and reference["taken_bytes"] else None
+    return row | {"seconds": seconds, "all_seconds": measured["seconds"], "first_seconds": measured["first_seconds"]}
+
+
+def write(output: Path, results: Mapping[str, Any]) -> None:
+    """Write table.md, results.json and results.csv."""
+    write_whole(output / "table.md", markdown(results) + "\n")
+    write_whole(output / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    columns = [*results["columns"], *_MEASURED, "first_seconds", "note"]
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    table.writeheader()
+    table.writerows(results["rows"])
+    write_whole(output / "results.csv", text.getvalue())
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table, with what all rows have in common above it and how to read it below."""
+    rows = results["rows"]
+    varied = [key for key in results["columns"] if len(rows) == 1 or _differs(rows, key)]
+    fixed = [key for key in results["columns"] if key not in varied and rows[0][key] is not None]
+    same = [f"{_heading(key)} {_text(rows[0], key)}" for key in fixed]
+    columns = varied + [key for key in _MEASURED if any(row.get(key) is not None for row in rows)]
+    columns += ["note"] if any(row["note"] for row in rows) else []
+    rates = [f"{rate / 1e12:.3g} TFLOP/s in {precision}" for precision, rate in results["matmul_flops"].items()]
+    return "\n".join(
+        [
+            f"{results['model']}; {', '.join(same)}" if same else results["model"],
+            "",
+            f"{results['device']}; torch {results['torch']}; the peak, of matrix products: {', '.join(rates)}; "
+            f"best of {results['repeats']} runs after one not counted; memory is {results['memory']}",
+            "",
+            *_aligned([[_heading(key) for key in columns], *([_text(row, key) for key in columns] for row in rows)]),
+            "",
+            *(f"- {note}" for note in results["notes"]),
+        ]
+    )
+
+
+def draw(output: Path, results: Mapping[str, Any], target: Target) -> None:
+    """Write plot.png, with speed above and memory taken below; where no row was measured there is no plot."""
+    from matplotlib.figure import Figure  # takes its time to load
+
+    rows = sorted((row for row in results["rows"] if "seconds" in row), key=lambda row: row[target.x])
+    (output / "plot.png").unlink(missing_ok=True)
+    if not rows:
+        return
+    others = [key for key in results["columns"] if key not in (target.panel, target.x, *target.style)]
+    coloured = [key for key in others if _differs(rows, key)] or others[:1]
+    panels, colours, styles = (_labels(rows, keys) for keys in ([target.panel], coloured, target.style))
+    curves: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        where = _label(row, [target.panel]), _label(row, coloured), _label(row, target.style)
+        curves.setdefault(where, []).append(row)
+
+    figure = Figure(figsize=(2 + 4.5 * len(panels), 8), layout="constrained")
+    grid = figure.subplots(2, len(panels), sharex=True, squeeze=False)
+    for line, key in zip(grid, (target.speed, "taken_bytes"), strict=True):
+        line[0].set_ylabel(_heading(key))
+        for axes, title in zip(line, panels, strict=True):
+            axes.set_title(title)
+            axes.grid(alpha=0.3)
+        for (panel, colour, style), points in curves.items():
+            shown = [(row[target.x], row[key] / _MEASURED[key][1]) for row in points if row[key]]
+            color, (linestyle, marker) = _pick(_COLOURS, colours, colour), _pick(_STYLES, styles, style)
+            look = {"color": color, "linestyle": linestyle, "marker": marker, "label": f"{colour} {style}"}
+            line[panels.index(panel)].plot([x for x, _ in shown], [y for _, y in shown], **look)
+    lengths = sorted({row[target.x] for row in rows})
+    for above, below in grid.T:
+        above.set_ylim(bottom=0)
+        below.set_yscale("log", base=2)
+        below.yaxis.set_major_formatter("{x:g}")
+        below.set_xlabel(_heading(target.x))
+        below.set_xscale("log" if lengths[-1] >= 8 * lengths[0] else "linear")
+        below.set_xticks(lengths, [str(length) for length in lengths])
+        below.set_xticks([], minor=True)
+    lines = {str(line.get_label()): line for axes in grid[0] for line in axes.get_lines()}
+    legend = [name for name in (f"{colour} {style}" for colour in colours for style in styles) if name in lines]
+    figure.legend([lines[name] for name in legend], legend, loc="outside lower center", ncols=3)
+    figure.suptitle(f"{results['model']}\n{results['device']}", fontsize="medium")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_whole(output / "plot.png", image.getvalue())
+
+
+def _label(row: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """A row's values as a legend says them; what a row does not have, or is not, is left out."""
+    return " ".join(_heading(key) if row[key] is True else str(row[key]) for key in keys if row[key])
+
+
+def _labels(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(_label(row, keys) for row in rows))
+
+
+def _pick(looks: Sequence[Any], names: Sequence[str], name: str) -> Any:
+    return looks[names.index(name) % len(looks)]
+
+
+def _differs(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return any(row[key] != rows[0][key] for row in rows)
+
+
+def _heading(key: str) -> str:
+    return _MEASURED[key][0] if key in _MEASURED else key.replace("_", " ")
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key not in _MEASURED:
+        return str(value)
+    if key.endswith("ratio"):
+        return f"{value:.2f}"
+    value /= _MEASURED[key][1]
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, of which the first line is the heading."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    heading, *rows = (
+        f"| {' | '.join(text.rjust(width) for text, width in zip(line, widths, strict=True))} |" for line in cells
+    )
+    return [heading, f"|{'|'.join('-' * (width + 1) + ':' for width in widths)}|", *rows]

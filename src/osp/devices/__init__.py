@@ -1,0 +1,14 @@
+"""What hardware there is, how to choose it, and how fast it is and how much memory it takes."""
+
+from osp.devices.device import choose_device, describe_device, free_unused, synchronize
+from osp.devices.measure import PeakMemory, count_flops, matmul_peak
+
+__all__ = [
+    "PeakMemory",
+    "choose_device",
+    "count_flops",
+    "describe_device",
+    "free_unused",
+    "matmul_peak",
+    "synchronize",
+]

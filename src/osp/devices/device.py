@@ -1,0 +1,73 @@
+"""Choosing a device, and what is done to one as a whole."""
+
+import ctypes
+import gc
+import importlib
+import platform
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from osp.errors import UsageError
+
+KNOWN = ("cpu", "cuda", "npu")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N`, `npu` or `npu:N` -> the device.
+
+    Raises UsageError for another name, and for a device that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = str(name).split(":")[0]
+    if kind == "npu":
+        try:
+            importlib.import_module("torch_npu")  # torch knows the name only then
+        except ImportError as error:
+            raise UsageError(f"device={name} needs the package torch_npu, which is not installed here") from error
+    try:
+        if kind not in KNOWN:
+            raise RuntimeError(f"no device of ours: {kind}")
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device={name} is not known; choose auto, cpu, cuda, cuda:N or npu") from error
+    count = 1 if kind == "cpu" else backend(device).device_count()
+    if (device.index or 0) >= count:
+        raise UsageError(f"device={name}: this machine has {count} {kind.upper()} devices")
+    return device
+
+
+def backend(device: torch.device) -> ModuleType:
+    """torch.cuda or torch.npu, which have the same functions."""
+    return getattr(torch, device.type)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type != "cpu":
+        backend(device).synchronize(device)
+
+
+def free_unused(device: torch.device) -> None:
+    """Give memory that nothing uses any more back to the system, or on an accelerator to the driver."""
+    gc.collect()
+    if device.type != "cpu":
+        backend(device).empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None:
+        trim(0)  # glibc keeps what was freed between blocks still in use
+
+
+def describe_device(device: torch.device) -> str:
+    """The accelerator's name, or the processor's with the number of threads that torch runs there."""
+    if device.type != "cpu":
+        return str(backend(device).get_device_name(device))
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
