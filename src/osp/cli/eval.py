@@ -17,6 +17,7 @@ from osp.devices import choose_device
 from osp.errors import UsageError
 from osp.evaluation.frechet import video_features
 from osp.evaluation.reconstruction import evaluate_reconstruction
+from osp.vae import fit_tiling
 from osp.vae.lowest_band import LowestBand
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     output = Path(HydraConfig.get().runtime.output_dir)
     vae = instantiate(cfg.vae)
     vae.check_size(cfg.clip.frames, cfg.clip.height, cfg.clip.width)
+    if cfg.max_memory is not None:
+        vae.tiling = fit_tiling(vae, cfg.clip.height, cfg.clip.width, cfg.max_memory)
+        log.info("max_memory=%s: %s", cfg.max_memory, vae.tiling or "whole frames fit")
     source = ShardClips(to_absolute_path(cfg.input), **cfg.clip, random_start=False)
     features = video_features("random3d" if cfg.features.path is None else "i3d", cfg.features.path)
     results = evaluate_reconstruction(

@@ -16,6 +16,7 @@ COLOURS = 3
 
 # Latent frames that go through at once in a stream: few enough for the caches. An even number, see `osp.vae.streaming`.
 _PIECE = 2
+_LARGE = 256 * 256  # pixels of a frame
 
 
 class VideoVAE(nn.Module):
@@ -136,7 +137,14 @@ class VideoVAE(nn.Module):
         size = chunk_frames or length
         lengths = [*[size] * (length // size), *([length % size] if length % size else [])]
 
-        def run(tile: Tensor, _: Corner) -> Tensor:
-            return run_clip(network, tile, lengths, frames, self.piece(half)) if streams else network(tile, None)
+        pixels = self.pixels(half)
 
-        return in_tiles(x, tiling or self.tiling, run, **self.pixels(half))
+        def run(tile: Tensor, _: Corner) -> Tensor:
+            if not streams:
+                return network(tile, None)
+            # Of small frames as many as make up a piece of large ones: calls have their cost, too.
+            area = tile.shape[3] * tile.shape[4] * pixels["pixel_in"] ** 2
+            piece = self.piece(half) * (max(1, _LARGE // area) if chunk_frames is None else 1)
+            return run_clip(network, tile, lengths, frames, piece)
+
+        return in_tiles(x, tiling or self.tiling, run, **pixels)
