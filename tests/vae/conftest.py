@@ -31,7 +31,8 @@ def build_odvae() -> CausalVideoVAE:
 
 VAES = {
     "4x8x8": lambda: build_wfvae(level1="2d"),
-    "8x8x8": lambda: build_wfvae(level1="3d", temporal_interpolation="nearest"),
+    "8x8x8": lambda: build_wfvae(level1="3d"),
+    "nearest": lambda: build_wfvae(level1="2d", temporal_interpolation="nearest", attention=False),
     "od-vae": build_odvae,
 }
 

@@ -152,8 +152,8 @@ def test_memory_of_a_stream_does_not_grow(any_vae: VideoVAE) -> None:
         pieces = (torch.zeros(1, any_vae.latent_channels, min(8, latents - i), 2, 2) for i in range(0, latents, 8))
         vae = any_vae.float()
         with LiveBytes() as live:
-            for _ in stream_decode(vae, pieces):
-                pass
+            for piece in stream_decode(vae, pieces):
+                del piece
         peaks[frames] = live.peak
     whole = LiveBytes()
     with whole:

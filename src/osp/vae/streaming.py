@@ -128,8 +128,10 @@ class _Stream:
             def advance(tile: Tensor, corner: Corner, ends: bool = ends) -> Tensor:
                 return _advance(network, tile, self.states.setdefault(corner, StreamState()), ends)
 
-            if (y := in_tiles(part, self.tiling, advance, **self.vae.pixels(self.half))).shape[2]:
+            y = in_tiles(part, self.tiling, advance, **self.vae.pixels(self.half))
+            if y.shape[2]:
                 yield y
+            del y  # not to be held while the next piece is computed
 
 
 def _check_fits(piece: Tensor, before: Tensor | None) -> None:
