@@ -119,9 +119,8 @@ def draw(output: Path, results: Mapping[str, Any], target: Target) -> None:
             line[panels.index(panel)].plot([x for x, _ in shown], [y for _, y in shown], **look)
     lengths = sorted({row[target.x] for row in rows})
     for above, below in grid.T:
-        above.set_ylim(bottom=0)
-        below.set_yscale("log", base=2)
-        below.yaxis.set_major_formatter("{x:g}")
+        for axes in (above, below):
+            axes.set_ylim(0, 1.1 * axes.dataLim.y1)
         below.set_xlabel(_heading(target.x))
         below.set_xscale("log" if lengths[-1] >= 8 * lengths[0] else "linear")
         below.set_xticks(lengths, [str(length) for length in lengths])
