@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,16 +15,6 @@ from osp.vae import WFVAE
 
 TINY = {"base_channels": 4, "latent_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4}
 Bench = Callable[..., tuple[str, dict[str, Any]]]
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """Hydra sets up the logging of the whole process."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture

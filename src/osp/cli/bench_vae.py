@@ -155,10 +155,8 @@ def cases(cfg: DictConfig) -> tuple[list[VAECase], str]:
     for (height, width), length in product(sizes, lengths):
         vae.check_size(length, height, width)
     for tiling in tilings:
-        if tiling is not None and (tiling.size % vae.space_stride or tiling.overlap % vae.space_stride):
-            raise UsageError(
-                f"tiling: size={tiling.size} and overlap={tiling.overlap} must be multiples of {vae.space_stride}"
-            )
+        if tiling is not None:
+            tiling.check(vae.space_stride)
     with torch.device("meta"):
         twin = type(vae)(**vae.settings)
     clips = {

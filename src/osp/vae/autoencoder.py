@@ -110,7 +110,8 @@ class VideoVAE(nn.Module):
         self.check_latent(latent)
         held = 1 + (latent.shape[2] - 1) * self.time_stride
         if frames is not None and not held - self.time_stride < frames <= held:
-            raise UsageError(f"a latent of {latent.shape[2]} frames is not that of a video of frames={frames}")
+            least = max(1, held - self.time_stride + 1)
+            raise UsageError(f"frames={frames} do not go with {latent.shape[2]} latent frames; use {least} to {held}")
         return self._run("decoder", latent, chunk_frames, tiling, held)[:, :, :frames]
 
     def network(self, half: Half) -> Network:
@@ -136,7 +137,6 @@ class VideoVAE(nn.Module):
         network, length = self.network(half), x.shape[2]
         size = chunk_frames or length
         lengths = [*[size] * (length // size), *([length % size] if length % size else [])]
-
         pixels = self.pixels(half)
 
         def run(tile: Tensor, _: Corner) -> Tensor:

@@ -26,6 +26,12 @@ class Tiling:
         if not 0 <= self.overlap < self.size:
             raise UsageError(f"tiles of {self.size} pixels cannot overlap by {self.overlap}; use 0 to {self.size - 1}")
 
+    def check(self, space_stride: int) -> None:
+        """Raise UsageError unless tiles begin and end where latent pixels do."""
+        for name in ("size", "overlap"):
+            if getattr(self, name) % space_stride:
+                raise UsageError(f"tiling: {name}={getattr(self, name)} must be a multiple of {space_stride}")
+
     def starts(self, length: int) -> list[int]:
         """Where the tiles of a side of `length` pixels begin; the last one ends with the side."""
         if length <= self.size:
@@ -46,10 +52,7 @@ def in_tiles(
     height, width = (side * pixel_in for side in x.shape[3:])
     if tiling is None or tiling.size >= max(height, width):
         return run(x, (0, 0))
-    stride = max(pixel_in, pixel_out)
-    for name in ("size", "overlap"):
-        if getattr(tiling, name) % stride:
-            raise UsageError(f"tiling: {name}={getattr(tiling, name)} must be a multiple of {stride}")
+    tiling.check(max(pixel_in, pixel_out))
     out = None
     for top, down in _tiles(tiling, height, pixel_out):
         for left, across in _tiles(tiling, width, pixel_out):
