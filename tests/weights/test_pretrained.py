@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from osp.cli.checks import build_vae
 from osp.errors import UsageError
 from osp.vae import WFVAE, CausalVideoVAE
-from osp.weights import WeightImportError, load_pretrained, save_pretrained
+from osp.weights import WeightImportError, load_pretrained, pretrained, save_pretrained
 from osp.weights.pretrained import published_part
 
 WF = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 6}
@@ -30,7 +32,7 @@ def test_a_vae_comes_back_as_it_was(model: torch.nn.Module, tmp_path: Path) -> N
 
 
 def test_other_models_are_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a Linear cannot be saved; a WFVAE or CausalVideoVAE can"):
+    with pytest.raises(UsageError, match=r"a Linear cannot be saved; a WFVAE or CausalVideoVAE.* can"):
         save_pretrained(torch.nn.Linear(1, 1), tmp_path)
 
 
@@ -38,6 +40,27 @@ def test_half_precision_becomes_float32(tmp_path: Path) -> None:
     save_pretrained(WFVAE(**WF).bfloat16(), tmp_path)
     assert load_file(tmp_path / "model.safetensors")["decoder.conv_out.bias"].dtype == torch.bfloat16
     assert all(value.dtype == torch.float32 for value in load_pretrained(tmp_path).state_dict().values())
+
+
+class Other(torch.nn.Module):
+    """A model that is no VAE, with nested settings."""
+
+    def __init__(self, stages: list[list[int]], names: dict[str, int]) -> None:
+        super().__init__()
+        self.settings = {"stages": stages, "names": names}
+        self.lines = torch.nn.Linear(len(stages), names["out"])
+
+
+def test_a_model_that_is_no_vae_is_saved_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pretrained._MODELS, "Other", Other)
+    model = Other([[1, 2], [3]], {"out": 5})
+    save_pretrained(model, tmp_path)
+    loaded = load_pretrained(tmp_path)
+    assert isinstance(loaded, Other)
+    assert loaded.settings == model.settings
+    assert torch.equal(loaded.lines.weight, model.lines.weight)
+    with pytest.raises(UsageError, match="vae is a Other, which is no VAE; give weights of a VAE"):
+        build_vae(OmegaConf.create({"_target_": "osp.weights.load_pretrained", "path": str(tmp_path)}))
 
 
 def config(folder: Path, **changes: object) -> None:

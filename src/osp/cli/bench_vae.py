@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from osp.cli.bench_case import Target
+from osp.cli.checks import build_vae
 from osp.devices import count_flops
 from osp.errors import UsageError
 from osp.vae import Tiling, VideoVAE, stream_decode, stream_encode
@@ -151,7 +152,7 @@ def cases(cfg: DictConfig) -> tuple[list[VAECase], str]:
     chunks = [None if n is None else _whole_number("chunk_frames", n) for n in _listed(cfg, "chunk_frames")]
     tilings = [None if value is None else _tiling(value) for value in _listed(cfg, "tiling")]
     config, name = _configuration(cfg), _name(cfg)
-    vae: VideoVAE = instantiate(cfg.vae)
+    vae = build_vae(cfg.vae)
     for (height, width), length in product(sizes, lengths):
         vae.check_size(length, height, width)
     for tiling in tilings:

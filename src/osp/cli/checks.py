@@ -1,10 +1,12 @@
-"""What a verb checks of its settings before anything else happens."""
+"""What a verb checks of its settings and its model before anything else happens."""
 
 from collections.abc import Collection, Mapping
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from osp.errors import UsageError
+from osp.vae import VideoVAE
 
 CLIP = {"clip.frames": 1, "clip.height": 1, "clip.width": 1, "clip.stride": 1}
 
@@ -24,3 +26,11 @@ def check_numbers(cfg: DictConfig, least: Mapping[str, float], optional: Collect
             raise UsageError(
                 f"{key}={given} makes no sense; it must be a {'whole ' if whole else ''}number of at least {bound}"
             )
+
+
+def build_vae(cfg: DictConfig) -> VideoVAE:
+    """The VAE of a configuration `vae`. Raises UsageError if that gives another model, as a folder with weights may."""
+    vae = instantiate(cfg)
+    if not isinstance(vae, VideoVAE):
+        raise UsageError(f"vae is a {type(vae).__name__}, which is no VAE; give weights of a VAE")
+    return vae

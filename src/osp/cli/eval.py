@@ -10,7 +10,7 @@ from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from osp.cli.checks import CLIP, check_numbers
+from osp.cli.checks import CLIP, build_vae, check_numbers
 from osp.data.sources import ClipSource, ShardClips
 from osp.data.video import ClipError
 from osp.devices import choose_device
@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         )
     device = choose_device(cfg.device)
     output = Path(HydraConfig.get().runtime.output_dir)
-    vae = instantiate(cfg.vae)
+    vae = build_vae(cfg.vae)
     vae.check_size(cfg.clip.frames, cfg.clip.height, cfg.clip.width)
     if cfg.max_memory is not None:
         vae.tiling = fit_tiling(vae, cfg.clip.height, cfg.clip.width, cfg.max_memory)

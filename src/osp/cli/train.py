@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from osp.cli.checks import CLIP, check_numbers
+from osp.cli.checks import CLIP, build_vae, check_numbers
 from osp.data.files import write_whole
 from osp.errors import UsageError
 from osp.training.callbacks import ClipLogger, ProgressLog
@@ -49,7 +49,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     check_numbers(cfg, CLIP | steps | {"seed": 0, "logged_clips": 0})
     lightning.seed_everything(cfg.seed, verbose=False)
 
-    vae = instantiate(cfg.vae)
+    vae = build_vae(cfg.vae)
     if not isinstance(vae, WFVAE):
         raise UsageError(f"a {type(vae).__name__} cannot be trained here, only evaluated; choose a WF-VAE as vae")
     vae.train()  # weights that were read come in eval mode

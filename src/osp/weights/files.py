@@ -60,8 +60,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def check_keys(expected: Mapping[str, Sequence[int]], found: Mapping[str, Any], source: str = "the checkpoint") -> None:
-    """Raise WeightImportError listing the keys of `found` that are unknown, missing or misshapen, if there are any."""
+def check_keys(
+    expected: Mapping[str, Sequence[int]],
+    found: Mapping[str, Any],
+    source: str = "the checkpoint",
+    optional: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Raise WeightImportError listing the keys of `found` that are unknown, missing or misshapen, if there are any.
+
+    `expected` and `optional` hold shapes by key; an optional key may be missing.
+    """
+    expected = {**expected, **{key: shape for key, shape in (optional or {}).items() if key in found}}
     shapes = {key: tuple(value.shape) for key, value in found.items() if isinstance(value, Tensor)}
     wrong = {
         "missing": [key for key in expected if key not in shapes],

@@ -17,11 +17,22 @@ from osp.vae.layers import CausalConv3d, Downsample, GroupNorm, LayerNorm
 
 @dataclass(frozen=True)
 class KeyPair:
-    """One tensor of ours and the keys that hold it in a published checkpoint (several for a wavelet's filters)."""
+    """One tensor of ours and the keys that hold it in a published checkpoint.
+
+    Where there are several keys (a wavelet's filters, a fused projection) all have `published_shape`; ours is the stack
+    of them, reshaped. `rows` holds for each key the order in which its rows (indices of dimension 0) stand in ours,
+    `ours = published[rows]`, or None where the order is the same; empty, it is the same in all.
+    """
 
     ours: str
     published: tuple[str, ...]
     published_shape: tuple[int, ...]
+    rows: tuple[tuple[int, ...] | None, ...] = ()
+
+    @property
+    def orders(self) -> tuple[tuple[int, ...] | None, ...]:
+        """`rows`, with an entry for each published key."""
+        return self.rows or (None,) * len(self.published)
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,12 @@ def from_published(pairs: Iterable[KeyPair], published: Mapping[str, Tensor], mo
     """The state dict of ours, float32, with the values of a published one whose keys and shapes have been checked."""
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     return {
-        pair.ours: torch.stack([published[key].detach().float() for key in pair.published]).reshape(shapes[pair.ours])
+        pair.ours: torch.stack(
+            [
+                _reordered(published[key].detach().float(), rows)
+                for key, rows in zip(pair.published, pair.orders, strict=True)
+            ]
+        ).reshape(shapes[pair.ours])
         for pair in pairs
     }
 
@@ -65,14 +81,19 @@ def from_published(pairs: Iterable[KeyPair], published: Mapping[str, Tensor], mo
 def to_published(pairs: Iterable[KeyPair], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published state dict with the values of ours; no tensor shares memory with another."""
     return {
-        key: part.clone()
+        key: part.clone() if rows is None else part[torch.tensor(rows, device=part.device).argsort()]
         for pair in pairs
-        for key, part in zip(
+        for key, rows, part in zip(
             pair.published,
+            pair.orders,
             own[pair.ours].detach().reshape(len(pair.published), *pair.published_shape).unbind(),
             strict=True,
         )
     }
+
+
+def _reordered(value: Tensor, rows: tuple[int, ...] | None) -> Tensor:
+    return value if rows is None else value[torch.tensor(rows, device=value.device)]
 
 
 def settings_from_published(table: Mapping[str, Setting], published: Mapping[str, Any]) -> dict[str, Any]:

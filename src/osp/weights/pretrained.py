@@ -9,18 +9,17 @@ from torch import nn
 
 from osp.errors import UsageError
 from osp.vae import WFVAE, CausalVideoVAE
-from osp.vae.autoencoder import VideoVAE
 from osp.weights.files import WeightImportError, load_exactly, read_checkpoint
 from osp.weights.folders import CONFIG, read_config, write_model
 
 _WEIGHTS = "model.safetensors"
-_MODELS: dict[str, type[VideoVAE]] = {model.__name__: model for model in (WFVAE, CausalVideoVAE)}
+_MODELS: dict[str, type[nn.Module]] = {model.__name__: model for model in (WFVAE, CausalVideoVAE)}
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, published: Mapping[str, Any] | None = None) -> None:
-    """Write a VAE: its weights, and settings that build it again. A VAE that is there already is replaced.
+    """Write a model: its weights, and settings that build it again. A model that is there already is replaced.
 
-    `published` holds what a published configuration says beyond the VAE's shape. Raises UsageError for another model
+    `published` holds what a published configuration says beyond the model's shape. Raises UsageError for another model
     and for a folder that holds something else.
     """
     name = type(model).__name__
@@ -30,25 +29,25 @@ def save_pretrained(model: nn.Module, folder: str | Path, published: Mapping[str
     write_model(Path(folder), _WEIGHTS, model.state_dict(), config, is_alike=lambda other: "model" in other)
 
 
-def load_pretrained(path: str | Path | None) -> VideoVAE:
-    """The VAE in a folder of `save_pretrained`, float32 and in eval mode.
+def load_pretrained(path: str | Path | None) -> nn.Module:
+    """The model in a folder of `save_pretrained`, float32 and in eval mode.
 
-    Raises UsageError without a path, and WeightImportError for a folder that holds no such VAE or a damaged one.
+    Raises UsageError without a path, and WeightImportError for a folder that holds no such model or a damaged one.
     """
     if path is None:
         raise UsageError("give path=FOLDER, one of `osp import-weights`")
     config, folder = _config(path), Path(path)
-    model = config.get("model")
-    if not isinstance(model, str) or model not in _MODELS:
-        raise WeightImportError(f"{folder / CONFIG}: model={model!r} is not known; choose {' or '.join(_MODELS)}")
+    name = config.get("model")
+    if not isinstance(name, str) or name not in _MODELS:
+        raise WeightImportError(f"{folder / CONFIG}: model={name!r} is not known; choose {' or '.join(_MODELS)}")
     try:
         with torch.device("meta"):
-            vae = _MODELS[model](**config["settings"])
+            model = _MODELS[name](**config["settings"])
     except (UsageError, KeyError, TypeError, ValueError) as error:
-        raise WeightImportError(f"{folder / CONFIG}: its settings build no {model} ({error})") from error
+        raise WeightImportError(f"{folder / CONFIG}: its settings build no {name} ({error})") from error
     weights = read_checkpoint(folder / _WEIGHTS)
-    load_exactly(vae, {key: value.float() for key, value in weights.items()}, folder / _WEIGHTS)
-    return vae.eval()
+    load_exactly(model, {key: value.float() for key, value in weights.items()}, folder / _WEIGHTS)
+    return model.eval()
 
 
 def published_part(path: str | Path) -> dict[str, Any]:

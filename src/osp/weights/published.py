@@ -25,7 +25,8 @@ class Layout:
     """How the published code writes a model of ours.
 
     `build` makes the model, without weights, for published settings and the weights they came with; `key_pairs` names
-    its tensors there; `settings` are its published settings; `class_name` is that of the published class.
+    its tensors there; `settings` are its published settings; `class_name` is that of the published class. `ignored`
+    gives keys, with their shapes, that a checkpoint may hold and no output depends on: they are not read, nor written.
     """
 
     model: type[nn.Module]
@@ -33,6 +34,7 @@ class Layout:
     build: Callable[[Mapping[str, Any], Mapping[str, Any]], nn.Module]
     key_pairs: Callable[[Any], Iterable[KeyPair]]
     settings: Callable[[Any], dict[str, Any]]
+    ignored: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda _: {}
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def import_published(
     sizes = KINDS[kind].full_sizes if config is None else (config,)
     candidates = [_Candidate(KINDS[kind], size, weights, origin) for size in sizes]
     best = min(candidates, key=lambda candidate: candidate.misfits)
-    check_keys(best.expected, weights, name)
+    check_keys(best.expected, weights, name, optional=best.ignored)
     best.model.load_state_dict(from_published(best.pairs, weights, best.model), assign=True)
     return Imported(best.model.eval(), best.further_settings)
 
@@ -140,12 +142,14 @@ class _Candidate:
             raise UsageError(f"{origin}: these settings make no {kind.layout.class_name} ({error})") from error
         self.pairs = list(kind.layout.key_pairs(self.model))
         self.expected = {key: pair.published_shape for pair in self.pairs for key in pair.published}
+        self.ignored = kind.layout.ignored(self.model)
         shaping = kind.layout.settings(self.model)
         self.further_settings = {
             key: value for key, value in settings.items() if key not in shaping and not key.startswith("_")
         }
         found = {key: tuple(value.shape) for key, value in weights.items()}
-        self.misfits = len(self.expected.items() ^ found.items())
+        ignored = {key: shape for key, shape in self.ignored.items() if key in found}
+        self.misfits = len((self.expected | ignored).items() ^ found.items())
 
 
 def _layout(model: nn.Module) -> Layout:
