@@ -5,9 +5,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from osp.errors import UsageError
 from osp.vae.causalvae import CausalVAEConfig, CausalVideoVAE
-from osp.weights.keys import KeyPair, Setting, layer_pairs, settings_from_published, settings_to_published
+from osp.weights.keys import (
+    KeyPair,
+    Setting,
+    check_settings,
+    layer_pairs,
+    settings_from_published,
+    settings_to_published,
+)
 
 # Ours -> theirs, one after another.
 _RENAMED = tuple(
@@ -97,14 +103,8 @@ def build(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | No
     Raises UsageError for a setting that no published VAE has, and for a shape that cannot be built.
     """
     c = published_settings
-    for key, value in c.items():
-        if key in _SAME_IN_ALL and value != _SAME_IN_ALL[key]:
-            raise UsageError(f"{key}={value!r} is of no published CausalVideoVAE; all have {_SAME_IN_ALL[key]!r}")
-    known = {*_SETTINGS, *_SAME_IN_ALL, *_NOT_SHAPING}
-    if unknown := [key for key in c if key not in known and not key.startswith(_NOT_SHAPING_BEGIN)]:
-        raise UsageError(
-            f"a published CausalVideoVAE has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"
-        )
+    shaping = {key: value for key, value in c.items() if not key.startswith(_NOT_SHAPING_BEGIN)}
+    check_settings("CausalVideoVAE", shaping, {*_SETTINGS, *_NOT_SHAPING}, _SAME_IN_ALL)
     settings = settings_from_published(_SETTINGS, c)
     levels = settings.get("multipliers", CausalVAEConfig.multipliers)
     if len(levels) < len(CausalVAEConfig.multipliers):

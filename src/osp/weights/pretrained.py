@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from osp.denoiser import CrossTransformer, JointTransformer
 from osp.errors import UsageError
 from osp.vae import WFVAE, CausalVideoVAE
-from osp.weights.files import WeightImportError, load_exactly, read_checkpoint
+from osp.weights.files import WeightImportError, Weights, check_keys, open_checkpoint
 from osp.weights.folders import CONFIG, read_config, write_model
 
 _WEIGHTS = "model.safetensors"
-_MODELS: dict[str, type[nn.Module]] = {model.__name__: model for model in (WFVAE, CausalVideoVAE)}
+_MODELS: dict[str, type[nn.Module]] = {
+    model.__name__: model for model in (WFVAE, CausalVideoVAE, CrossTransformer, JointTransformer)
+}
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, published: Mapping[str, Any] | None = None) -> None:
@@ -26,7 +29,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, published: Mapping[str
     if name not in _MODELS:
         raise UsageError(f"a {name} cannot be saved; a {' or '.join(_MODELS)} can")
     config = {"model": name, "settings": model.settings, "published": dict(published or {})}
-    write_model(Path(folder), _WEIGHTS, model.state_dict(), config, is_alike=lambda other: "model" in other)
+    write_model(Path(folder), _WEIGHTS, Weights.of(model.state_dict()), config, is_alike=lambda other: "model" in other)
 
 
 def load_pretrained(path: str | Path | None) -> nn.Module:
@@ -45,8 +48,11 @@ def load_pretrained(path: str | Path | None) -> nn.Module:
             model = _MODELS[name](**config["settings"])
     except (UsageError, KeyError, TypeError, ValueError) as error:
         raise WeightImportError(f"{folder / CONFIG}: its settings build no {name} ({error})") from error
-    weights = read_checkpoint(folder / _WEIGHTS)
-    load_exactly(model, {key: value.float() for key, value in weights.items()}, folder / _WEIGHTS)
+    weights = open_checkpoint(folder / _WEIGHTS)
+    check_keys(Weights.of(model.state_dict()).shapes, weights, str(folder / _WEIGHTS))
+    # One after another, and copied: the file may be replaced
+    state = {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 

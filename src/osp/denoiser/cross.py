@@ -1,0 +1,172 @@
+"""The cross-attention transformer of v1.0 to v1.3: video attends to itself by a pattern, then to text.
+
+Lin et al., "Open-Sora Plan: Open-Source Large Video Generation Model", arXiv:2412.00131, section 2.2; its conditioning
+is that of PixArt-alpha (Chen et al., arXiv:2310.00426).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osp.denoiser.attention import GroupAttention
+from osp.denoiser.denoiser import Denoiser, check_heads, trim_text
+from osp.denoiser.layers import MLP, FeedForward, PatchEmbedding, modulated_norm, sinusoid
+from osp.denoiser.rotary import rotary_tables, rotate
+from osp.denoiser.schedule import Stage, make_stages
+from osp.devices import attention
+
+_TIME_CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class CrossTransformerConfig:
+    """The shape of a cross-attention transformer.
+
+    `condition_channels` are those of further inputs that follow the noisy latent's channels: the masked video's latent
+    and the mask, in image-to-video and inpainting models. `stages` is the schedule. `position_scale` divides the
+    positions of frames, rows and columns.
+    """
+
+    channels: int = 8
+    out_channels: int = 8
+    condition_channels: tuple[int, ...] = ()
+    heads: int = 24
+    head_dim: int = 96
+    text_channels: int = 4096
+    patch_size: int = 2
+    stages: tuple[Stage, ...] = (Stage(2), Stage(28, "skiparse", 4), Stage(2))
+    position_scale: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.heads * self.head_dim
+
+    @property
+    def rotary_parts(self) -> tuple[int, int, int]:
+        """Channels of a head that turn with frame, row and column."""
+        return (self.head_dim // 3,) * 3
+
+
+class CrossTransformer(Denoiser):
+    """See the module; settings are those of `CrossTransformerConfig`. Raises UsageError for impossible ones."""
+
+    config: CrossTransformerConfig
+
+    def __init__(
+        self,
+        stages: Sequence[Stage | Mapping[str, Any]] = CrossTransformerConfig.stages,
+        condition_channels: Sequence[int] = (),
+        position_scale: Sequence[float] = CrossTransformerConfig.position_scale,
+        **settings: Any,
+    ) -> None:
+        scale = tuple(float(value) for value in position_scale)
+        c = CrossTransformerConfig(
+            stages=make_stages(stages), condition_channels=tuple(condition_channels), position_scale=scale, **settings
+        )
+        check_heads(c.heads, c.head_dim, c.rotary_parts)
+        super().__init__(c, c.channels + sum(c.condition_channels), c.text_channels)
+        self.patch = PatchEmbedding(c.channels, c.width, c.patch_size)
+        self.condition_patches = nn.ModuleList(
+            ConditionEmbedding(channels, c.width, c.patch_size) for channels in c.condition_channels
+        )
+        self.time = MLP(_TIME_CHANNELS, c.width, c.width, nn.SiLU())
+        self.modulation = nn.Linear(c.width, 6 * c.width)
+        self.text = MLP(c.text_channels, c.width, c.width, nn.GELU(approximate="tanh"))
+        self.blocks = nn.ModuleList(CrossBlock(c) for _ in self.schedule)
+        self.out_table = nn.Parameter(torch.randn(2, c.width) / c.width**0.5)
+        self.out = nn.Linear(c.width, c.patch_size**2 * c.out_channels)
+
+    def forward(
+        self,
+        latent: Tensor,
+        time: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        pooled_text: Tensor | None = None,
+        video_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Latent `B C T H W`, with the conditions' channels after its own, time `B`, text `B L D` -> `B C_out T H W`.
+
+        Masks (`B L` and `B T H W`) are 1 where there is something; `pooled_text` is not looked at. Raises UsageError
+        naming the input that does not fit.
+        """
+        c = self.config
+        grid = self.check(latent, time, text, text_mask, None, video_mask)
+        text, text_mask = trim_text(text, text_mask, alone=True)
+        attentions = self.attentions(grid, len(latent), latent.device, self.token_mask(video_mask), None)
+
+        dtype = self.out.weight.dtype
+        noisy, *conditions = latent.to(dtype).split([c.channels, *c.condition_channels], dim=1)
+        x = self.patch(noisy)
+        for embed, condition in zip(self.condition_patches, conditions, strict=True):
+            x = x + embed(condition)
+        rotary = rotary_tables(c.rotary_parts, grid, c.position_scale, x.device, x.dtype)
+        text = self.text(text.to(dtype))
+        embedded = self.time(sinusoid(time, _TIME_CHANNELS).to(dtype))
+        modulation = self.modulation(nn.functional.silu(embedded)).unflatten(1, (6, -1))
+        for i, pattern in enumerate(self.schedule):
+            x = self.run_block(i, x, text, text_mask, modulation, rotary, attentions[pattern])
+        shift, scale = (self.out_table + embedded[:, None]).unbind(1)
+        return self.to_latent(self.out(modulated_norm(x, 1 + scale, shift)), grid).to(latent.dtype)
+
+
+class ConditionEmbedding(PatchEmbedding):
+    """Patches of a condition, and a linear layer that starts at zero, so that a model without it goes on as it was."""
+
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__(channels, width, patch_size)
+        self.zero = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(self.zero.weight)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """`B C T H W` -> `B N D`."""
+        return self.zero(super().forward(latent))
+
+
+class CrossBlock(nn.Module):
+    """Self-attention by a pattern, cross-attention to text, feed-forward.
+
+    All blocks share one modulation, to which each adds a table of its own.
+    """
+
+    def __init__(self, config: CrossTransformerConfig) -> None:
+        super().__init__()
+        width, self.head_dim = config.width, config.head_dim
+        self.table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.text_q = nn.Linear(width, width)
+        self.text_kv = nn.Linear(width, 2 * width)
+        self.text_out = nn.Linear(width, width)
+        self.feed_forward = FeedForward(width, bias=True)
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None,
+        modulation: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attend: GroupAttention,
+    ) -> Tensor:
+        """Tokens `B N D`, text `B L D`, its mask `B L`, modulation `B 6 D` -> `B N D`."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.table + modulation).unbind(1)
+
+        q, k, v = self._heads(self.qkv(modulated_norm(x, 1 + scale, shift)), 3)
+        out, _ = attend((rotate(q, *rotary), rotate(k, *rotary), v))
+        x = torch.addcmul(x, gate[:, None], self.attention_out(out.flatten(2)))
+
+        # Each token attends to all of the text, so this needs no rearrangement.
+        (q,), (k, v) = self._heads(self.text_q(x), 1), self._heads(self.text_kv(text), 2)
+        x = x + self.text_out(attention(q, k, v, text_mask).flatten(2))
+
+        out = self.feed_forward(modulated_norm(x, 1 + ff_scale, ff_shift))
+        return torch.addcmul(x, ff_gate[:, None], out)
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """`B N (parts H D)` -> so many of `B N H D`."""
+        return x.unflatten(2, (parts, -1, self.head_dim)).unbind(2)

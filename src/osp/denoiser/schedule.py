@@ -1,0 +1,70 @@
+"""A denoiser's schedule: which attention pattern each of its blocks follows."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from osp.denoiser.patterns import (
+    Dense,
+    GroupSkip,
+    GroupSkip2D,
+    Pattern,
+    SingleSkip,
+    SingleSkip2D,
+    Spatial,
+    Temporal,
+    Window,
+)
+from osp.errors import UsageError
+
+# The patterns that the blocks of a stage take in turn.
+_CYCLES: dict[str, Callable[[int], tuple[Pattern, ...]]] = {
+    "dense": lambda _: (Dense(),),
+    "2+1d": lambda _: (Spatial(), Temporal()),
+    "skiparse": lambda k: (SingleSkip(k), GroupSkip(k)) if k > 1 else (Dense(),),
+    "skiparse_2d": lambda k: (SingleSkip2D(k), GroupSkip2D(k)) if k > 1 else (Dense(),),
+    "skip_window": lambda k: (SingleSkip(k), Window(k)),
+}
+_WITHOUT_SPARSITY = ("dense", "2+1d")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Neighbouring blocks that take the same patterns in turn.
+
+    `pattern` is "dense", "2+1d" (space, time), "skiparse" (single skip, group skip), "skiparse_2d" or "skip_window";
+    `k` is the sparsity of the last three. Raises UsageError for values that make no stage.
+    """
+
+    blocks: int
+    pattern: str = "dense"
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        if self.pattern not in _CYCLES:
+            raise UsageError(f"stages: pattern={self.pattern} is not known; choose {', '.join(_CYCLES)}")
+        for name in ("blocks", "k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"stages: {name}={value} makes no sense; it must be a whole number from 1")
+        if self.pattern in _WITHOUT_SPARSITY and self.k != 1:
+            raise UsageError(f"stages: pattern={self.pattern} has no sparsity; k={self.k} must be left out")
+
+    @property
+    def patterns(self) -> list[Pattern]:
+        """That of each block."""
+        cycle = _CYCLES[self.pattern](self.k)
+        return [cycle[i % len(cycle)] for i in range(self.blocks)]
+
+
+def make_stages(stages: Iterable[Stage | Mapping[str, Any]]) -> tuple[Stage, ...]:
+    """Stages of what a configuration says. Raises UsageError for unknown and impossible values."""
+    made = []
+    for stage in stages:
+        try:
+            made.append(stage if isinstance(stage, Stage) else Stage(**{str(key): stage[key] for key in stage}))
+        except TypeError as error:
+            raise UsageError(f"stages: {stage} is none; give blocks=N, pattern=NAME and k=N") from error
+    if not made:
+        raise UsageError("stages=[] leaves no blocks; give at least one stage")
+    return tuple(made)
