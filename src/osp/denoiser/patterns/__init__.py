@@ -11,6 +11,12 @@ from osp.denoiser.patterns.arrangement import (
     Temporal,
     Window,
 )
+from osp.denoiser.patterns.distance import (
+    average_attention_distance,
+    blocks_from_each,
+    blocks_until_reached,
+    pairwise_distances,
+)
 
 __all__ = [
     "Dense",
@@ -22,4 +28,8 @@ __all__ = [
     "Spatial",
     "Temporal",
     "Window",
+    "average_attention_distance",
+    "blocks_from_each",
+    "blocks_until_reached",
+    "pairwise_distances",
 ]
