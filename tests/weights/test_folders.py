@@ -10,6 +10,7 @@ from torch import Tensor
 
 from osp.errors import UsageError
 from osp.weights import WeightImportError
+from osp.weights.files import Weights
 from osp.weights.folders import read_config, read_weights, unwrapped, write_model
 
 ONE = {"a": torch.ones(2), "b": torch.zeros(3)}
@@ -24,7 +25,7 @@ def shards(folder: Path, weight_map: dict[str, str], files: dict[str, dict[str, 
     return index
 
 
-def same(weights: dict[str, Tensor]) -> bool:
+def same(weights: Weights) -> bool:
     return weights.keys() == ONE.keys() and all(torch.equal(weights[key], value) for key, value in ONE.items())
 
 
@@ -124,7 +125,7 @@ def test_configurations_are_found_and_checked(tmp_path: Path) -> None:
 
 def test_a_model_is_written_whole_and_only_over_its_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(folder: Path, config: dict) -> None:
-        write_model(folder, "model.safetensors", ONE, config, is_alike=lambda other: "model" in other)
+        write_model(folder, "model.safetensors", Weights.of(ONE), config, is_alike=lambda other: "model" in other)
 
     write(tmp_path / "new" / "model", {"model": "x", "n": 1})
     write(tmp_path / "new" / "model", {"model": "x", "n": 2})
@@ -142,7 +143,7 @@ def test_a_model_is_written_whole_and_only_over_its_like(tmp_path: Path, monkeyp
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "disk")
 
-    monkeypatch.setattr("osp.weights.folders.save_file", full)
+    monkeypatch.setattr("osp.weights.folders.save_weights", full)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path / "new" / "model", {"model": "x", "n": 3})
     assert read_config(tmp_path / "new" / "model") == {"model": "x", "n": 2}

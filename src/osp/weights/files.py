@@ -1,20 +1,47 @@
-"""Weight files: read without running code, and checked key by key."""
+"""Weight files: read without running code, tensor by tensor if need be, and checked key by key."""
 
+import argparse
+import io
+import json
+import math
 import pickle
+import re
 import struct
 import warnings
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from osp.data.files import sync
 from osp.errors import OspError
 
 _SHOWN = 20
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtypes of safetensors files by their names there."""
 
 # What the readers raise at files that were cut off or altered, as tried with some thousand of them.
 _DAMAGED = (
@@ -28,11 +55,68 @@ _DAMAGED = (
     MemoryError,
     AssertionError,
     struct.error,
+    zipfile.BadZipFile,
 )
+
+# What stands beside the weights in training checkpoints and holds nothing but values, beyond what torch lets through:
+# the settings of the run, and NumPy's numbers and arrays, whose two constructors have moved.
+_NUMPY = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    io.BytesIO,
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in f"?{np.typecodes['AllInteger']}{np.typecodes['AllFloat']}"},
+    *((make, f"numpy.{core}.multiarray.{name}") for name, make in _NUMPY.items() for core in ("core", "_core")),
+]
 
 
 class WeightImportError(OspError):
     """A weight file that cannot be read or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is read when it is asked for; its shape and dtype are known before."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors by name, read when they are asked for, so that there need never be all of them in memory.
+
+    What comes may lie in a mapped file or be somebody else's tensor: copy what is to stay.
+    """
+
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self.stored = dict(stored)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Weights":
+        """The tensors among these values."""
+        if isinstance(values, Weights):
+            return values
+        tensors = {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
+        return cls({key: Stored(tuple(value.shape), value.dtype, value.detach) for key, value in tensors.items()})
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each, without reading it."""
+        return {key: stored.shape for key, stored in self.stored.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.stored[key].read()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -40,24 +124,36 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises WeightImportError naming the file if it is missing, damaged, or holds more than tensors and plain values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightImportError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings(action="ignore"):  # of odd numbers in damaged files, which are refused anyway
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise WeightImportError(f"{path}: not a readable safetensors file ({error})") from error
-    except pickle.UnpicklingError as error:
-        raise WeightImportError(f"{path}: holds more than tensors and is refused, or is not a checkpoint") from error
-    except _DAMAGED as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise WeightImportError(f"{path}: damaged or not a checkpoint ({reason})") from error
-    if not isinstance(loaded, dict):
-        raise WeightImportError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
-    return loaded
+    with _file(path) as file:
+        return load_file(file) if file.suffix == ".safetensors" else _load_torch(file, mapped=False)
+
+
+def open_checkpoint(path: str | Path) -> Mapping[str, Any]:
+    """As `read_checkpoint`, but tensors stay in the file until they are used, where its format lets them.
+
+    A safetensors file gives Weights. Tensors of a torch file lie in its mapping: whoever keeps one copies it.
+    """
+    with _file(path) as file:
+        return _open_safetensors(file) if file.suffix == ".safetensors" else _load_torch(file, mapped=_can_map(file))
+
+
+def save_weights(path: Path, weights: Weights) -> None:
+    """Write a safetensors file, one tensor after another, and bring it to the disk."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    # The widest first, so that all are aligned
+    ordered = dict(sorted(weights.stored.items(), key=lambda item: -item[1].dtype.itemsize))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, stored in ordered.items():
+        begin, end = end, end + math.prod(stored.shape) * stored.dtype.itemsize
+        header[key] = {"dtype": names[stored.dtype], "shape": stored.shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for stored in ordered.values():
+            file.write(stored.read().detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        sync(file)
 
 
 def check_keys(
@@ -71,7 +167,7 @@ def check_keys(
     `expected` and `optional` hold shapes by key; an optional key may be missing.
     """
     expected = {**expected, **{key: shape for key, shape in (optional or {}).items() if key in found}}
-    shapes = {key: tuple(value.shape) for key, value in found.items() if isinstance(value, Tensor)}
+    shapes = Weights.of(found).shapes
     wrong = {
         "missing": [key for key in expected if key not in shapes],
         "unknown": [key for key in found if key not in expected],
@@ -103,3 +199,59 @@ def load_exactly(module: nn.Module, state: Mapping[str, Any], source: str | Path
 def _list(keys: Sequence[str]) -> str:
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return ", ".join(keys[:_SHOWN]) + more
+
+
+@contextmanager
+def _file(path: str | Path) -> Iterator[Path]:
+    """The file, and what is raised while it is read as one WeightImportError that names it."""
+    path = Path(path)
+    if not path.is_file():
+        raise WeightImportError(f"{path}: no such file")
+    try:
+        yield path
+    except SafetensorError as error:
+        raise WeightImportError(f"{path}: not a readable safetensors file ({error})") from error
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        what = f" ({refused[1]})" if refused else ""
+        raise WeightImportError(
+            f"{path}: holds more than tensors{what} and is refused, or is not a checkpoint; "
+            "save its state dict alone, with torch.save, where it was made"
+        ) from error
+    except _DAMAGED as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise WeightImportError(f"{path}: damaged or not a checkpoint ({reason})") from error
+
+
+def _load_torch(path: Path, *, mapped: bool) -> dict[str, Any]:
+    # Warnings are of odd numbers in damaged files, which are refused anyway.
+    with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_HARMLESS):
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    if not isinstance(loaded, dict):
+        raise WeightImportError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
+    return loaded
+
+
+def _can_map(path: Path) -> bool:
+    """Whether the tensors of a torch file lie in it as they are: not in the format before torch 1.6, nor compressed."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def _open_safetensors(path: Path) -> Weights:
+    file = safe_open(path, framework="pt")
+    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    return Weights(
+        {
+            key: Stored(tuple(part.get_shape()), _DTYPES[part.get_dtype()], partial(_read_tensor, path, file, key))
+            for key, part in slices.items()
+        }
+    )
+
+
+def _read_tensor(path: Path, file: Any, key: str) -> Tensor:
+    with _file(path):
+        value: Tensor = file.get_tensor(key)
+    return value

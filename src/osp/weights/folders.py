@@ -6,12 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
-from osp.data.files import sync, write_whole
+from osp.data.files import write_whole
 from osp.errors import UsageError
-from osp.weights.files import WeightImportError, read_checkpoint
+from osp.weights.files import Stored, WeightImportError, Weights, open_checkpoint, save_weights
 
 CONFIG = "config.json"
 _INDEX = ".index.json"
@@ -20,7 +17,7 @@ _TORCH = (".ckpt", ".pt", ".pth", ".bin")
 _WRAPPERS = ("ema_state_dict", "state_dict", "gen_model")
 
 
-def read_weights(source: str | Path) -> dict[str, Tensor]:
+def read_weights(source: str | Path) -> Weights:
     """The weights of a file or folder, without what a training checkpoint wraps around them.
 
     A folder holds `*.safetensors` (preferred) or one torch file, or shards of either with a `*.index.json`.
@@ -31,14 +28,14 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
         path = _weight_file(path)
     elif not path.exists():
         raise WeightImportError(f"{path}: no such file or folder")
-    loaded = _read_shards(path) if path.name.endswith(_INDEX) else read_checkpoint(path)
+    loaded = _read_shards(path) if path.name.endswith(_INDEX) else open_checkpoint(path)
     weights = unwrapped(loaded)
     if not weights:
         raise WeightImportError(f"{path}: holds no tensors by name")
     return weights
 
 
-def unwrapped(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
+def unwrapped(loaded: Mapping[str, Any]) -> Weights:
     """The weights in a training checkpoint, or in a state dict.
 
     They lie under `ema_state_dict` (preferred unless empty), `state_dict` or `gen_model`, also one in another; the
@@ -48,7 +45,7 @@ def unwrapped(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
     for _ in _WRAPPERS:
         inner = (weights[name] for name in _WRAPPERS if isinstance(weights.get(name), Mapping) and weights[name])
         weights = next(inner, weights)
-    return {str(key).removeprefix("module."): value for key, value in weights.items() if isinstance(value, Tensor)}
+    return Weights({key.removeprefix("module."): stored for key, stored in Weights.of(weights).stored.items()})
 
 
 def read_config(source: str | Path) -> dict[str, Any] | None:
@@ -80,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_model(
     folder: Path,
     weights_name: str,
-    weights: Mapping[str, Tensor],
+    weights: Weights,
     config: Mapping[str, Any],
     is_alike: Callable[[Mapping[str, Any]], bool],
 ) -> None:
@@ -98,9 +95,7 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{weights_name}.part"
     try:
-        save_file({key: value.contiguous() for key, value in weights.items()}, part, metadata={"format": "pt"})
-        with open(part, "rb+") as file:
-            sync(file)
+        save_weights(part, weights)
         # Old settings must never stand beside new weights.
         config_file.unlink(missing_ok=True)
         os.replace(part, weight_file)
@@ -134,15 +129,15 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shards(index: Path) -> dict[str, Any]:
+def _read_shards(index: Path) -> Weights:
     weight_map = _weight_map(index)
-    merged: dict[str, Any] = {}
+    merged: dict[str, Stored] = {}
     for name in sorted(set(weight_map.values())):
-        shard = read_checkpoint(index.parent / name)
+        shard = open_checkpoint(index.parent / name)
         if twice := sorted(merged.keys() & shard.keys()):
             raise WeightImportError(f"{index}: {name} and another shard hold {', '.join(twice[:5])}")
         absent = [key for key, owner in weight_map.items() if owner == name and key not in shard]
         if absent:
             raise WeightImportError(f"{index}: {name} lacks {', '.join(absent[:5])}")
-        merged |= shard
-    return merged
+        merged |= Weights.of(shard).stored
+    return Weights(merged)

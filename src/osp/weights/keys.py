@@ -4,8 +4,9 @@ All published VAEs share their layers, so they differ from ours in names only: a
 (`.conv`), so is a layer norm (`.norm`), and a 2D convolution has no time dimension.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from osp.errors import UsageError
 from osp.vae.layers import CausalConv3d, Downsample, GroupNorm, LayerNorm
+from osp.weights.files import Stored, Weights
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ def layer_pairs(
 
 
 def from_published(pairs: Iterable[KeyPair], published: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of ours, float32, with the values of a published one whose keys and shapes have been checked."""
+    """The state dict of ours, float32, with the values of a published one whose keys and shapes have been checked.
+
+    The published tensors are read one after another, and copied.
+    """
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     return {
         pair.ours: torch.stack(
@@ -78,22 +83,40 @@ def from_published(pairs: Iterable[KeyPair], published: Mapping[str, Tensor], mo
     }
 
 
-def to_published(pairs: Iterable[KeyPair], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published state dict with the values of ours; no tensor shares memory with another."""
-    return {
-        key: part.clone() if rows is None else part[torch.tensor(rows, device=part.device).argsort()]
-        for pair in pairs
-        for key, rows, part in zip(
-            pair.published,
-            pair.orders,
-            own[pair.ours].detach().reshape(len(pair.published), *pair.published_shape).unbind(),
-            strict=True,
-        )
-    }
+def to_published(pairs: Iterable[KeyPair], own: Mapping[str, Tensor]) -> Weights:
+    """A published state dict with the values of ours, in whose memory they may lie."""
+    return Weights(
+        {
+            key: Stored(pair.published_shape, own[pair.ours].dtype, partial(_published_part, pair, own[pair.ours], i))
+            for pair in pairs
+            for i, key in enumerate(pair.published)
+        }
+    )
+
+
+def _published_part(pair: KeyPair, own: Tensor, index: int) -> Tensor:
+    part = own.detach().reshape(len(pair.published), *pair.published_shape)[index]
+    rows = pair.orders[index]
+    return part if rows is None else part[torch.tensor(rows, device=part.device).argsort()]
 
 
 def _reordered(value: Tensor, rows: tuple[int, ...] | None) -> Tensor:
     return value if rows is None else value[torch.tensor(rows, device=value.device)]
+
+
+def check_settings(
+    model: str, published: Mapping[str, Any], known: Collection[str], same_in_all: Mapping[str, Any]
+) -> None:
+    """Raise UsageError for a setting that no published `model` has, or for a value where all have the same.
+
+    Keys that begin with an underscore are of the framework that wrote the configuration.
+    """
+    for key, value in published.items():
+        if key in same_in_all and value != same_in_all[key]:
+            raise UsageError(f"{key}={value!r} is of no published {model}; all have {same_in_all[key]!r}")
+    known = {*known, *same_in_all}
+    if unknown := [key for key in published if key not in known and not key.startswith("_")]:
+        raise UsageError(f"a published {model} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
 
 
 def settings_from_published(table: Mapping[str, Setting], published: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from osp.denoiser import CrossTransformer, JointTransformer
 from osp.errors import UsageError
 from osp.vae import WFVAE, CausalVideoVAE
-from osp.weights import causalvae, wfvae
-from osp.weights.files import check_keys
+from osp.weights import causalvae, opensora, ummdit, wfvae
+from osp.weights.files import Weights, check_keys
 from osp.weights.folders import config_path, read_config, read_weights, unwrapped, write_model
 from osp.weights.keys import KeyPair, from_published
 from osp.weights.keys import to_published as _to_published
@@ -50,10 +51,19 @@ _WFVAE = Layout(WFVAE, "WFVAEModel", wfvae.build, wfvae.key_pairs, wfvae.publish
 _CAUSALVAE = Layout(
     CausalVideoVAE, "CausalVAEModel", causalvae.build, causalvae.key_pairs, causalvae.published_settings
 )
+_OPENSORA = Layout(
+    CrossTransformer, "OpenSoraT2V_v1_3", opensora.build, opensora.key_pairs, opensora.published_settings
+)
+_UMMDIT = Layout(
+    JointTransformer, "SparseUMMDiT", ummdit.build, ummdit.key_pairs, ummdit.published_settings, ummdit.dead_keys
+)
 KINDS: dict[str, Kind] = {
     "wfvae_v13": Kind(_WFVAE, wfvae.DEFAULTS_V13, wfvae.FULL_SIZES_V13),
     "wfvae_v15": Kind(_WFVAE, wfvae.DEFAULTS_V15, wfvae.FULL_SIZES_V15),
     "causalvae": Kind(_CAUSALVAE, causalvae.DEFAULTS, causalvae.FULL_SIZES),
+    "opensora_v13": Kind(_OPENSORA, opensora.DEFAULTS, opensora.FULL_SIZES),
+    "opensora_inpaint_v13": Kind(_OPENSORA, opensora.DEFAULTS_INPAINT, opensora.FULL_SIZES),
+    "ummdit_v15": Kind(_UMMDIT, ummdit.DEFAULTS, ummdit.FULL_SIZES),
 }
 
 
@@ -107,8 +117,11 @@ def import_published(
 
 
 def to_published(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model as the published code names it. Raises UsageError for a model it does not know."""
-    return _to_published(_layout(model).key_pairs(model), model.state_dict())
+    """The state dict of a model as the published code names it, copied.
+
+    Raises UsageError for a model that is not known there.
+    """
+    return {key: value.clone() for key, value in _weights(model).items()}
 
 
 def published_settings(model: nn.Module) -> dict[str, Any]:
@@ -125,14 +138,14 @@ def save_published(
     something else.
     """
     config = {_CLASS: _layout(model).class_name, **(further_settings or {}), **published_settings(model)}
-    write_model(Path(folder), _WEIGHTS, to_published(model), config, is_alike=lambda other: _CLASS in other)
+    write_model(Path(folder), _WEIGHTS, _weights(model), config, is_alike=lambda other: _CLASS in other)
     return config
 
 
 class _Candidate:
     """A model that weights may be of."""
 
-    def __init__(self, kind: Kind, settings: Mapping[str, Any], weights: Mapping[str, Tensor], origin: str) -> None:
+    def __init__(self, kind: Kind, settings: Mapping[str, Any], weights: Weights, origin: str) -> None:
         try:
             with torch.device("meta"):
                 self.model = kind.layout.build({**kind.defaults, **settings}, weights)
@@ -147,9 +160,12 @@ class _Candidate:
         self.further_settings = {
             key: value for key, value in settings.items() if key not in shaping and not key.startswith("_")
         }
-        found = {key: tuple(value.shape) for key, value in weights.items()}
-        ignored = {key: shape for key, shape in self.ignored.items() if key in found}
-        self.misfits = len((self.expected | ignored).items() ^ found.items())
+        ignored = {key: shape for key, shape in self.ignored.items() if key in weights}
+        self.misfits = len((self.expected | ignored).items() ^ weights.shapes.items())
+
+
+def _weights(model: nn.Module) -> Weights:
+    return _to_published(_layout(model).key_pairs(model), model.state_dict())
 
 
 def _layout(model: nn.Module) -> Layout:
