@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from osp.weights import WeightImportError
-from osp.weights.files import Weights, open_checkpoint, read_checkpoint, save_weights
+from osp.weights.files import open_checkpoint, read_checkpoint, save_weights
+from osp.weights.lazy import Weights
 
 STATE = {"a": torch.randn(4, 4), "b": torch.ones(3)}
 Reader = Callable[[Path], dict]

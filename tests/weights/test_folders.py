@@ -10,8 +10,8 @@ from torch import Tensor
 
 from osp.errors import UsageError
 from osp.weights import WeightImportError
-from osp.weights.files import Weights
-from osp.weights.folders import read_config, read_weights, unwrapped, write_model
+from osp.weights.folders import read_config, read_weights, write_model
+from osp.weights.lazy import Weights, unwrapped
 
 ONE = {"a": torch.ones(2), "b": torch.zeros(3)}
 

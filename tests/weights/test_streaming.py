@@ -21,7 +21,8 @@ from osp.weights import (
     save_pretrained,
     to_published,
 )
-from osp.weights.files import Stored, Weights, _read_tensor, save_weights
+from osp.weights.files import _read_tensor, save_weights
+from osp.weights.lazy import Stored, Weights
 from osp.weights.published import KINDS
 
 Case = tuple[str, dict, dict[str, Tensor]]

@@ -9,9 +9,8 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from osp.data.files import sync
 from osp.errors import OspError
+from osp.weights.lazy import Stored, Weights
 
 _SHOWN = 20
 
@@ -73,50 +73,6 @@ _HARMLESS: list[Any] = [
 
 class WeightImportError(OspError):
     """A weight file that cannot be read or does not fit the model."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor that is read when it is asked for; its shape and dtype are known before."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-
-class Weights(Mapping[str, Tensor]):
-    """Tensors by name, read when they are asked for, so that there need never be all of them in memory.
-
-    What comes may lie in a mapped file or be somebody else's tensor: copy what is to stay.
-    """
-
-    def __init__(self, stored: Mapping[str, Stored]) -> None:
-        self.stored = dict(stored)
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "Weights":
-        """The tensors among these values."""
-        if isinstance(values, Weights):
-            return values
-        tensors = {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
-        return cls({key: Stored(tuple(value.shape), value.dtype, value.detach) for key, value in tensors.items()})
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each, without reading it."""
-        return {key: stored.shape for key, stored in self.stored.items()}
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.stored[key].read()
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.stored
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

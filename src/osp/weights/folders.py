@@ -1,4 +1,4 @@
-"""Weights as people have them: one file, a folder with its `config.json`, or shards with an index."""
+"""Weights as people have them: one file, a folder with its `config.json`, shards with an index, or ranks."""
 
 import json
 import os
@@ -8,23 +8,26 @@ from typing import Any
 
 from osp.data.files import write_whole
 from osp.errors import UsageError
-from osp.weights.files import Stored, WeightImportError, Weights, open_checkpoint, save_weights
+from osp.weights.files import WeightImportError, open_checkpoint, save_weights
+from osp.weights.lazy import Stored, Weights, unwrapped
+from osp.weights.megatron import iteration_folder, read_ranks
 
 CONFIG = "config.json"
 _INDEX = ".index.json"
 _TORCH = (".ckpt", ".pt", ".pth", ".bin")
-# Where a training checkpoint keeps its weights; the averaged ones come first.
-_WRAPPERS = ("ema_state_dict", "state_dict", "gen_model")
 
 
-def read_weights(source: str | Path) -> Weights:
+def read_weights(source: str | Path, num_layers: Any = None) -> Weights:
     """The weights of a file or folder, without what a training checkpoint wraps around them.
 
-    A folder holds `*.safetensors` (preferred) or one torch file, or shards of either with a `*.index.json`.
+    A folder holds `*.safetensors` (preferred) or one torch file, or shards of either with a `*.index.json`, or what
+    Megatron trains into (`osp.weights.megatron`, which `num_layers` is for).
     Raises WeightImportError naming what is missing, damaged, or one of several.
     """
     path = Path(source)
     if path.is_dir():
+        if (iteration := iteration_folder(path)) is not None:
+            return read_ranks(iteration, num_layers)
         path = _weight_file(path)
     elif not path.exists():
         raise WeightImportError(f"{path}: no such file or folder")
@@ -33,19 +36,6 @@ def read_weights(source: str | Path) -> Weights:
     if not weights:
         raise WeightImportError(f"{path}: holds no tensors by name")
     return weights
-
-
-def unwrapped(loaded: Mapping[str, Any]) -> Weights:
-    """The weights in a training checkpoint, or in a state dict.
-
-    They lie under `ema_state_dict` (preferred unless empty), `state_dict` or `gen_model`, also one in another; the
-    prefix `module.` is dropped, and so is what is no tensor (as Megatron's `*_extra_state`).
-    """
-    weights = loaded
-    for _ in _WRAPPERS:
-        inner = (weights[name] for name in _WRAPPERS if isinstance(weights.get(name), Mapping) and weights[name])
-        weights = next(inner, weights)
-    return Weights({key.removeprefix("module."): stored for key, stored in Weights.of(weights).stored.items()})
 
 
 def read_config(source: str | Path) -> dict[str, Any] | None:
@@ -116,7 +106,9 @@ def _weight_file(folder: Path) -> Path:
             raise WeightImportError(f"{folder}: holds several weight files; name one of {names}")
         if found:
             return found[0]
-    raise WeightImportError(f"{folder}: holds no weights (.safetensors, {', '.join(_TORCH)}, or shards with an index)")
+    raise WeightImportError(
+        f"{folder}: holds no weights (.safetensors, {', '.join(_TORCH)}, shards with an index, or mp_rank_* folders)"
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from osp.errors import UsageError
 from osp.vae.layers import CausalConv3d, Downsample, GroupNorm, LayerNorm
-from osp.weights.files import Stored, Weights
+from osp.weights.lazy import Stored, Weights
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from torch import nn
 from osp.denoiser import CrossTransformer, JointTransformer
 from osp.errors import UsageError
 from osp.vae import WFVAE, CausalVideoVAE
-from osp.weights.files import WeightImportError, Weights, check_keys, open_checkpoint
+from osp.weights.files import WeightImportError, check_keys, open_checkpoint
 from osp.weights.folders import CONFIG, read_config, write_model
+from osp.weights.lazy import Weights
 
 _WEIGHTS = "model.safetensors"
 _MODELS: dict[str, type[nn.Module]] = {

@@ -12,10 +12,11 @@ from osp.denoiser import CrossTransformer, JointTransformer
 from osp.errors import UsageError
 from osp.vae import WFVAE, CausalVideoVAE
 from osp.weights import causalvae, opensora, ummdit, wfvae
-from osp.weights.files import Weights, check_keys
-from osp.weights.folders import config_path, read_config, read_weights, unwrapped, write_model
+from osp.weights.files import check_keys
+from osp.weights.folders import config_path, read_config, read_weights, write_model
 from osp.weights.keys import KeyPair, from_published
 from osp.weights.keys import to_published as _to_published
+from osp.weights.lazy import Weights, unwrapped
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CLASS = "_class_name"
@@ -80,10 +81,10 @@ def load_published(
 ) -> nn.Module:
     """A published model with its weights, float32 and in eval mode.
 
-    `kind` is "wfvae_v13", "wfvae_v15" or "causalvae". `source` is a checkpoint file (safetensors or torch), a folder
-    with one or with shards, or a state dict with the published keys. `config` holds the published constructor settings;
-    None means those of the `config.json` in the folder or beside the file, else those of the published full-size model
-    that the keys are most like.
+    `kind` is a key of `KINDS`, as "wfvae_v13". `source` is a checkpoint file (safetensors or torch), a folder
+    with one, with shards or with the ranks of a Megatron run, or a state dict with the published keys. `config` holds
+    the published constructor settings; None means those of the `config.json` in the folder or beside the file, else
+    those of the published full-size model that the keys are most like.
 
     Raises UsageError for another kind and for settings that no published model has, WeightImportError for files that
     cannot be read safely and for unknown, missing or misshapen keys, which it lists.
@@ -99,16 +100,19 @@ def import_published(
         raise UsageError(f"kind={kind!r} is not known; choose {' or '.join(KINDS)}")
     origin, name = "config", "the checkpoint"
     if isinstance(source, str | Path):
+        name = str(source)
         if config is None and (config := read_config(source)) is not None:
             origin = str(config_path(source))
             if "model" in config and "settings" in config:
                 raise UsageError(f"{source} is no published model but one of `osp import-weights`; use vae=pretrained")
-        weights, name = read_weights(source), str(source)
-    else:
-        weights = unwrapped(source)
     if config is None:
         name += " (read with the full-size settings, as there is no config)"
     sizes = KINDS[kind].full_sizes if config is None else (config,)
+    if isinstance(source, str | Path):
+        # The full-size models of a kind have the same number of blocks
+        weights = read_weights(source, {**KINDS[kind].defaults, **sizes[0]}.get("num_layers"))
+    else:
+        weights = unwrapped(source)
     candidates = [_Candidate(KINDS[kind], size, weights, origin) for size in sizes]
     best = min(candidates, key=lambda candidate: candidate.misfits)
     check_keys(best.expected, weights, name, optional=best.ignored)

@@ -1,0 +1,73 @@
+"""Tensors by name that are read when they are asked for."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Where a training checkpoint keeps its weights; the averaged ones come first.
+_WRAPPERS = ("ema_state_dict", "ema_model", "state_dict", "gen_model", "model")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is read when it is asked for; its shape and dtype are known before."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors by name, read when they are asked for, so that there need never be all of them in memory.
+
+    What comes may lie in a mapped file or be somebody else's tensor: copy what is to stay.
+    """
+
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self.stored = dict(stored)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Weights":
+        """The tensors among these values."""
+        if isinstance(values, Weights):
+            return values
+        tensors = {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
+        return cls({key: Stored(tuple(value.shape), value.dtype, value.detach) for key, value in tensors.items()})
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each, without reading it."""
+        return {key: stored.shape for key, stored in self.stored.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.stored[key].read()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def unwrapped(loaded: Mapping[str, Any]) -> Weights:
+    """The weights in a training checkpoint, or in a state dict.
+
+    They lie under `ema_state_dict` or `ema_model` (preferred unless empty), `state_dict`, `gen_model` or `model`, also
+    one in another; the prefix `module.` is dropped, and so is what is no tensor (as Megatron's `*_extra_state`).
+    """
+    weights = loaded
+    for _ in _WRAPPERS:
+        inner = (weights[name] for name in _WRAPPERS if holds_tensors(weights.get(name)))
+        weights = next(inner, weights)
+    return Weights({key.removeprefix("module."): stored for key, stored in Weights.of(weights).stored.items()})
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether a value is a mapping with tensors, or with mappings that may have some."""
+    return isinstance(value, Mapping) and any(isinstance(inner, Tensor | Mapping) for inner in value.values())
