@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from osp.errors import UsageError
 
 BLOCK = 128  # FlexAttention's own default: its kernels' tiles divide it
+VARIANTS = 64  # of one compiled function; torch's own limit is 8
 HALF = (torch.float16, torch.bfloat16)
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -20,7 +21,9 @@ CUDNN_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-_HAS_TRITON = find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None  # what FlexAttention's kernels are written in
+
+Backend = Callable[..., Tensor]  # of q, k, v and the real keys or None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
@@ -40,11 +43,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
     """
     _check(q, k, v, key_padding)
     if q.shape[1] == 0 or k.shape[1] == 0:
-        return _sdpa(q, k, v)  # which gives zeros without keys; FlexAttention refuses them
-    if key_padding is None:
-        return _unmasked(q)(q, k, v)
-    # A sample of padding only would divide zero by zero: let it see everything instead.
-    return _masked(q)(q, k, v, key_padding | ~key_padding.any(-1, keepdim=True))
+        return _sdpa(q, k, v, None)  # which gives zeros without keys; FlexAttention refuses them
+    if key_padding is not None:
+        # A sample of padding only would divide zero by zero: it sees everything instead, as it does where padding is
+        # a large negative number that is added to the scores.
+        key_padding = key_padding | ~key_padding.any(-1, keepdim=True)
+    return _backend(q, key_padding is not None)(q, k, v, key_padding)
 
 
 def key_block_mask(keys: Tensor, queries: int) -> BlockMask:
@@ -63,11 +67,8 @@ def key_block_mask(keys: Tensor, queries: int) -> BlockMask:
         """`B columns` -> how many columns each row has, `B 1 rows`, and which, those first: `B 1 rows columns`."""
         count = chosen.sum(-1, dtype=torch.int32)
         which = chosen.int().argsort(dim=-1, descending=True, stable=True).int()
-        # The kernels count on plain strides, so the rows have to be there.
-        return (
-            count[:, None, None].expand(-1, 1, rows).contiguous(),
-            which[:, None, None].expand(-1, 1, rows, -1).contiguous(),
-        )
+        # The kernels count on plain strides, so the rows are copies.
+        return count[:, None, None].repeat(1, 1, rows), which[:, None, None].repeat(1, 1, rows, 1)
 
     def real(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return keys[batch, key]
@@ -77,41 +78,45 @@ def key_block_mask(keys: Tensor, queries: int) -> BlockMask:
     )
 
 
-def _unmasked(q: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The backend for q's device, without padding."""
-    if q.device.type == "cuda" and _prefers_cudnn(q.device):
+def _backend(q: Tensor, padded: bool) -> Backend:
+    """What computes attention on q's device."""
+    if q.device.type != "cuda":
+        return _sdpa
+    if padded and HAS_TRITON and _computed_in(q) in HALF and 16 <= q.shape[3] <= 256:
+        # Inside a compiled model it is part of that model's graph.
+        return _flex if torch.compiler.is_compiling() else _compiled_flex()
+    if not padded and _prefers_cudnn(q.device):
         return _cudnn
     return _sdpa
 
 
-def _masked(q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The backend for q's device, with padding."""
-    if q.device.type == "cuda" and _HAS_TRITON and _computed_in(q) in HALF and 16 <= q.shape[3] <= 256:
-        return _flex if torch.compiler.is_compiling() else _compiled_flex()
-    return _sdpa
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None = None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
     mask = None if keys is None else keys[:, None, None, :]
     q, k, v = (_heads_first(x) for x in (q, k, v))
     return _heads_first(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """With cuDNN's kernel where it can: the fastest on Hopper and newer. It has none for float32."""
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, keys: None) -> Tensor:
+    """By cuDNN if it has a kernel for these inputs (in half precision), else by the next that has."""
     with sdpa_kernel(CUDNN_FIRST, set_priority=True):
-        return _sdpa(q, k, v)
+        return _sdpa(q, k, v, keys)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
+    """Uncompiled on the CPU it is a reference: it makes the whole matrix, and has no gradients."""
     dtype = _computed_in(q)
     q, k, v = (_heads_first(x).to(dtype) for x in (q, k, v))
     return _heads_first(flex_attention(q, k, v, block_mask=key_block_mask(keys, q.shape[2])))
 
 
 @cache
-def _compiled_flex() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    return torch.compile(_flex)  # FlexAttention has no kernel but a compiled one
+def _compiled_flex() -> Backend:
+    """For calls outside a compiled model: uncompiled, FlexAttention makes the whole matrix.
+
+    It is compiled anew for self-attention or not, one sample or several, with or without gradients, and so on. Past a
+    limit torch would go on uncompiled without a word; so here the limit is high, and reaching it is an error.
+    """
+    return torch._dynamo.config.patch(recompile_limit=VARIANTS)(torch.compile(_flex, fullgraph=True))
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -127,6 +132,7 @@ def _computed_in(x: Tensor) -> torch.dtype:
 
 @torch.compiler.assume_constant_result
 def _prefers_cudnn(device: torch.device) -> bool:
+    """On Hopper and newer cuDNN is the fastest, but not first in torch's own order in every release."""
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
