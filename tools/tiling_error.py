@@ -13,7 +13,7 @@ from osp.data.synthetic import SyntheticClips
 from osp.data.video import to_float
 from osp.evaluation.metrics import psnr
 from osp.training.checkpoints import load_trained_vae
-from osp.vae import Tiling
+from osp.vae import Tiling, VideoVAE
 from osp.weights import load_pretrained
 
 
@@ -30,6 +30,8 @@ def main() -> None:
     args = parser.parse_args()
 
     vae = load_pretrained(args.checkpoint) if args.checkpoint.is_dir() else load_trained_vae(args.checkpoint)
+    if not isinstance(vae, VideoVAE):
+        parser.error(f"{args.checkpoint} holds a {type(vae).__name__}, which is no VAE")
     source = SyntheticClips(args.clips, frames=args.frames, height=args.size, width=args.size, fps=8.0, seed=2)
     video = torch.stack([to_float(source.read(index, 0)["video"]) for index in range(args.clips)])
 

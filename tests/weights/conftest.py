@@ -15,21 +15,25 @@ from torch import Tensor
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = [
     (kind, path.stem)
-    for kind in ("wfvae_v13", "wfvae_v15", "causalvae")
+    for kind in ("wfvae_v13", "wfvae_v15", "causalvae", "opensora_v13", "opensora_inpaint_v13", "ummdit_v15")
     for path in sorted((GOLDEN / kind).glob("*.json"))
 ]
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """What is stored under `weights/`, float32."""
+    return {key.removeprefix("weights/"): v.float() for key, v in load_file(path).items() if key.startswith("weights/")}
 
 
 def load_case(kind: str, case: str) -> tuple[dict, dict[str, Tensor]]:
     """Published settings and float32 weights."""
     config = json.loads((GOLDEN / kind / f"{case}.json").read_text())["config"]
-    stored = load_file(GOLDEN / kind / f"{case}.safetensors").items()
-    return config, {key.removeprefix("weights/"): v.float() for key, v in stored if key.startswith("weights/")}
+    return config, _weights(GOLDEN / kind / f"{case}.safetensors")
 
 
 @pytest.fixture(params=CASES, ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[str, dict, dict[str, Tensor]]:
-    """Kind, published settings and weights of each recorded VAE."""
+    """Kind, published settings and weights of each recorded model."""
     return request.param[0], *load_case(*request.param)
 
 
@@ -37,6 +41,12 @@ def case(request: pytest.FixtureRequest) -> tuple[str, dict, dict[str, Tensor]]:
 def small() -> tuple[str, dict, dict[str, Tensor]]:
     """One of them."""
     return "wfvae_v13", *load_case("wfvae_v13", "d_nearest_noattn_main")
+
+
+@pytest.fixture
+def joint() -> tuple[str, dict, dict[str, Tensor]]:
+    """A recorded joint transformer."""
+    return "ummdit_v15", *load_case("ummdit_v15", "a_n2")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from osp.denoiser.cross import CrossTransformer, CrossTransformerConfig
 from osp.denoiser.denoiser import Denoiser
 from osp.denoiser.grid import Grid
 from osp.denoiser.joint import JointTransformer, JointTransformerConfig
+from osp.denoiser.restage import restage
 from osp.denoiser.schedule import Stage
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "JointTransformer",
     "JointTransformerConfig",
     "Stage",
+    "restage",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from osp.denoiser.attention import GroupAttention
 from osp.denoiser.denoiser import Denoiser, check_heads, trim_text
-from osp.denoiser.layers import MLP, FeedForward, PatchEmbedding, modulated_norm, sinusoid
+from osp.denoiser.layers import MLP, FeedForward, PatchEmbedding, initialise, modulated_norm, sinusoid
 from osp.denoiser.rotary import rotary_tables, rotate
 from osp.denoiser.schedule import Stage, make_stages
 from osp.devices import attention
@@ -79,6 +79,9 @@ class CrossTransformer(Denoiser):
         self.blocks = nn.ModuleList(CrossBlock(c) for _ in self.schedule)
         self.out_table = nn.Parameter(torch.randn(2, c.width) / c.width**0.5)
         self.out = nn.Linear(c.width, c.patch_size**2 * c.out_channels)
+        # A new model predicts zero, and its text begins without a say, as in PixArt-alpha.
+        initialise(self, "text_out", "out")
+        self.start_neutral(self.condition_patches)
 
     def forward(
         self,
@@ -115,12 +118,15 @@ class CrossTransformer(Denoiser):
 
 
 class ConditionEmbedding(PatchEmbedding):
-    """Patches of a condition, and a linear layer that starts at zero, so that a model without it goes on as it was."""
+    """Patches of a condition, and a linear layer that starts at zero, so that the condition has no say yet."""
 
     def __init__(self, channels: int, width: int, patch_size: int) -> None:
         super().__init__(channels, width, patch_size)
         self.zero = nn.Linear(width, width, bias=False)
-        nn.init.zeros_(self.zero.weight)
+
+    def reset_parameters(self) -> None:
+        """Zeros last."""
+        initialise(self, "zero")
 
     def forward(self, latent: Tensor) -> Tensor:
         """`B C T H W` -> `B N D`."""

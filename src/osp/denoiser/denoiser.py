@@ -25,6 +25,7 @@ class Denoiser(nn.Module):
 
     blocks: nn.ModuleList
     patch: PatchEmbedding
+    out: nn.Linear
 
     def __init__(self, config: Any, channels: int, text_channels: int, pooled_channels: int | None = None) -> None:
         super().__init__()
@@ -36,6 +37,13 @@ class Denoiser(nn.Module):
         self.stages: tuple[Stage, ...] = config.stages
         self.schedule: list[Pattern] = [pattern for stage in self.stages for pattern in stage.patterns]
         self.checkpoint_every = 0
+        self.neutral: list[Any] = []
+
+    def start_neutral(self, *parts: nn.ModuleList) -> None:
+        """Start the modules in these so that they change nothing; `restage` may add them to a trained model."""
+        self.neutral = [module for part in parts for module in part]
+        for module in self.neutral:
+            module.reset_parameters()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -83,6 +91,7 @@ class Denoiser(nn.Module):
         patches = mask.unflatten(3, (-1, self.patch_size)).unflatten(2, (-1, self.patch_size))
         return patches.any(dim=5).any(dim=3).flatten(1)
 
+    @torch.compiler.disable  # it looks into the masks; the blocks themselves compile as a whole
     def attentions(
         self, grid: Grid, batch: int, device: torch.device, *masks: Tensor | None, text: int = 0
     ) -> dict[Pattern, GroupAttention]:
@@ -91,6 +100,14 @@ class Denoiser(nn.Module):
             pattern: GroupAttention(pattern, grid, batch, device, *masks, text=text)
             for pattern in dict.fromkeys(self.schedule)
         }
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each block in place, with the options of torch.compile; blocks with the same pattern share it."""
+        # One program for each pattern, one for the last block, and as many again for a few more grids.
+        wanted = 4 * (len(set(self.schedule)) + 1)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, wanted)
+        for block in self.blocks:
+            block.compile(**options)
 
     def run_block(self, index: int, *inputs: Any) -> Any:
         """One block, which is computed again for the backward pass if `checkpoint_every` says so."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from osp.denoiser.attention import QKV, GroupAttention
 from osp.denoiser.denoiser import Denoiser, check_heads, trim_text
-from osp.denoiser.layers import MLP, NORM_EPS, FeedForward, PatchEmbedding, modulated_norm, sinusoid
+from osp.denoiser.layers import MLP, NORM_EPS, FeedForward, PatchEmbedding, initialise, modulated_norm, sinusoid
 from osp.denoiser.rotary import rotary_tables, rotate
 from osp.denoiser.schedule import Stage, make_stages
 
@@ -75,6 +75,9 @@ class JointTransformer(Denoiser):
         self.out_norm = nn.LayerNorm(c.width, NORM_EPS)
         self.out_modulation = nn.Linear(c.condition_channels, 2 * c.width)
         self.out = nn.Linear(c.width, c.patch_size**2 * c.out_channels)
+        # A new model predicts zero, and its blocks pass on what they are given (adaLN-Zero, arXiv:2212.09748).
+        initialise(self, "out", "out_modulation", "attention_modulation", "feed_forward_modulation")
+        self.start_neutral(self.video_skips, self.text_skips)
 
     def forward(
         self,
@@ -126,9 +129,11 @@ class LongSkip(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(2 * width, width)
-        with torch.no_grad():
-            self.linear.weight.copy_(torch.eye(width, 2 * width))
-            self.linear.bias.zero_()
+
+    def reset_parameters(self) -> None:
+        """[identity | 0]."""
+        nn.init.eye_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, current: Tensor, skipped: Tensor) -> Tensor:
         """Both `B N D`."""

@@ -25,6 +25,19 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift[:, None], F.layer_norm(x, size, eps=NORM_EPS), scale[:, None])
 
 
+def initialise(module: nn.Module, *zeros: str) -> None:
+    """Start all linear layers below: normal values that keep the variance of what goes through; biases 0.
+
+    Those called one of `zeros` start at 0.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            own_name = name.rpartition(".")[2]
+            nn.init.normal_(layer.weight, std=0.0 if own_name in zeros else layer.in_features**-0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 class MLP(nn.Module):
     """`... D` -> `... D_out` by way of `hidden` channels and one activation."""
 

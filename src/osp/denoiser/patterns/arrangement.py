@@ -38,7 +38,7 @@ class Split(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """The number of groups, and of places in each."""
-        groups = math.prod(self.factors[i] for i in self.groups)
+        groups = math.prod([self.factors[i] for i in self.groups])
         return groups, math.prod(self.factors) // groups
 
 
@@ -108,8 +108,7 @@ def _runs(pattern: Pattern, grid: Grid) -> tuple[Run, ...]:
     split = pattern.split(grid)
     if split.padded == split.axes:
         return (Run(0, split.shape[0], split.shape[1], None),)
-    with torch.device("cpu"):
-        real = pattern.arrange(torch.ones(1, grid.tokens, dtype=torch.bool), grid)[0]
+    real = pattern.arrange(torch.ones(1, grid.tokens, dtype=torch.bool, device="cpu"), grid)[0]
     needed = [int(row.nonzero()[-1]) + 1 if row.any() else 0 for row in real]
     runs: list[Run] = []
     start = 0

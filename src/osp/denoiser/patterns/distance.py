@@ -29,10 +29,11 @@ class _Cells(NamedTuple):
 
 
 def average_attention_distance(patterns: Sequence[Pattern], grid: Grid | tuple[int, int, int]) -> float:
-    """How few attentions carry information from a token to another, averaged over all ordered pairs of tokens.
+    """How few attentions carry information from a token to another, averaged over all pairs of different tokens.
 
-    Each attention may use any of the patterns, and a token is at distance 0 from itself (report v1.3, "average
-    attention distance"). The result is exact, and infinite where some tokens never hear of each other.
+    Each attention may use any of the patterns (report v1.3, "average attention distance"). The result is exact, and
+    infinite where some tokens never hear of each other. The report's closed forms differ from it by less than 1/N: they
+    count a token's distance to itself too, some as 0 and some as 1.
 
     Raises:
         UsageError: there is no pattern, the grid is none, or counting would take minutes (patterns that leave many
@@ -56,7 +57,7 @@ def average_attention_distance(patterns: Sequence[Pattern], grid: Grid | tuple[i
     for sources in far.split(max(1, _HELD // len(sizes))):
         own = sizes[sources]
         total += int((sizes @ _search(groups, sources).long() * own).sum() + (own * (own - 1)).sum())
-    return total / tokens**2
+    return _mean(total, tokens)
 
 
 def pairwise_distances(patterns: Sequence[Pattern], grid: Grid | tuple[int, int, int]) -> Tensor:
@@ -76,8 +77,8 @@ def pairwise_distances(patterns: Sequence[Pattern], grid: Grid | tuple[int, int,
 def blocks_until_reached(schedule: Sequence[Pattern], grid: Grid | tuple[int, int, int]) -> float:
     """How many blocks of a stack, in their order, carry information from a token to another.
 
-    This is the mean of `blocks_from_each` over the stack: averaged over all ordered pairs of tokens, and over the block
-    before which the information comes in.
+    This is the mean of `blocks_from_each` over the stack: averaged over all pairs of different tokens, and over the
+    block before which the information comes in.
 
     Raises:
         UsageError: as `blocks_from_each`.
@@ -89,9 +90,9 @@ def blocks_until_reached(schedule: Sequence[Pattern], grid: Grid | tuple[int, in
 def blocks_from_each(schedule: Sequence[Pattern], grid: Grid | tuple[int, int, int]) -> list[float]:
     """What `blocks_until_reached` comes to from each block of the stack on.
 
-    Block i counts as one; a token has reached itself in 0 blocks. Infinite where the stack ends before each token has
-    reached all others. Only the blocks' attention among these tokens counts: where they also attend to text that
-    attends to them, there are ways through the text.
+    Block i counts as one. Infinite where the stack ends before each token has reached all others. Only the blocks'
+    attention among these tokens counts: where they also attend to text that attends to them, there are ways through
+    the text.
 
     Raises:
         UsageError: there is no block, the grid is none, or the matrix of which group meets which gets too large.
@@ -124,7 +125,12 @@ def _blocks(groups: list[Tensor], sizes: Tensor) -> float:
             missing = int(sources @ ((~reached).long() @ _total(sizes, after)))
             here = after
         total += missing
-    return total / tokens**2 if missing == 0 else math.inf
+    return _mean(total, tokens) if missing == 0 else math.inf
+
+
+def _mean(total: int, tokens: int) -> float:
+    """Over the pairs of different tokens; 0 if there is only one."""
+    return total / max(1, tokens * (tokens - 1))
 
 
 def _checked(patterns: Sequence[Pattern], grid: tuple[int, int, int]) -> Grid:

@@ -1,0 +1,37 @@
+"""The same weights under another schedule: how v1.5 goes from dense to sparse and back, and v1.3 gets conditions."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from osp.denoiser.denoiser import Denoiser
+from osp.denoiser.schedule import Stage, make_stages
+from osp.errors import UsageError
+
+Model = TypeVar("Model", bound=Denoiser)
+
+
+def restage(model: Model, stages: Sequence[Stage | Mapping[str, Any]] | None = None, **settings: Any) -> Model:
+    """A denoiser with the weights of `model`, which it shares, and other stages (None: the same).
+
+    `settings` may change others that leave the blocks as they are: `long_skips`, `condition_channels`. What is new
+    starts without effect; what has no place any more is dropped. Raises UsageError if the number of blocks or the shape
+    of a weight would change.
+    """
+    made = model.stages if stages is None else make_stages(stages)
+    blocks = sum(stage.blocks for stage in made)
+    if blocks != len(model.blocks):
+        raise UsageError(f"stages have {blocks} blocks, but the model has {len(model.blocks)}")
+    with torch.device("meta"):
+        new = type(model)(**(model.settings | settings | {"stages": made}))
+    weights, wanted = model.state_dict(keep_vars=True), new.state_dict()
+    for module in new.neutral:
+        module.to_empty(device=model.out.weight.device).to(model.out.weight.dtype)
+        module.reset_parameters()
+    added = {key for key, value in new.state_dict().items() if not value.is_meta}
+    for key, value in wanted.items():
+        if key not in added and (key not in weights or weights[key].shape != value.shape):
+            raise UsageError(f"{settings} would change {key}; only the schedule, skips and conditions may change")
+    new.load_state_dict({key: value for key, value in weights.items() if key in wanted}, strict=False, assign=True)
+    return new.train(model.training)

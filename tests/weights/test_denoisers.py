@@ -1,0 +1,92 @@
+"""The full-size denoisers' keys and sizes, and what a checkpoint of one may have besides."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from osp.denoiser import CrossTransformer, JointTransformer, Stage
+from osp.errors import UsageError
+from osp.weights import WeightImportError, load_pretrained, load_published, published_settings, save_pretrained
+from osp.weights.published import KINDS
+
+MANIFESTS = Path(__file__).parent.parent / "golden" / "manifests"
+# (kind, manifest, keys, parameters), as published
+FULL = [
+    ("opensora_v13", "opensora_t2v_v1_3_2b", 687, 2_771_981_600),
+    ("opensora_inpaint_v13", "opensora_inpaint_v1_3_2b", 693, 2_782_713_632),
+    ("ummdit_v15", "sparse_ummdit_v1_5_tp1", 1178, 8_504_661_120),
+    ("ummdit_v15", "sparse_ummdit_v1_5_tpmerged", 1184, 8_589_604_992),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "keys", "parameters"), FULL)
+def test_full_sizes_are_the_published_ones(kind: str, name: str, keys: int, parameters: int) -> None:
+    manifest = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
+    layout = KINDS[kind].layout
+    for config in (manifest["config"], {}):  # also where no configuration is at hand
+        with torch.device("meta"):
+            model = layout.build({**KINDS[kind].defaults, **config}, {})
+        own = {key: list(pair.published_shape) for pair in layout.key_pairs(model) for key in pair.published}
+        own_count = sum(value.numel() for value in model.parameters())
+        dead = {key: list(shape) for key, shape in layout.ignored(model).items()} if name.endswith("merged") else {}
+        assert own | dead == manifest["keys"]
+        assert len(own | dead) == keys
+        assert own_count + sum(torch.Size(shape).numel() for shape in dead.values()) == parameters
+
+
+Case = tuple[str, dict, dict[str, Tensor]]
+
+
+def dead_weights(model: JointTransformer) -> dict[str, Tensor]:
+    return {key: torch.randn(shape) for key, shape in KINDS["ummdit_v15"].layout.ignored(model).items()}
+
+
+def test_dead_weights_are_left_out(joint: Case) -> None:
+    kind, config, weights = joint
+    model = load_published(kind, weights, config)
+    dead = dead_weights(model)
+    assert len(dead) == 6
+    merged = load_published(kind, weights | dead, config)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), merged.parameters(), strict=True))
+    key, value = next(iter(dead.items()))
+    with pytest.raises(WeightImportError, match=f"of another shape: {key}"):
+        load_published(kind, weights | {key: value[:1]}, config)
+
+
+def test_a_denoiser_in_our_own_form(joint: Case, tmp_path: Path) -> None:
+    kind, config, weights = joint
+    model = load_published(kind, weights, config)
+    save_pretrained(model, tmp_path)
+    again = load_pretrained(tmp_path)
+    assert again.settings == model.settings
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("opensora_v13", {"norm_eps": 1e-5}, "norm_eps=1e-05 is of no published denoiser of v1.3; all have 1e-06"),
+    ("opensora_v13", {"cross_attention_dim": 5}, "cross_attention_dim=5 must be heads x head_dim, 2304"),
+    ("opensora_v13", {"blocks": 3}, "has no setting blocks; it has"),
+    ("ummdit_v15", {"sparse_n": [1, 2]}, "must be as long as each other"),
+    ("ummdit_v15", {"sparse_n": [1, 2, 4, 8, 4, 2, 0]}, "k=0 makes no sense"),
+    ("ummdit_v15", {"patch_size_t": 2}, "patch_size_t=2 is of no published denoiser of v1.5; all have 1"),
+    ("ummdit_v15", {"head_dim": 24}, "head_dim=24 .* cannot be split"),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "message"), WRONG)
+def test_impossible_settings_are_refused(kind: str, config: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_published(kind, {}, config)
+
+
+def test_only_published_schedules_are_exported() -> None:
+    with torch.device("meta"):
+        with pytest.raises(UsageError, match="one schedule"):
+            published_settings(CrossTransformer([Stage(4, "skiparse", 4)]))
+        with pytest.raises(UsageError, match="no pattern 2\\+1d"):
+            published_settings(JointTransformer([Stage(4, "2+1d")]))
