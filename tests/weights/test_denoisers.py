@@ -90,3 +90,17 @@ def test_only_published_schedules_are_exported() -> None:
             published_settings(CrossTransformer([Stage(4, "skiparse", 4)]))
         with pytest.raises(UsageError, match="no pattern 2\\+1d"):
             published_settings(JointTransformer([Stage(4, "2+1d")]))
+
+
+@torch.no_grad()
+def test_half_precision_is_kept_where_asked_for(joint: Case, tmp_path: Path) -> None:
+    kind, config, weights = joint
+    half = load_published(kind, weights, config, "bfloat16")
+    assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
+    save_pretrained(half, tmp_path)
+    assert {value.dtype for value in load_pretrained(tmp_path).parameters()} == {torch.float32}
+    again = load_pretrained(tmp_path, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(half.parameters(), again.parameters(), strict=True))
+    for wrong in ("int32", "bf16", torch.int64):
+        with pytest.raises(UsageError, match=f"dtype={wrong} is not known; choose float32"):
+            load_published(kind, weights, config, wrong)

@@ -13,7 +13,7 @@ from osp.errors import UsageError
 from osp.vae import WFVAE, CausalVideoVAE
 from osp.vae.wavelet import EXACT_SCALE_3D, PUBLISHED_SCALE_3D
 from osp.weights import WeightImportError, load_published, published_settings, save_published, to_published
-from osp.weights.published import import_published
+from osp.weights.published import open_published
 
 MANIFESTS = Path(__file__).parent.parent / "golden" / "manifests"
 Case = tuple[str, dict, dict[str, Tensor]]
@@ -25,14 +25,14 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_published_to_ours_to_published_is_the_identity(case: Case) -> None:
     kind, config, weights = case
-    imported = import_published(kind, weights, config)
-    model = imported.model
+    model = load_published(kind, weights, config)
+    further = open_published(kind, weights, config).further_settings
     assert not model.training
     assert all(value.dtype == torch.float32 for value in model.state_dict().values())
     back = to_published(model)
     assert equal(back, weights)
     settings = published_settings(model)
-    assert {key: (imported.further_settings | settings)[key] for key in config} == config
+    assert {key: (further | settings)[key] for key in config} == config
     again = load_published(kind, back, settings)
     assert again.settings == model.settings
     assert equal(again.state_dict(), model.state_dict())
@@ -75,12 +75,12 @@ def test_ours_to_published_to_ours_is_the_identity(kind: str, model: type, setti
     save_published(vae, tmp_path, {"use_tiling": True})
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["_class_name"] in ("WFVAEModel", "CausalVAEModel")
-    imported = import_published(kind, tmp_path)
-    assert imported.further_settings == {"use_tiling": True}
-    assert imported.model.settings == vae.settings
-    assert equal(imported.model.state_dict(), vae.state_dict())
+    assert open_published(kind, tmp_path).further_settings == {"use_tiling": True}
+    again = load_published(kind, tmp_path)
+    assert again.settings == vae.settings
+    assert equal(again.state_dict(), vae.state_dict())
     frozen = {key for key, value in vae.named_parameters() if not value.requires_grad}
-    assert {key for key, value in imported.model.named_parameters() if not value.requires_grad} == frozen
+    assert {key for key, value in again.named_parameters() if not value.requires_grad} == frozen
 
 
 def test_the_settings_say_what_filters_the_weights_hold(small: Case) -> None:
@@ -152,7 +152,7 @@ def test_a_full_size_checkpoint_without_config_is_recognised(name: str) -> None:
 def test_what_a_configuration_says_beyond_the_shape_is_kept(small: Case) -> None:
     kind, config, weights = small
     further = {"scale": [0.5] * 4, "shift": [0.0] * 4, "use_tiling": True}
-    imported = import_published(kind, weights, config | further | {"_diffusers_version": "0.30"})
+    imported = open_published(kind, weights, config | further | {"_diffusers_version": "0.30"})
     assert imported.further_settings == further
 
 

@@ -1,4 +1,4 @@
-"""`osp export-weights`: a VAE of ours -> a folder for the published code."""
+"""`osp export-weights`: a model of ours -> a folder for the published code."""
 
 from pathlib import Path
 from typing import Any

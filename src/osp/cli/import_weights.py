@@ -9,20 +9,21 @@ from omegaconf import DictConfig, OmegaConf
 from osp.errors import UsageError
 from osp.weights.folders import read_json
 from osp.weights.pretrained import save_pretrained
-from osp.weights.published import import_published
+from osp.weights.published import open_published
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Read, check and write the weights; gives what the output folder holds. Raises UsageError for a bad `config`."""
-    imported = import_published(cfg.kind, to_absolute_path(str(cfg.source)), _published_settings(cfg.config))
+    source, config = to_absolute_path(str(cfg.source)), _published_settings(cfg.config)
+    opened = open_published(cfg.kind, source, config, cfg.dtype)
     output = Path(to_absolute_path(str(cfg.output)))
-    save_pretrained(imported.model, output, imported.further_settings)
+    save_pretrained(opened.model, output, opened.further_settings, opened.weights)
     return {
         "output": str(output),
-        "parameters": sum(parameter.numel() for parameter in imported.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in opened.model.parameters()),
         "kind": cfg.kind,
-        "settings": imported.model.settings,
-        "published": imported.further_settings,
+        "settings": opened.model.settings,
+        "published": opened.further_settings,
     }
 
 

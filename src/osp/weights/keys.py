@@ -66,21 +66,25 @@ def layer_pairs(
                 yield KeyPair(f"{name}.{parameter}", (f"{theirs}.{parameter}",), tuple(module.weight.shape))
 
 
-def from_published(pairs: Iterable[KeyPair], published: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of ours, float32, with the values of a published one whose keys and shapes have been checked.
+def from_published(
+    pairs: Iterable[KeyPair], published: Mapping[str, Tensor], model: nn.Module, dtype: torch.dtype
+) -> Weights:
+    """The state dict of ours with the values of a published one, whose keys and shapes have been checked.
 
-    The published tensors are read one after another, and copied.
+    What is asked for is read then, and copied.
     """
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    return {
-        pair.ours: torch.stack(
-            [
-                _reordered(published[key].detach().float(), rows)
-                for key, rows in zip(pair.published, pair.orders, strict=True)
-            ]
-        ).reshape(shapes[pair.ours])
-        for pair in pairs
-    }
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return Weights(
+        {
+            pair.ours: Stored(shapes[pair.ours], dtype, partial(_own, pair, published, shapes[pair.ours], dtype))
+            for pair in pairs
+        }
+    )
+
+
+def _own(pair: KeyPair, published: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    parts = zip(pair.published, pair.orders, strict=True)
+    return torch.stack([_reordered(published[key].detach().to(dtype), rows) for key, rows in parts]).reshape(shape)
 
 
 def to_published(pairs: Iterable[KeyPair], own: Mapping[str, Tensor]) -> Weights:

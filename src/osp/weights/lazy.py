@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from osp.errors import UsageError
 
 # Where a training checkpoint keeps its weights; the averaged ones come first.
 _WRAPPERS = ("ema_state_dict", "ema_model", "state_dict", "gen_model", "model")
@@ -53,6 +55,20 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.stored)
+
+
+def filled(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A model without memory -> with these weights, which become its own, in eval mode."""
+    model.load_state_dict(dict(weights.items()), assign=True)
+    return model.eval()
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point type, or its name. Raises UsageError for another."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UsageError(f"dtype={dtype} is not known; choose float32, bfloat16 or float16")
+    return found
 
 
 def unwrapped(loaded: Mapping[str, Any]) -> Weights:

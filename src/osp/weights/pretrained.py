@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from osp.denoiser import CrossTransformer, JointTransformer
 from osp.errors import UsageError
 from osp.vae import WFVAE, CausalVideoVAE
 from osp.weights.files import WeightImportError, check_keys, open_checkpoint
 from osp.weights.folders import CONFIG, read_config, write_model
-from osp.weights.lazy import Weights
+from osp.weights.lazy import Weights, filled, parse_dtype
 
 _WEIGHTS = "model.safetensors"
 _MODELS: dict[str, type[nn.Module]] = {
@@ -20,26 +20,34 @@ _MODELS: dict[str, type[nn.Module]] = {
 }
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, published: Mapping[str, Any] | None = None) -> None:
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    published: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a model: its weights, and settings that build it again. A model that is there already is replaced.
 
-    `published` holds what a published configuration says beyond the model's shape. Raises UsageError for another model
-    and for a folder that holds something else.
+    `published` holds what a published configuration says beyond the model's shape. `weights` are written instead of the
+    model's own, one after another, so that they need not be in memory. Raises UsageError for another model and for a
+    folder that holds something else.
     """
     name = type(model).__name__
     if name not in _MODELS:
         raise UsageError(f"a {name} cannot be saved; a {' or '.join(_MODELS)} can")
     config = {"model": name, "settings": model.settings, "published": dict(published or {})}
-    write_model(Path(folder), _WEIGHTS, Weights.of(model.state_dict()), config, is_alike=lambda other: "model" in other)
+    stored = Weights.of(model.state_dict() if weights is None else weights)
+    write_model(Path(folder), _WEIGHTS, stored, config, is_alike=lambda other: "model" in other)
 
 
-def load_pretrained(path: str | Path | None) -> nn.Module:
-    """The model in a folder of `save_pretrained`, float32 and in eval mode.
+def load_pretrained(path: str | Path | None, dtype: torch.dtype | str = torch.float32) -> nn.Module:
+    """The model in a folder of `save_pretrained`, in eval mode.
 
     Raises UsageError without a path, and WeightImportError for a folder that holds no such model or a damaged one.
     """
     if path is None:
         raise UsageError("give path=FOLDER, one of `osp import-weights`")
+    dtype = parse_dtype(dtype)
     config, folder = _config(path), Path(path)
     name = config.get("model")
     if not isinstance(name, str) or name not in _MODELS:
@@ -52,9 +60,7 @@ def load_pretrained(path: str | Path | None) -> nn.Module:
     weights = open_checkpoint(folder / _WEIGHTS)
     check_keys(Weights.of(model.state_dict()).shapes, weights, str(folder / _WEIGHTS))
     # One after another, and copied: the file may be replaced
-    state = {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    return filled(model, {key: value.to(dtype, copy=True) for key, value in weights.items()})
 
 
 def published_part(path: str | Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from osp.weights.files import check_keys
 from osp.weights.folders import config_path, read_config, read_weights, write_model
 from osp.weights.keys import KeyPair, from_published
 from osp.weights.keys import to_published as _to_published
-from osp.weights.lazy import Weights, unwrapped
+from osp.weights.lazy import Weights, filled, parse_dtype, unwrapped
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CLASS = "_class_name"
@@ -69,17 +69,24 @@ KINDS: dict[str, Kind] = {
 
 
 @dataclass(frozen=True)
-class Imported:
-    """A published model with its weights, and what its configuration says beyond the model's shape (as `scale`)."""
+class Opened:
+    """A published model: the module without memory, its weights, which are read one by one when they are asked for.
+
+    `further_settings` is what its configuration says beyond the model's shape (as `scale`).
+    """
 
     model: nn.Module
+    weights: Weights
     further_settings: dict[str, Any]
 
 
 def load_published(
-    kind: str, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+    kind: str,
+    source: str | Path | Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | str = torch.float32,
 ) -> nn.Module:
-    """A published model with its weights, float32 and in eval mode.
+    """A published model with its weights, in eval mode.
 
     `kind` is a key of `KINDS`, as "wfvae_v13". `source` is a checkpoint file (safetensors or torch), a folder
     with one, with shards or with the ranks of a Megatron run, or a state dict with the published keys. `config` holds
@@ -89,13 +96,18 @@ def load_published(
     Raises UsageError for another kind and for settings that no published model has, WeightImportError for files that
     cannot be read safely and for unknown, missing or misshapen keys, which it lists.
     """
-    return import_published(kind, source, config).model
+    opened = open_published(kind, source, config, dtype)
+    return filled(opened.model, opened.weights)
 
 
-def import_published(
-    kind: str, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None
-) -> Imported:
-    """As `load_published`, with what the configuration says beyond the model's shape."""
+def open_published(
+    kind: str,
+    source: str | Path | Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | str = torch.float32,
+) -> Opened:
+    """As `load_published`, before anything but the keys is read."""
+    dtype = parse_dtype(dtype)
     if kind not in KINDS:
         raise UsageError(f"kind={kind!r} is not known; choose {' or '.join(KINDS)}")
     origin, name = "config", "the checkpoint"
@@ -104,7 +116,10 @@ def import_published(
         if config is None and (config := read_config(source)) is not None:
             origin = str(config_path(source))
             if "model" in config and "settings" in config:
-                raise UsageError(f"{source} is no published model but one of `osp import-weights`; use vae=pretrained")
+                raise UsageError(
+                    f"{source} is no published model but one of `osp import-weights`; use vae=pretrained or "
+                    "denoiser=pretrained"
+                )
     if config is None:
         name += " (read with the full-size settings, as there is no config)"
     sizes = KINDS[kind].full_sizes if config is None else (config,)
@@ -116,8 +131,7 @@ def import_published(
     candidates = [_Candidate(KINDS[kind], size, weights, origin) for size in sizes]
     best = min(candidates, key=lambda candidate: candidate.misfits)
     check_keys(best.expected, weights, name, optional=best.ignored)
-    best.model.load_state_dict(from_published(best.pairs, weights, best.model), assign=True)
-    return Imported(best.model.eval(), best.further_settings)
+    return Opened(best.model, from_published(best.pairs, weights, best.model, dtype), best.further_settings)
 
 
 def to_published(model: nn.Module) -> dict[str, Tensor]:
