@@ -1,5 +1,6 @@
 """Every configuration composes, and builds what it says."""
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -60,6 +61,35 @@ def test_the_benchmark_takes_every_vae() -> None:
         cfg = composed("bench", f"vae={name}", *source)
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert cfg.output == "outputs/bench/vae"
+
+
+def test_the_benchmark_takes_every_denoiser() -> None:
+    for name in names("denoiser"):
+        source = {"published": ["denoiser.kind=opensora_v13", "denoiser.source=x"]}.get(name, [])
+        cfg = composed("bench", "target=denoiser", f"denoiser={name}", *source)
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        assert cfg.output == "outputs/bench/denoiser"
+        assert "vae" not in cfg
+
+
+@pytest.mark.parametrize("name", sorted({*names("denoiser")} - {"pretrained", "published"}))
+def test_a_denoiser_is_what_its_configuration_says(name: str) -> None:
+    with torch.device("meta"):
+        model = instantiate(composed("bench", "target=denoiser", f"denoiser={name}").denoiser)
+        again = [type(model)(**model.settings), type(model)(**json.loads(json.dumps(model.settings)))]
+    size = f"{sum(value.numel() for value in model.parameters()):,}"
+    comment = [
+        line for line in (config_folder() / "denoiser" / f"{name}.yaml").read_text().splitlines() if line[0] == "#"
+    ]
+    assert f"{size} parameters" in " ".join(comment)
+    for other in again:
+        assert other.config == model.config
+        assert other.schedule == model.schedule
+        assert [*map(shape, other.state_dict().items())] == [*map(shape, model.state_dict().items())]
+
+
+def shape(entry: tuple[str, torch.Tensor]) -> tuple[str, torch.Size]:
+    return entry[0], entry[1].shape
 
 
 @pytest.mark.parametrize("vae", ["causalvae_v11", "odvae_v12"])

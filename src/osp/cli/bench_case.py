@@ -116,6 +116,12 @@ def measure_apart(case: Case, device_name: str, repeats: int, threads: int) -> d
             return {"note": "the system ended the process, as it does when memory runs out"}
 
 
+def start_compiler() -> None:
+    """Make torch.compile begin anew."""
+    torch._dynamo.reset()  # or the shapes of earlier rows would count towards its limit of recompilations,
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # beyond which it would run uncompiled
+
+
 def _seconds(case: Case, model: Any, inputs: Any, device: torch.device) -> float:
     synchronize(device)
     begun = time.perf_counter()

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ _MEASURED = {
     "seconds": ("seconds", 1),
     "frames_per_second": ("frames/s", 1),
     "megapixels_per_second": ("megapixels/s", 1),
+    "tokens_per_second": ("tokens/s", 1),
     "flops": ("TFLOP", 1e12),
     "share_of_peak": ("% of peak", 0.01),
     "peak_bytes": ("peak MiB", 1 << 20),
     "taken_bytes": ("taken MiB", 1 << 20),
     "time_ratio": ("time ratio", 1),
+    "flops_ratio": ("FLOP ratio", 1),
     "memory_ratio": ("memory ratio", 1),
 }
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
@@ -34,8 +37,16 @@ def table_rows(
     `matmul_flops` is the peak rate to compare with, for each precision. What a row does not have is None.
     """
     done = list(done)
-    references = {case.group: measured for case, measured in done if case.is_reference and "seconds" in measured}
-    return [_row(case, measured, references.get(case.group), matmul_flops[case.precision]) for case, measured in done]
+    references = {
+        case.group: {"flops": case.flops, **measured}
+        for case, measured in done
+        if case.is_reference and "seconds" in measured
+    }
+    rows = [_row(case, measured, references.get(case.group), matmul_flops[case.precision]) for case, measured in done]
+    if all(row.get("flops_ratio", 1) == 1 for row in rows):  # a target whose rows differ in how, not in what, they do
+        for row in rows:
+            row.pop("flops_ratio", None)
+    return rows
 
 
 def _row(
@@ -50,6 +61,7 @@ def _row(
     row |= {"peak_bytes": measured["peak_bytes"], "taken_bytes": taken}
     if reference is not None:
         row["time_ratio"] = seconds / min(reference["seconds"])
+        row["flops_ratio"] = case.flops / reference["flops"]
         row["memory_ratio"] = taken / reference["taken_bytes"] if taken and reference["taken_bytes"] else None
     return row | {"seconds": seconds, "all_seconds": measured["seconds"], "first_seconds": measured["first_seconds"]}
 
@@ -58,7 +70,7 @@ def write(output: Path, results: Mapping[str, Any]) -> None:
     """Write table.md, results.json and results.csv."""
     write_whole(output / "table.md", markdown(results) + "\n")
     write_whole(output / "results.json", json.dumps(results, indent=1, allow_nan=False))
-    columns = [*results["columns"], *_MEASURED, "first_seconds", "note"]
+    columns = [*results["columns"], *_measured(results["rows"]), "first_seconds", "note"]
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     table.writeheader()
@@ -72,7 +84,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     varied = [key for key in results["columns"] if len(rows) == 1 or _differs(rows, key)]
     fixed = [key for key in results["columns"] if key not in varied and rows[0][key] is not None]
     same = [f"{_heading(key)} {_text(rows[0], key)}" for key in fixed]
-    columns = varied + [key for key in _MEASURED if any(row.get(key) is not None for row in rows)]
+    columns = varied + _measured(rows)
     columns += ["note"] if any(row["note"] for row in rows) else []
     rates = [f"{rate / 1e12:.3g} TFLOP/s in {precision}" for precision, rate in results["matmul_flops"].items()]
     return "\n".join(
@@ -89,6 +101,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     )
 
 
+def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns that some row has."""
+    return [key for key in _MEASURED if any(row.get(key) is not None for row in rows)]
+
+
 def draw(output: Path, results: Mapping[str, Any], target: Target) -> None:
     """Write plot.png, with speed above and memory taken below; where no row was measured there is no plot."""
     from matplotlib.figure import Figure  # takes its time to load
@@ -98,7 +115,10 @@ def draw(output: Path, results: Mapping[str, Any], target: Target) -> None:
     if not rows:
         return
     others = [key for key in results["columns"] if key not in (target.panel, target.x, *target.style)]
-    coloured = [key for key in others if _differs(rows, key)] or others[:1]
+    # What goes with the length, as a size that is another way to say it, needs no colour.
+    alike = [[row for row in rows if row[target.x] == length] for length in {row[target.x] for row in rows}]
+    coloured = [key for key in others if any(_differs(some, key) for some in alike)]
+    coloured = coloured or [key for key in others[:1] if not _differs(rows, key)]
     panels, colours, styles = (_labels(rows, keys) for keys in ([target.panel], coloured, target.style))
     curves: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -115,18 +135,20 @@ def draw(output: Path, results: Mapping[str, Any], target: Target) -> None:
         for (panel, colour, style), points in curves.items():
             shown = [(row[target.x], row[key] / _MEASURED[key][1]) for row in points if row[key]]
             color, (linestyle, marker) = _pick(_COLOURS, colours, colour), _pick(_STYLES, styles, style)
-            look = {"color": color, "linestyle": linestyle, "marker": marker, "label": f"{colour} {style}"}
+            look = {"color": color, "linestyle": linestyle, "marker": marker, "label": f"{colour} {style}".strip()}
             line[panels.index(panel)].plot([x for x, _ in shown], [y for _, y in shown], **look)
     lengths = sorted({row[target.x] for row in rows})
     for above, below in grid.T:
         for axes in (above, below):
-            axes.set_ylim(0, 1.1 * axes.dataLim.y1)
+            if 0 < axes.dataLim.y1 < math.inf:  # what took no memory that shows, or where nobody can tell, has none
+                axes.set_ylim(0, 1.1 * axes.dataLim.y1)
         below.set_xlabel(_heading(target.x))
         below.set_xscale("log" if lengths[-1] >= 8 * lengths[0] else "linear")
         below.set_xticks(lengths, [str(length) for length in lengths])
         below.set_xticks([], minor=True)
     lines = {str(line.get_label()): line for axes in grid[0] for line in axes.get_lines()}
-    legend = [name for name in (f"{colour} {style}" for colour in colours for style in styles) if name in lines]
+    names = (f"{colour} {style}".strip() for colour in colours for style in styles)
+    legend = [name for name in names if name in lines]
     figure.legend([lines[name] for name in legend], legend, loc="outside lower center", ncols=3)
     figure.suptitle(f"{results['model']}\n{results['device']}", fontsize="medium")
     image = io.BytesIO()

@@ -1,7 +1,6 @@
 """`osp bench target=vae`: encoding and decoding, whole and in pieces."""
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,12 +8,12 @@ from itertools import product
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from osp.cli.bench_case import Target
+from osp.cli.bench_case import Target, start_compiler
+from osp.cli.bench_settings import PRECISIONS, choices, configuration, listed, sides, title, weights_dtype, whole_number
 from osp.cli.checks import build_vae
 from osp.devices import count_flops
 from osp.errors import UsageError
@@ -24,7 +23,6 @@ from osp.vae.tiling import in_tiles
 
 _HALVES: dict[str, Half] = {"encode": "encoder", "decode": "decoder"}
 _MODES = ("whole", "pieces", "stream")
-_PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -79,13 +77,12 @@ class VAECase:
     @property
     def dtype(self) -> torch.dtype:
         """What the arithmetic is done in."""
-        return _PRECISIONS[self.precision]
+        return PRECISIONS[self.precision]
 
     def load(self, device: torch.device) -> VideoVAE:
         """The VAE, in eval mode on the device."""
         if self.compiled:
-            torch._dynamo.reset()  # or the shapes of earlier rows would count towards its limit of recompilations,
-            torch._dynamo.config.fail_on_recompile_limit_hit = True  # beyond which it would run uncompiled
+            start_compiler()
         return _load(self.vae, device, self.precision, self.compiled)
 
     def inputs(self, vae: VideoVAE) -> Tensor:
@@ -145,13 +142,13 @@ def cases(cfg: DictConfig) -> tuple[list[VAECase], str]:
 
     Raises UsageError for settings that make no sense, before anything is measured.
     """
-    halves, modes = _choices(cfg, "half", tuple(_HALVES)), _choices(cfg, "mode", _MODES)
-    precisions, compiled = _choices(cfg, "precision", tuple(_PRECISIONS)), _choices(cfg, "compile", (False, True))
-    sizes = [_size(value) for value in _listed(cfg, "sizes")]
-    lengths = [_whole_number("frames", value) for value in _listed(cfg, "frames")]
-    chunks = [None if n is None else _whole_number("chunk_frames", n) for n in _listed(cfg, "chunk_frames")]
-    tilings = [None if value is None else _tiling(value) for value in _listed(cfg, "tiling")]
-    config, name = _configuration(cfg), _name(cfg)
+    halves, modes = choices(cfg, "half", tuple(_HALVES)), choices(cfg, "mode", _MODES)
+    precisions, compiled = choices(cfg, "precision", tuple(PRECISIONS)), choices(cfg, "compile", (False, True))
+    sizes = [sides("sizes", value, "HEIGHTxWIDTH", "256x256") for value in listed(cfg, "sizes")]
+    lengths = [whole_number("frames", value) for value in listed(cfg, "frames")]
+    chunks = [None if n is None else whole_number("chunk_frames", n) for n in listed(cfg, "chunk_frames")]
+    tilings = [None if value is None else _tiling(value) for value in listed(cfg, "tiling")]
+    config = configuration(cfg, "vae")
     vae = build_vae(cfg.vae)
     for (height, width), length in product(sizes, lengths):
         vae.check_size(length, height, width)
@@ -173,15 +170,13 @@ def cases(cfg: DictConfig) -> tuple[list[VAECase], str]:
             note = "" if mode == "whole" or vae.can_stream(_HALVES[half]) else "cannot stream"
             about = (config, half, length, height, width, mode, chunk, tiling, number, how)
             rows.append(VAECase(*about, flops=clips[clip], note=note))
-    parameters = sum(parameter.numel() for parameter in vae.parameters())
-    return rows, f"{name}, {parameters:,} parameters"
+    return rows, title(cfg, "vae", vae)
 
 
 @lru_cache(maxsize=1)
 def _load(config: str, device: torch.device, precision: str, compiled: bool) -> VideoVAE:
     vae: VideoVAE = instantiate(OmegaConf.create(json.loads(config))).to(device).eval()
-    if precision.endswith("true"):
-        vae.to(_PRECISIONS[precision])
+    vae.to(weights_dtype(precision))
     if compiled:
         vae.get_submodule("encoder").compile()
         vae.get_submodule("decoder").compile()
@@ -197,61 +192,10 @@ def nominal_flops(vae: VideoVAE, half: str, frames: int, height: int, width: int
     return count_flops(vae.decode_latent, torch.empty(1, vae.latent_channels, *size, device="meta"))
 
 
-def _configuration(cfg: DictConfig) -> str:
-    for key, choice in (("checkpoint", "trained"), ("path", "pretrained")):
-        if cfg[key] is not None and _choice() != choice:
-            raise UsageError(f"{key}={cfg[key]} is not read with vae={_choice()}; give vae={choice} too")
-        if cfg[key] is None and _choice() == choice:
-            raise UsageError(f"vae={choice} needs {key}={'FILE of `osp train`' if key == 'checkpoint' else 'FOLDER'}")
-    if missing := sorted(OmegaConf.missing_keys(cfg.vae)):
-        raise UsageError(f"vae={_choice()} needs {' and '.join(f'{key}=...' for key in missing)}")
-    return json.dumps(OmegaConf.to_container(cfg.vae, resolve=True))
-
-
-def _choice() -> str:
-    return str(HydraConfig.get().runtime.choices["vae"])
-
-
-def _name(cfg: DictConfig) -> str:
-    origin = cfg.vae.get("path") or cfg.vae.get("source")
-    return f"{_choice()} with random weights" if origin is None else f"{cfg.vae.get('kind', 'VAE')} of {origin}"
-
-
-def _listed(cfg: DictConfig, key: str) -> list[Any]:
-    """The values of a list, each once, or the only one."""
-    value = cfg[key]
-    values = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    values = values if isinstance(values, list) else [values]
-    if not values:
-        raise UsageError(f"{key}=[] leaves nothing to measure; give at least one value")
-    return [one for i, one in enumerate(values) if one not in values[:i]]
-
-
-def _choices(cfg: DictConfig, key: str, known: tuple[Any, ...]) -> list[Any]:
-    values = _listed(cfg, key)
-    for value in values:
-        if value not in known:
-            raise UsageError(f"{key}={value} is not known; choose {', '.join(str(one).lower() for one in known)}")
-    return values
-
-
-def _whole_number(key: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"{key}={value} makes no sense; it must be a whole number of at least 1")
-    return value
-
-
-def _size(value: Any) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", str(value))
-    if match is None:
-        raise UsageError(f"sizes={value} makes no sense; give HEIGHTxWIDTH, for example 256x256")
-    return int(match[1]), int(match[2])
-
-
 def _tiling(value: Any) -> Tiling:
     if not isinstance(value, dict) or "size" not in value or not set(value) <= {"size", "overlap"}:
         raise UsageError(f"tiling={value} makes no sense; give null or {{size: 256, overlap: 64}}")
-    return Tiling(**{str(key): _whole_number(f"tiling.{key}", side) for key, side in value.items()})
+    return Tiling(**{str(key): whole_number(f"tiling.{key}", side) for key, side in value.items()})
 
 
 VAE = Target(

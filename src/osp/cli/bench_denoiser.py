@@ -1,0 +1,212 @@
+"""`osp bench target=denoiser`: one pass of a denoiser, sparse and dense."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+
+from osp.cli.bench_case import Target, start_compiler
+from osp.cli.bench_settings import (
+    PRECISIONS,
+    choices,
+    configuration,
+    listed,
+    origin,
+    sides,
+    title,
+    weights_dtype,
+    whole_number,
+)
+from osp.denoiser import Denoiser, Stage
+from osp.denoiser.flops import denoiser_flops
+from osp.errors import UsageError
+
+_PASSES = ("forward", "train")
+_SCHEDULES = ("sparse", "dense")
+
+
+@dataclass(frozen=True)
+class DenoiserCase:
+    """One row: what goes through a denoiser, and how.
+
+    `denoiser` is its configuration as JSON, `direction` is "forward" or "train", `tokens` are the video's in one
+    sample, and `flops` the nominal count.
+    """
+
+    denoiser: str
+    latent: tuple[int, ...]
+    text_tokens: int
+    batch: int
+    direction: str
+    schedule: str
+    precision: str
+    compiled: bool
+    checkpoint_every: int
+    tokens: int
+    flops: int
+    note: str = ""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The row's first columns."""
+        return {
+            "latent": "x".join(map(str, self.latent)),
+            "tokens": self.tokens,
+            "text_tokens": self.text_tokens,
+            "batch": self.batch,
+            "pass": self.direction,
+            "schedule": self.schedule,
+            "precision": self.precision,
+            "compiled": self.compiled,
+            "checkpoint_every": self.checkpoint_every or None,
+        }
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """What rows to compare have in common."""
+        what = (self.latent, self.text_tokens, self.batch, self.direction)
+        return (*what, self.precision, self.compiled, self.checkpoint_every)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the others of the group are compared with this one."""
+        return self.schedule == "dense"
+
+    @property
+    def work(self) -> dict[str, float]:
+        """What is done in one run, to be given per second."""
+        return {"tokens": self.batch * self.tokens}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the arithmetic is done in."""
+        return PRECISIONS[self.precision]
+
+    def load(self, device: torch.device) -> Denoiser:
+        """The denoiser with the attention to measure, on the device."""
+        model = _scheduled(_load(self.denoiser, device, weights_dtype(self.precision)), self.schedule)
+        model.checkpoint_every = self.checkpoint_every
+        if self.compiled:
+            start_compiler()
+            for block in model.blocks:
+                block.compile()
+        return model
+
+    def inputs(self, model: Denoiser) -> dict[str, Tensor]:
+        """Latent, time and text."""
+        parameter = next(model.parameters())
+        how: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
+        inputs = {
+            "latent": torch.randn(self.batch, model.latent_channels, *self.latent, **how),
+            "time": torch.rand(self.batch, **how) * 1000,
+            "text": torch.randn(self.batch, self.text_tokens, model.text_channels, **how),
+        }
+        if model.pooled_channels is not None:
+            inputs["pooled_text"] = torch.randn(self.batch, model.pooled_channels, **how)
+        return inputs
+
+    def run(self, model: Denoiser, inputs: dict[str, Tensor]) -> None:
+        """Once forward, and in training back."""
+        kind, mixed = inputs["latent"].device.type, self.precision.endswith("mixed")
+        training = self.direction == "train"
+        with torch.set_grad_enabled(training), torch.autocast(kind, dtype=self.dtype, enabled=mixed):
+            out = model(**inputs)
+        if training:
+            out.sum().backward()
+            model.zero_grad()  # or the next run would add to gradients instead of making them
+
+
+def cases(cfg: DictConfig) -> tuple[list[DenoiserCase], str]:
+    """The rows that the settings ask for, those to compare next to each other; and what the model is.
+
+    Raises UsageError for settings that make no sense, before anything is measured.
+    """
+    latents = [sides("latents", value, "FRAMESxHEIGHTxWIDTH", "8x64x64") for value in listed(cfg, "latents")]
+    texts = [whole_number("text_tokens", value) for value in listed(cfg, "text_tokens")]
+    batches = [whole_number("batch", value) for value in listed(cfg, "batch")]
+    directions, schedules = choices(cfg, "pass", _PASSES), choices(cfg, "schedule", _SCHEDULES)
+    precisions, compiled = choices(cfg, "precision", tuple(PRECISIONS)), choices(cfg, "compile", (False, True))
+    checkpointed = [whole_number("checkpoint_every", value, least=0) for value in listed(cfg, "checkpoint_every")]
+    config = configuration(cfg, "denoiser")
+    model = _build(config, torch.device("meta"), torch.float32)
+    models = {schedule: _scheduled(model, schedule) for schedule in schedules}
+    if "sparse" in schedules and model.schedule == _scheduled(model, "dense").schedule:
+        if schedules == ["sparse"]:
+            raise UsageError("schedule=sparse: all blocks of this denoiser are dense; give schedule=dense")
+        del models["sparse"]  # it would be the same once more
+    rows = []
+    for number, how, latent, text, batch in product(precisions, compiled, latents, texts, batches):
+        for direction, every, (schedule, one) in product(directions, checkpointed, models.items()):
+            if direction == "forward" and every != checkpointed[0]:
+                continue  # it keeps nothing, so it is one row
+            counted = denoiser_flops(one, latent, text, batch)
+            flops = counted.forward + (counted.backward if direction == "train" else 0)
+            every = every if direction == "train" else 0
+            tokens = math.prod(latent) // model.patch_size**2
+            rows.append(
+                DenoiserCase(config, latent, text, batch, direction, schedule, number, how, every, tokens, flops)
+            )
+    return rows, title(cfg, "denoiser", model)
+
+
+@lru_cache(maxsize=1)
+def _load(config: str, device: torch.device, dtype: torch.dtype) -> Denoiser:
+    return _build(config, device, dtype)
+
+
+def _build(config: str, device: torch.device, dtype: torch.dtype) -> Denoiser:
+    """A denoiser; with random weights it is made where and as it will run, never in float32 first."""
+    settings = json.loads(config)
+    with nullcontext() if origin(settings) else _made_in(device, dtype):
+        model = instantiate(settings)
+    if not isinstance(model, Denoiser):
+        raise UsageError(f"denoiser is a {type(model).__name__}, which is none; give weights of a denoiser")
+    return model.to(device, dtype)
+
+
+@contextmanager
+def _made_in(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _scheduled(model: Denoiser, schedule: str) -> Denoiser:
+    """Another module with the same weights, whose blocks attend as they did, or densely."""
+    stages = [Stage(stage.blocks) for stage in model.stages] if schedule == "dense" else model.stages
+    with torch.device("meta"):
+        other = type(model)(**(model.settings | {"stages": stages}))
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other
+
+
+DENOISER = Target(
+    cases,
+    notes=(
+        "TFLOP are nominal: linear layers and attention, a multiply-add being two. Attention is that within the groups "
+        "of the schedule; its backward pass counts 2.5 times the forward, as a kernel that keeps no scores computes "
+        "them again. What checkpointing computes again is not counted.",
+        "Tokens are the video's, in all samples of the batch.",
+        "Memory taken is what comes on top of the process with its weights: the inputs, what is computed on the way, "
+        "and in training the gradients, but no optimiser.",
+        "Ratios are to dense attention in all blocks of the same model; the FLOP ratio is what the time ratio would be "
+        "at the same rate.",
+    ),
+    speed="tokens_per_second",
+    panel="pass",
+    x="tokens",
+    style=("schedule",),
+)
