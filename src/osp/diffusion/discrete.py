@@ -1,0 +1,142 @@
+"""Diffusion in discrete steps: the model predicts the noise (v1.0 to v1.2) or the velocity (v1.3)."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from osp.diffusion.noise import Generators, draw_integers
+from osp.diffusion.objective import Objective
+from osp.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Discrete(Objective):
+    """`steps` levels of noise with linear betas (DDPM, arXiv 2006.11239); time is the step, from 0 to `steps - 1`.
+
+    `min_snr` limits the weight of steps with little noise (arXiv 2303.09556); None: all steps count the same.
+    Raises UsageError for betas that make no schedule.
+    """
+
+    steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    min_snr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise UsageError(f"objective: steps={self.steps} leaves no schedule; give at least 2")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise UsageError(
+                f"objective: beta_start={self.beta_start}, beta_end={self.beta_end} must rise within 0 and 1"
+            )
+        if self.min_snr is not None and self.min_snr <= 0:
+            raise UsageError(f"objective: min_snr={self.min_snr} must be above 0, or null for no weights")
+
+    @property
+    def zero_snr(self) -> bool:
+        """Whether nothing of the clean latent is left at the last step."""
+        return False
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha^2 at each step, in float64."""
+        return _alphas_cumprod(self.steps, self.beta_start, self.beta_end, self.zero_snr)
+
+    @property
+    def betas(self) -> Tensor:
+        """The noise that each step adds, in float64."""
+        kept = self.alphas_cumprod
+        return 1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
+
+    def sample_time(self, batch: int, generators: Generators = None, tokens: int | None = None) -> Tensor:
+        """Steps, all as likely, `B` (int64)."""
+        return draw_integers(self.steps, batch, generators)
+
+    def levels(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of each step; their squares sum to 1."""
+        table = _levels(self.steps, self.beta_start, self.beta_end, self.zero_snr, time.device)
+        alpha, sigma = table[:, time.long()]
+        return alpha, sigma
+
+    def clipped_snr(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """The ratio of signal to noise, and the same limited to `min_snr`, `B` in float32."""
+        alpha, sigma = self.levels(time)
+        snr = alpha.square() / sigma.square()
+        return snr, snr.clamp(max=math.inf if self.min_snr is None else self.min_snr)
+
+
+@dataclass(frozen=True)
+class Epsilon(Discrete):
+    """The noise is predicted. With `min_snr`, the weight is min(snr, min_snr) / snr."""
+
+    def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """The noise."""
+        return noise.to(clean.dtype)
+
+    def recover(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean latent and the noise that a prediction means."""
+        alpha, sigma = self.along(time, noisy)
+        clean = (noisy.float() - sigma * prediction.float()) / alpha
+        return clean.to(noisy.dtype), prediction.to(noisy.dtype)
+
+    def weight(self, time: Tensor) -> Tensor:
+        """1, or that of `min_snr`."""
+        if self.min_snr is None:
+            return super().weight(time)
+        snr, clipped = self.clipped_snr(time)
+        return clipped / snr
+
+
+@dataclass(frozen=True)
+class Velocity(Discrete):
+    """`alpha * noise - sigma * clean` is predicted (arXiv 2202.00512): v1.3, with its defaults.
+
+    `zero_terminal_snr` stretches the schedule so that its last step is pure noise (arXiv 2305.08891, algorithm 1).
+    With `min_snr`, the weight is min(snr, min_snr) / (snr + 1), which is 0 at that step, as published.
+    """
+
+    min_snr: float | None = 5.0
+    zero_terminal_snr: bool = True
+
+    @property
+    def zero_snr(self) -> bool:
+        """Whether nothing of the clean latent is left at the last step."""
+        return self.zero_terminal_snr
+
+    def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """The velocity."""
+        alpha, sigma = self.along(time, clean)
+        return (alpha * noise.float() - sigma * clean.float()).to(clean.dtype)
+
+    def recover(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean latent and the noise that a prediction means."""
+        alpha, sigma = self.along(time, noisy)
+        x, v = noisy.float(), prediction.float()
+        return (alpha * x - sigma * v).to(noisy.dtype), (sigma * x + alpha * v).to(noisy.dtype)
+
+    def weight(self, time: Tensor) -> Tensor:
+        """1, or that of `min_snr`."""
+        if self.min_snr is None:
+            return super().weight(time)
+        snr, clipped = self.clipped_snr(time)
+        return clipped / (snr + 1)
+
+
+@cache
+def _alphas_cumprod(steps: int, start: float, end: float, zero_snr: bool) -> Tensor:
+    kept = (1 - torch.linspace(start, end, steps, dtype=torch.float64)).cumprod(0)
+    if not zero_snr:
+        return kept
+    alpha = kept.sqrt()
+    first, last = alpha[0], alpha[-1]
+    return ((alpha - last) * (first / (first - last))).square()
+
+
+@cache
+def _levels(steps: int, start: float, end: float, zero_snr: bool, device: torch.device) -> Tensor:
+    """Alpha and sigma, `2 steps`, in float32; one copy a device."""
+    kept = _alphas_cumprod(steps, start, end, zero_snr)
+    return torch.stack([kept.sqrt(), (1 - kept).sqrt()]).float().to(device)

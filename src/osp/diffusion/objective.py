@@ -1,0 +1,53 @@
+"""What a denoiser learns to predict, along which path from clean to noise."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from osp.diffusion.noise import Generators
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """A path `alpha * clean + sigma * noise` and what is predicted on it.
+
+    `time` (`B`) is always what the model is given: the discrete step, or 1000 * sigma for a flow. Latents are
+    `B C T H W`; all is computed in float32, and results have the clean (or noisy) latent's type.
+    """
+
+    @abstractmethod
+    def sample_time(self, batch: int, generators: Generators = None, tokens: int | None = None) -> Tensor:
+        """Times to train at, `B`, on the generators' device (else the CPU).
+
+        A list of generators gives each sample a time of its own, whatever the batch. `tokens` is the number of tokens
+        of one frame, for times that depend on the resolution.
+        """
+
+    @abstractmethod
+    def levels(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Time `B` -> how much is clean and how much is noise, alpha and sigma, both `B` in float32."""
+
+    @abstractmethod
+    def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """What the model should predict."""
+
+    @abstractmethod
+    def recover(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean latent and the noise that a prediction means."""
+
+    def weight(self, time: Tensor) -> Tensor:
+        """How much a sample's squared error counts, `B` in float32."""
+        return torch.ones_like(time, dtype=torch.float32)
+
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """The noisy latent that the model is given."""
+        alpha, sigma = self.along(time, clean)
+        return (alpha * clean.float() + sigma * noise.float()).to(clean.dtype)
+
+    def along(self, time: Tensor, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """The levels of `time` on the latent's device, shaped to multiply it."""
+        shape = (-1, *[1] * (latent.ndim - 1))
+        alpha, sigma = self.levels(time.to(latent.device))
+        return alpha.view(shape), sigma.view(shape)

@@ -1,0 +1,191 @@
+"""Which solver integrates an objective from noise to clean: those of diffusers, by name."""
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osp.diffusion.discrete import Discrete, Velocity
+from osp.diffusion.flow import TIME_SCALE, Flow
+from osp.diffusion.noise import Generators, check_generators
+from osp.diffusion.objective import Objective
+from osp.errors import UsageError
+
+# A class of diffusers and the options that make it this solver.
+Entry = tuple[str, dict[str, Any]]
+# Solvers that work with log(signal / noise), which does not exist where nothing of the signal is left, start here.
+_MOST_NOISE = 1 - 1e-6
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+_DISCRETE_SOLVERS: dict[str, Entry] = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),  # the bounds it would clip to are those of pixels
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_sde": ("DPMSolverMultistepScheduler", _SDE),
+    "deis": ("DEISMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+_FLOW_SOLVERS: dict[str, Entry] = {
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "euler_ancestral": ("LTXEulerAncestralRFScheduler", {}),
+    "heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", _FLOW),
+    "dpm++_sde": ("DPMSolverMultistepScheduler", _FLOW | _SDE),
+    "unipc": ("UniPCMultistepScheduler", _FLOW),
+}
+# Options that the objective decides; for a flow also all that shape its times.
+_OWNED = {"prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"}
+_OWNED |= {"rescale_betas_zero_snr", "use_flow_sigmas", "flow_shift", "shift", "use_dynamic_shifting"}
+_TIMES = {"timestep_spacing", "steps_offset", "invert_sigmas", "shift_terminal", "sigma_min", "sigma_max"}
+_TIMES |= {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "final_sigmas_type"}
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How to sample: an objective, the name of a solver that can integrate it, and in how many steps.
+
+    Discrete objectives take evenly spaced steps from the last one on ("trailing", arXiv 2305.08891), which v1.3 was
+    published with: `Solver(Velocity(), "euler_ancestral", 100)`. A flow's sigmas are evenly spaced from 1 to 0 and
+    shifted, by `shift` if it is given and as in training if not: v1.5 is `Solver(Flow(), "euler", 50, shift=7)`.
+    `options` go to the class of diffusers (`solver_order`, `timestep_spacing`, ...). Raises UsageError for a solver
+    that does not exist or cannot integrate the objective, and for impossible settings.
+    """
+
+    objective: Objective
+    name: str
+    steps: int
+    shift: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        flow = isinstance(self.objective, Flow)
+        if self.name not in solvers(self.objective):
+            known = self.name in (_FLOW_SOLVERS | _DISCRETE_SOLVERS)
+            problem = f"cannot integrate {type(self.objective).__name__}" if known else "is not known"
+            raise UsageError(f"solver: name={self.name} {problem}; choose {', '.join(solvers(self.objective))}")
+        if self.steps < 1:
+            raise UsageError(f"solver: steps={self.steps} makes no sense; it must be a whole number from 1")
+        if isinstance(self.objective, Discrete) and self.steps > self.objective.steps:
+            raise UsageError(f"solver: steps={self.steps} are more than the {self.objective.steps} of the objective")
+        if self.shift is not None and not flow:
+            raise UsageError(f"solver: shift={self.shift} is for flows; {type(self.objective).__name__} has none")
+        if self.shift is not None and self.shift <= 0:
+            raise UsageError(f"solver: shift={self.shift} must be above 0")
+        owned = (_OWNED | _TIMES if flow else _OWNED) & self.options.keys()
+        if owned:
+            raise UsageError(f"solver: options.{min(owned)} is decided by the objective, shift and steps; leave it out")
+
+    def start(self, tokens: int | None = None) -> "Integration":
+        """A new run of the solver. `tokens`, those of one frame, are for flows whose shift depends on them.
+
+        Raises UsageError for options that the solver does not have, and for steps that it cannot take.
+        """
+        table = _FLOW_SOLVERS if isinstance(self.objective, Flow) else _DISCRETE_SOLVERS
+        name, options = table[self.name]
+        # Importing diffusers takes seconds, so only who samples does.
+        kind = getattr(importlib.import_module("diffusers"), name)
+        known = inspect.signature(kind.__init__).parameters.keys() - {"self"}
+        settings = options | dict(self.options)
+        if unknown := settings.keys() - known:
+            raise UsageError(
+                f"solver: {self.name} has no options.{min(unknown)}; it has "
+                f"{', '.join(sorted(known - _OWNED - (_TIMES if isinstance(self.objective, Flow) else set())))}"
+            )
+        if isinstance(self.objective, Flow):
+            return self._start_flow(kind(**settings), self.objective, tokens)
+        assert isinstance(self.objective, Discrete)
+        wanted = _discrete_settings(self.objective, "rescale_betas_zero_snr" in known)
+        return self._start_discrete(kind(**{key: wanted[key] for key in wanted.keys() & known} | settings))
+
+    def _start_flow(self, scheduler: Any, objective: Flow, tokens: int | None) -> "Integration":
+        shift = objective.shift_at(tokens) if self.shift is None else self.shift
+        sigmas = torch.from_numpy(objective.sigmas(self.steps, shift)).float()
+        if hasattr(scheduler, "lambda_t"):
+            sigmas = sigmas.clamp(max=_MOST_NOISE)
+        scheduler.set_timesteps(self.steps)
+        # The schedulers differ in how they space their steps, and some do not start from noise alone: they get ours.
+        if len(scheduler.timesteps) > self.steps:  # two calls of the model a step, but one for the last
+            sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+        scheduler.sigmas, scheduler.timesteps = sigmas, TIME_SCALE * sigmas[:-1]
+        return Integration(scheduler, TIME_SCALE * sigmas[:-1])
+
+    def _start_discrete(self, scheduler: Any) -> "Integration":
+        scheduler.set_timesteps(self.steps)
+        times = scheduler.timesteps.float()
+        distinct = times.unique_consecutive()
+        sigmas = getattr(scheduler, "sigmas", None)
+        possible = len(distinct) == self.steps and bool((distinct >= 0).all())
+        if sigmas is not None:
+            falling = sigmas.unique_consecutive().diff() < 0
+            possible &= bool(sigmas.isfinite().all() and falling.all())
+        if not possible:
+            # Rounding makes one step too many (61, 103, ...); a schedule that ends in noise alone has its last
+            # level cut off at a signal of 2^-12, which the levels just before it have too.
+            raise UsageError(
+                f"solver: {self.name} cannot space steps={self.steps} evenly; choose others, say 50 or 100"
+            )
+        return Integration(scheduler, times)
+
+
+class Integration:
+    """One run of a solver, from noise to clean; it keeps what multi-step solvers remember.
+
+    `times` are those that the model is called at, `calls` (float32): one a step, or two for solvers of second order.
+    """
+
+    def __init__(self, scheduler: Any, times: Tensor) -> None:
+        self.scheduler = scheduler
+        self.times = times
+        self._options = inspect.signature(scheduler.step).parameters.keys()
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+
+    def first(self, noise: Tensor) -> Tensor:
+        """Standard normal noise -> the solver's state to start from, in float32."""
+        return noise.float() * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
+    def model_input(self, state: Tensor, call: int) -> Tensor:
+        """The noisy latent that the model is given at a call, of the state."""
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return state
+        return self.scheduler.scale_model_input(state, self.scheduler.timesteps[call])
+
+    def step(self, prediction: Tensor, state: Tensor, call: int, generators: Generators = None) -> Tensor:
+        """The next state, from the prediction at this one, in float32. Solvers that add noise draw it from
+        `generators`: with one for each sample, a sample gets the same noise in any batch."""
+        options: dict[str, Any] = {"return_dict": False}
+        if generators is not None and "generator" in self._options:
+            if not isinstance(generators, torch.Generator):
+                check_generators(generators, len(state))
+                generators = list(generators)
+            options["generator"] = generators
+        return self.scheduler.step(prediction.float(), self.scheduler.timesteps[call], state, **options)[0]
+
+
+def solvers(objective: Objective) -> list[str]:
+    """The names of those that can integrate an objective."""
+    return list(_FLOW_SOLVERS if isinstance(objective, Flow) else _DISCRETE_SOLVERS)
+
+
+def _discrete_settings(objective: Discrete, rescales: bool) -> dict[str, Any]:
+    """What the schedulers are told of an objective; each takes the settings that it knows."""
+    settings: dict[str, Any] = {
+        "num_train_timesteps": objective.steps,
+        "prediction_type": "v_prediction" if isinstance(objective, Velocity) else "epsilon",
+        "timestep_spacing": "trailing",
+    }
+    if rescales or not objective.zero_snr:
+        betas = {"beta_start": objective.beta_start, "beta_end": objective.beta_end, "beta_schedule": "linear"}
+        return settings | betas | {"rescale_betas_zero_snr": objective.zero_snr}
+    # Those that do not rescale by themselves get the rescaled betas, cut off where the others do it.
+    kept = objective.alphas_cumprod.clone()
+    kept[-1] = 2**-24
+    return settings | {"trained_betas": (1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])).tolist()}
