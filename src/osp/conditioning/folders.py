@@ -1,0 +1,120 @@
+"""Folders of published text encoders, as transformers writes them: read from the disk alone, without running code."""
+
+import hashlib
+import json
+import logging
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osp.errors import DataError, UsageError
+
+log = logging.getLogger(__name__)
+
+_PROBES, _PROBE = 64, 4096  # pieces of a weight file that go into its fingerprint, and their bytes
+# What transformers, tokenizers and safetensors raise at folders that are incomplete, damaged or of something else.
+_UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError)
+
+
+def read_settings(path: str | Path, model_types: Sequence[str]) -> dict[str, Any]:
+    """What `config.json` in the folder says.
+
+    Raises UsageError for a folder that is missing, holds no model, one of a type that is not wanted, or pickles only.
+    """
+    folder = Path(path)
+    config = folder / "config.json"
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; give one with a text encoder's config.json and safetensors")
+    if not config.is_file():
+        raise UsageError(f"{folder}: holds no config.json, so it is no folder of a text encoder")
+    try:
+        settings = json.loads(config.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{config}: cannot be read ({error})") from error
+    if not isinstance(settings, dict) or settings.get("model_type") not in model_types:
+        found = settings.get("model_type") if isinstance(settings, dict) else None
+        raise UsageError(f"{config}: model_type is {found!r}; a folder of {' or '.join(model_types)} is wanted")
+    if not weight_files(folder):
+        pickled = next(iter(sorted([*folder.glob("*.bin"), *folder.glob("*.pt")])), None)
+        what = f"only pickled weights ({pickled.name})" if pickled else "no weights"
+        raise UsageError(
+            f"{folder}: holds {what}; model.safetensors is wanted, which save_pretrained of transformers writes"
+        )
+    return settings
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model, one file or the parts that its index names; none if they are not there."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{index}: cannot be read ({error})") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise DataError(f"{folder}: {len(missing)} of {len(names)} weight files are missing (first: {missing[0]})")
+    return [folder / name for name in names]
+
+
+def load_model(model_class: Any, path: str | Path, dtype: torch.dtype) -> Any:
+    """The model of a folder, frozen, in eval mode. Raises DataError for weights that are damaged or incomplete."""
+    try:
+        model, report = model_class.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        if isinstance(error, _UNREADABLE) or type(error).__name__ == "SafetensorError":
+            raise DataError(f"{path}: its weights cannot be read ({_first_line(error)})") from error
+        raise
+    # transformers fills what is missing with random numbers.
+    wrong = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report["mismatched_keys"])})
+    if wrong:
+        raise DataError(f"{path}: {len(wrong)} weights are missing or of another shape (first: {wrong[0]})")
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a folder. Raises DataError if there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: its tokenizer cannot be read ({_first_line(error)})") from error
+
+
+def folder_fingerprint(path: str | Path, *more: Any) -> str:
+    """A hash of what is in the folder: all of the small files, and of the weights their headers and pieces of the rest.
+
+    To read 20 GB of weights for it would take longer than to load them; other weights differ everywhere.
+    """
+    content = hashlib.sha256(repr(more).encode())
+    folder = Path(path)
+    weights = weight_files(folder)
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")]):
+        content.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in weights:
+        size = file.stat().st_size
+        with open(file, "rb") as opened:
+            (header,) = struct.unpack("<Q", opened.read(8))
+            content.update(f"{file.name} {size} ".encode() + opened.read(min(header, size)))
+            for probe in range(_PROBES):
+                opened.seek(8 + header + (size - 8 - header) * probe // _PROBES)
+                content.update(opened.read(_PROBE))
+    return content.hexdigest()[:32]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,84 @@
+"""Given frames as a denoiser's input: the video that is kept, its mask, and both beside the noisy latent."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from osp.errors import UsageError
+
+# The logarithm of the noise that is added to condition frames (Yang et al., CogVideoX, arXiv:2408.06072, image to
+# video): the model must not rely on them to the last bit, and is then not upset by what is drawn or compressed.
+NOISE_MEAN, NOISE_STD = -3.0, 0.5
+
+
+def spread(mask: Tensor, height: int, width: int) -> Tensor:
+    """A frame mask `B T` as one of pixels, `B T H W` (a view)."""
+    return mask[:, :, None, None].expand(-1, -1, height, width)
+
+
+def masked_video(video: Tensor, mask: Tensor) -> Tensor:
+    """What is kept of a video `B C T H W`, by its mask `B T H W` (1: to be generated); 0, mid-grey, elsewhere.
+
+    Raises UsageError if the mask has another size.
+    """
+    _check_mask(video, mask)
+    return video * (1 - mask.to(video))[:, None]
+
+
+def add_condition_noise(
+    video: Tensor,
+    mask: Tensor,
+    generators: Sequence[torch.Generator],
+    mean: float = NOISE_MEAN,
+    std: float = NOISE_STD,
+) -> Tensor:
+    """Noise on the frames of a video `B C T H W` of which anything is kept by its mask `B T H W`; for training.
+
+    Its strength exp(normal(mean, std)) is one for each sample. Strength and noise come from the sample's generator,
+    with as many numbers as kept frames need. Raises UsageError if the mask has another size.
+    """
+    _check_mask(video, mask)
+    noisy = []
+    for clip, clip_mask, generator in zip(video, mask, generators, strict=True):
+        kept = (clip_mask < 1).flatten(1).any(dim=1)
+        strength = torch.exp(mean + std * torch.randn((), generator=generator, device=generator.device))
+        noise = torch.randn(clip[:, kept].shape, generator=generator, device=generator.device) * strength
+        clip = clip.clone()
+        clip[:, kept] += noise.to(clip)
+        noisy.append(clip)
+    return torch.stack(noisy)
+
+
+def latent_mask(mask: Tensor, time_stride: int, height: int, width: int) -> Tensor:
+    """A mask `B T H W` of a video on the grid of its latent: `B time_stride T' height width`.
+
+    In space it is scaled bilinearly. A latent frame stands for `time_stride` frames, whose masks are its channels; the
+    first one stands for the first frame alone, which is repeated (v1.3's inpainting model). A clip that is not 1 + a
+    multiple of the stride long goes on with its last frame, as VAEs encode it. Raises UsageError without frames.
+    """
+    if mask.ndim != 4 or not mask.shape[1]:
+        raise UsageError(f"the mask has the shape {tuple(mask.shape)}; it must be B T H W")
+    mask = F.interpolate(mask.float(), size=(height, width), mode="bilinear", align_corners=False)
+    before, after = time_stride - 1, -(mask.shape[1] - 1) % time_stride
+    parts = [mask[:, :1].expand(-1, before, -1, -1), mask, mask[:, -1:].expand(-1, after, -1, -1)]
+    return torch.cat(parts, dim=1).unflatten(1, (-1, time_stride)).transpose(1, 2).contiguous()
+
+
+def with_conditions(noisy: Tensor, masked: Tensor, mask: Tensor) -> Tensor:
+    """[noisy latent | latent of the masked video | latent mask] by channels: the input of the inpainting model.
+
+    All are `B C T H W` on one grid; the masked video's latent is scaled like the noisy one. Raises UsageError if the
+    grids differ, or the two latents in their channels.
+    """
+    for name, part, dims in (("the masked video's latent", masked, noisy.shape), ("the latent mask", mask, None)):
+        grid = (part.shape[0], *part.shape[2:])
+        if part.ndim != 5 or grid != (noisy.shape[0], *noisy.shape[2:]) or (dims is not None and part.shape != dims):
+            raise UsageError(f"{name} has the shape {tuple(part.shape)}, the noisy latent {tuple(noisy.shape)}")
+    return torch.cat((noisy, masked.to(noisy), mask.to(noisy)), dim=1)
+
+
+def _check_mask(video: Tensor, mask: Tensor) -> None:
+    if video.ndim != 5 or mask.shape != (video.shape[0], *video.shape[2:]):
+        raise UsageError(f"the mask has the shape {tuple(mask.shape)}, the video {tuple(video.shape)} (B C T H W)")

@@ -1,0 +1,77 @@
+"""What a user gives beside the prompt: an image, two, a clip to go on with, or any frames."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from osp.conditioning.frames import spread
+from osp.errors import UsageError
+
+MODES: Mapping[str, str] = {
+    "text": "no picture",
+    "image": "one picture, the first frame",
+    "transition": "two pictures, the first frame and the last",
+    "continuation": "the first frames of the video, one at least",
+}
+"""Ways to sample, and the pictures they take; any other set of frames goes to `given_frames` by their numbers."""
+
+
+@dataclass(frozen=True)
+class GivenFrames:
+    """The frames that are given: `mask` `1 T H W` (1: to be generated), `video` `1 3 T H W`, mid-grey where it is 1."""
+
+    mask: Tensor
+    video: Tensor
+
+
+def frame_numbers(mode: str, pictures: int, frames: int) -> list[int]:
+    """Which frames of the video so many pictures are. Raises UsageError if the mode does not take so many."""
+    match mode:
+        case "text":
+            numbers = []
+        case "image":
+            numbers = [0]
+        case "transition":
+            numbers = [0, frames - 1]
+        case "continuation":
+            numbers = list(range(max(1, pictures)))
+        case _:
+            raise UsageError(f"mode={mode} is not known; choose {', '.join(MODES)}")
+    if len(numbers) != pictures:
+        raise UsageError(f"mode={mode} takes {MODES[mode]}; {pictures} given")
+    return numbers
+
+
+def given_by_mode(mode: str, pictures: Sequence[Tensor], frames: int, height: int, width: int) -> GivenFrames:
+    """The pictures (`3 H W`, in [-1, 1]) where `mode` puts them; a clip to go on with is its frames, one by one.
+
+    Raises UsageError for an unknown mode, and as `given_frames`.
+    """
+    numbers = frame_numbers(mode, len(pictures), frames)
+    if len(set(numbers)) < len(numbers):
+        raise UsageError(f"mode={mode} has {len(numbers)} frames given; frames={frames} is too short for it")
+    return given_frames(dict(zip(numbers, pictures, strict=True)), frames, height, width)
+
+
+def given_frames(pictures: Mapping[int, Tensor], frames: int, height: int, width: int) -> GivenFrames:
+    """Pictures (`3 H W`, in [-1, 1]) by the numbers of their frames; negative ones count from the end.
+
+    Raises UsageError for a number outside the video or one that comes twice, for a picture of another size, and if no
+    frame is left to generate.
+    """
+    mask, video = torch.ones(frames), torch.zeros(1, 3, frames, height, width)
+    for number, picture in pictures.items():
+        if not -frames <= number < frames:
+            raise UsageError(f"frame {number} is given, but the video's {frames} frames are 0 to {frames - 1}")
+        if mask[number] == 0:
+            raise UsageError(f"frame {number % frames} is given twice")
+        if picture.shape != (3, height, width) or not picture.is_floating_point():
+            what = f"{tuple(picture.shape)} of {str(picture.dtype).removeprefix('torch.')}"
+            raise UsageError(f"the picture for frame {number} is {what}; it must be (3, {height}, {width}), floating")
+        mask[number] = 0
+        video[0, :, number] = picture
+    if not mask.any():
+        raise UsageError(f"all {frames} frames are given, so that none is left to generate")
+    return GivenFrames(spread(mask[None], height, width), video)

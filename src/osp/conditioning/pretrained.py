@@ -1,0 +1,202 @@
+"""The text encoders of the published models: T5 for tokens, CLIP for one vector a prompt; never trained here.
+
+v1.3 reads mT5-xxl (4096 wide); v1.5 reads T5-v1.1-XL (2048) and the pooled text of OpenCLIP bigG (1280).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from osp.conditioning.folders import folder_fingerprint, load_model, load_tokenizer, read_settings
+from osp.conditioning.text import EncodedText, LengthCheck
+from osp.errors import UsageError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class FrozenText:
+    """A model of transformers and its tokenizer, from folders on this machine.
+
+    It is no `nn.Module`, so that it does not become part of what is trained and saved; `to` moves it.
+    """
+
+    name: str
+    trained = False
+    model_types: tuple[str, ...]
+
+    def __init__(
+        self,
+        path: str | Path,
+        max_tokens: int,
+        channels: int | None,
+        dtype: torch.dtype | str,
+        tokenizer: str | Path | None,
+    ) -> None:
+        kind = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+        if kind is None or kind not in _DTYPES.values():
+            raise UsageError(f"{self.name}: dtype={dtype} is not known; choose {', '.join(_DTYPES)}")
+        self.check_length = LengthCheck(self.name, max_tokens)
+        self.max_tokens = max_tokens
+        settings = read_settings(path, self.model_types)
+        self.channels = self.width(settings)
+        if channels is not None and channels != self.channels:
+            raise UsageError(f"{path}: its text is {self.channels} wide, but channels={channels}; give another folder")
+        self.tokenizer = load_tokenizer(path if tokenizer is None else tokenizer)
+        self.model: Any = load_model(self.model_class(settings), path, kind)
+        self._content = folder_fingerprint(path, self.name, max_tokens, str(kind), repr(self.tokenizer))
+
+    def width(self, settings: dict[str, Any]) -> int:
+        """Channels of what comes out, by `config.json`."""
+        raise NotImplementedError
+
+    def model_class(self, settings: dict[str, Any]) -> Any:
+        """The class of transformers that the weights go into."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the model, and with it what it gives."""
+        self.model.to(device)
+        return self
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """See `TextEncoder.count_tokens`."""
+        return [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
+
+    def fingerprint(self) -> str:
+        """Of the folder's content and the settings; where the folder lies does not matter."""
+        return f"{self.name} {self._content}"
+
+    def tokenized(self, prompts: Sequence[str], strict: bool) -> tuple[Tensor, Tensor]:
+        """Token ids and mask (bool), both `B L`, padded to the longest prompt, which changes nothing."""
+        self.check_length(prompts, self.count_tokens(prompts), strict)
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="longest",
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        return tokens.input_ids, tokens.attention_mask.bool()
+
+
+class T5Text(FrozenText):
+    """The encoder of a T5 or mT5 as a `TextEncoder`.
+
+    Args:
+        path: folder with `config.json`, safetensors and the tokenizer; weights of a decoder are passed over.
+        max_tokens: tokens of a prompt that are read, its end token among them.
+        channels: the width that is expected; None takes any.
+        dtype: of the weights and the text; T5's values overflow in float16.
+        tokenizer: its folder, where that is another one.
+
+    Raises UsageError for a folder of something else or of another width, DataError for one that is damaged.
+    """
+
+    name = "t5"
+    model_types = ("t5", "mt5")
+    pooled_channels = None
+
+    def __init__(
+        self,
+        path: str | Path,
+        max_tokens: int = 512,
+        channels: int | None = None,
+        dtype: torch.dtype | str = "bfloat16",
+        tokenizer: str | Path | None = None,
+    ) -> None:
+        super().__init__(path, max_tokens, channels, dtype, tokenizer)
+
+    def width(self, settings: dict[str, Any]) -> int:
+        """That of the encoder's states."""
+        return int(settings.get("d_model", 512))
+
+    def model_class(self, settings: dict[str, Any]) -> Any:
+        """The encoder alone."""
+        from transformers import MT5EncoderModel, T5EncoderModel
+
+        return {"t5": T5EncoderModel, "mt5": MT5EncoderModel}[settings["model_type"]]
+
+    @torch.no_grad()  # not inference mode: the denoiser's gradient needs the text
+    def __call__(self, prompts: Sequence[str], strict: bool = False) -> EncodedText:
+        """See `TextEncoder.__call__`."""
+        ids, mask = self.tokenized(prompts, strict)
+        text = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return EncodedText(text * mask[..., None], mask)
+
+
+class CLIPPooled(FrozenText):
+    """CLIP's one vector for a prompt, in the space that it shares with images; see `T5Text` for the arguments.
+
+    The folder may hold all of a CLIP; its vision part is passed over.
+    """
+
+    name = "clip"
+    model_types = ("clip", "clip_text_model")
+
+    def __init__(
+        self,
+        path: str | Path,
+        max_tokens: int = 77,
+        channels: int | None = None,
+        dtype: torch.dtype | str = "bfloat16",
+        tokenizer: str | Path | None = None,
+    ) -> None:
+        super().__init__(path, max_tokens, channels, dtype, tokenizer)
+
+    def width(self, settings: dict[str, Any]) -> int:
+        """That of the projection."""
+        inner = settings.get("text_config") or {}
+        return int(settings.get("projection_dim") or inner.get("projection_dim") or 512)
+
+    def model_class(self, settings: dict[str, Any]) -> Any:
+        """The text part with its projection."""
+        from transformers import CLIPTextModelWithProjection
+
+        return CLIPTextModelWithProjection
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], strict: bool = False) -> Tensor:
+        """Prompts -> `B P`."""
+        ids, mask = self.tokenized(prompts, strict)
+        return self.model(input_ids=ids, attention_mask=mask).text_embeds
+
+
+class Pair:
+    """v1.5's text: the tokens of one encoder, the pooled text of another.
+
+    `max_tokens` and the count are those of `tokens`. A prompt that is too long for `pooled` only is cut there without a
+    word: its 77 tokens are a summary, and 512 a full description.
+    """
+
+    name = "pair"
+    trained = False
+
+    def __init__(self, tokens: T5Text, pooled: CLIPPooled) -> None:
+        self.tokens, self.pooled = tokens, pooled
+        self.channels, self.pooled_channels = tokens.channels, pooled.channels
+        self.max_tokens = tokens.max_tokens
+        pooled.check_length.said = True
+
+    def __call__(self, prompts: Sequence[str], strict: bool = False) -> EncodedText:
+        """See `TextEncoder.__call__`."""
+        encoded = self.tokens(prompts, strict)
+        return EncodedText(encoded.text, encoded.mask, self.pooled(prompts))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move both."""
+        self.tokens.to(device)
+        self.pooled.to(device)
+        return self
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """See `TextEncoder.count_tokens`."""
+        return self.tokens.count_tokens(prompts)
+
+    def fingerprint(self) -> str:
+        """Of both."""
+        return f"{self.tokens.fingerprint()} + {self.pooled.fingerprint()}"

@@ -1,0 +1,130 @@
+"""Encoded prompts, and what every text encoder offers."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from osp.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 40  # characters of a prompt in a message
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A batch of prompts as a denoiser takes them.
+
+    `text` `B L D`; `mask` `B L`, True where a token is real, and every prompt has one at least; `pooled` `B P`, one
+    vector for the whole of a prompt, or None. Padding stands at the end and says nothing, so it may be cut or added.
+    """
+
+    text: Tensor
+    mask: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __getitem__(self, rows: slice | Tensor) -> "EncodedText":
+        """Some of the prompts, without the padding that none of them needs."""
+        mask = self.mask[rows]
+        length = int(mask.sum(dim=1).max()) if len(mask) else 0
+        pooled = None if self.pooled is None else self.pooled[rows]
+        return EncodedText(self.text[rows, :length], mask[:, :length], pooled)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "EncodedText":
+        """The same elsewhere; `dtype` is that of text and pooled text."""
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return EncodedText(self.text.to(device, dtype), self.mask.to(device), pooled)
+
+    def padded(self, length: int) -> "EncodedText":
+        """With padding up to `length` tokens, if there are fewer."""
+        more = max(0, length - self.text.shape[1])
+        return EncodedText(F.pad(self.text, (0, 0, 0, more)), F.pad(self.mask, (0, more)), self.pooled)
+
+    def replaced(self, rows: Tensor, other: "EncodedText") -> "EncodedText":
+        """With the prompts where `rows` (bool, `B`) is True from `other`, which holds `B` prompts or one for all."""
+        length = max(self.text.shape[1], other.text.shape[1])
+        mine, other = self.padded(length), other.padded(length)
+        rows = rows.to(self.text.device)
+        text = torch.where(rows[:, None, None], other.text, mine.text)
+        mask = torch.where(rows[:, None], other.mask, mine.mask)
+        if mine.pooled is None or other.pooled is None:
+            return EncodedText(text, mask, mine.pooled)
+        return EncodedText(text, mask, torch.where(rows[:, None], other.pooled, mine.pooled))
+
+
+def join_texts(parts: Sequence[EncodedText]) -> EncodedText:
+    """One batch of several, one after the other, padded to the longest.
+
+    Raises UsageError if they come from different encoders: of other widths, or only some with pooled text.
+    """
+    widths = {(part.text.shape[2], None if part.pooled is None else part.pooled.shape[1]) for part in parts}
+    if len(widths) != 1:
+        raise UsageError(f"encoded prompts of different encoders cannot be joined (widths: {widths or None})")
+    length = max(part.text.shape[1] for part in parts)
+    parts = [part.padded(length) for part in parts]
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return EncodedText(
+        torch.cat([part.text for part in parts]),
+        torch.cat([part.mask for part in parts]),
+        torch.cat(pooled) if pooled else None,
+    )
+
+
+class TextEncoder(Protocol):
+    """Prompts -> EncodedText.
+
+    `channels` is the width of a token, `pooled_channels` that of the pooled text (None: there is none), `max_tokens`
+    how many tokens of a prompt are read. `trained` says whether it learns along with the denoiser; only what another
+    one gives may be kept in a cache.
+    """
+
+    name: str
+    channels: int
+    pooled_channels: int | None
+    max_tokens: int
+    trained: bool
+
+    def __call__(self, prompts: Sequence[str], strict: bool = False) -> EncodedText:
+        """The prompts, encoded; "" is the empty one, which guidance and dropout set beside a real one.
+
+        A prompt that is too long is a UsageError if `strict`, else it is cut, and the first time that is logged.
+        """
+        ...
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens each prompt has, whatever `max_tokens` is; with those that mark its ends."""
+        ...
+
+    def fingerprint(self) -> str:
+        """One line that changes when the encoder would give something else, for caches."""
+        ...
+
+
+class LengthCheck:
+    """What happens to prompts that are longer than an encoder reads; it remembers whether it has said so."""
+
+    def __init__(self, name: str, max_tokens: int) -> None:
+        if max_tokens < 2:
+            raise UsageError(f"{name}: max_tokens={max_tokens} leaves no room for a prompt; use at least 2")
+        self.name, self.max_tokens, self.said = name, max_tokens, False
+
+    def __call__(self, prompts: Sequence[str], counts: Sequence[int], strict: bool) -> None:
+        """Raises UsageError about the first prompt that is too long, if `strict`; else logs once."""
+        for prompt, count in zip(prompts, counts, strict=True):
+            if count <= self.max_tokens:
+                continue
+            start = prompt[:_SHOWN] + ("..." if len(prompt) > _SHOWN else "")
+            about = f"the prompt {start!r} has {count} tokens, and {self.name} reads {self.max_tokens}"
+            if strict:
+                raise UsageError(f"{about}; shorten it")
+            if not self.said:
+                self.said = True
+                log.warning("%s; the rest of it is cut off, as of other long prompts (said once)", about)
