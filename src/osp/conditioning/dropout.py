@@ -21,8 +21,7 @@ def draw_dropped(rate: float, generators: Sequence[torch.Generator]) -> Tensor:
     """
     if not 0 <= rate <= 1:
         raise UsageError(f"text dropout {rate} makes no sense; it must lie between 0 and 1")
-    # In double precision a draw of 1.0, which a rate of 1 would let through, does not occur.
-    drawn = [torch.rand((), generator=g, device=g.device, dtype=torch.float64).item() < rate for g in generators]
+    drawn = [torch.rand((), generator=g, device=g.device).item() < rate for g in generators]
     return torch.tensor(drawn, dtype=torch.bool)
 
 

@@ -2,21 +2,22 @@
 
 import hashlib
 import json
-import logging
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from osp.errors import DataError, UsageError
 
-log = logging.getLogger(__name__)
-
+_WORDS = ("red", "left", "it")  # that any vocabulary tells apart
+_SMALL = ("*.json", "*.txt", "*.model")
 _PROBES, _PROBE = 64, 4096  # pieces of a weight file that go into its fingerprint, and their bytes
 # What transformers, tokenizers and safetensors raise at folders that are incomplete, damaged or of something else.
-_UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError)
+_UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError)
 
 
 def read_settings(path: str | Path, model_types: Sequence[str]) -> dict[str, Any]:
@@ -66,18 +67,18 @@ def weight_files(folder: Path) -> list[Path]:
 def load_model(model_class: Any, path: str | Path, dtype: torch.dtype) -> Any:
     """The model of a folder, frozen, in eval mode. Raises DataError for weights that are damaged or incomplete."""
     try:
-        model, report = model_class.from_pretrained(
-            path,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        if isinstance(error, _UNREADABLE) or type(error).__name__ == "SafetensorError":
-            raise DataError(f"{path}: its weights cannot be read ({_first_line(error)})") from error
-        raise
+        with _quiet():
+            model, report = model_class.from_pretrained(
+                path,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they are reported below, in one line
+                output_loading_info=True,
+            )
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: its weights cannot be read ({_first_line(error)})") from error
     # transformers fills what is missing with random numbers.
     wrong = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report["mismatched_keys"])})
     if wrong:
@@ -90,30 +91,48 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            tokens = [tuple(ids) for ids in tokenizer(list(_WORDS)).input_ids]
     except _UNREADABLE as error:
         raise DataError(f"{path}: its tokenizer cannot be read ({_first_line(error)})") from error
+    # Where its files are missing, transformers makes one without a vocabulary, to which all words are the same.
+    if len(set(tokens)) < len(_WORDS):
+        raise DataError(f"{path}: its tokenizer has no vocabulary; add its files, or give their folder as tokenizer")
+    return tokenizer
 
 
-def folder_fingerprint(path: str | Path, *more: Any) -> str:
-    """A hash of what is in the folder: all of the small files, and of the weights their headers and pieces of the rest.
+def folder_fingerprint(path: str | Path, tokenizer: str | Path, *settings: Any) -> str:
+    """A hash of the settings and of both folders: small files whole, of weights the header and pieces of the rest.
 
     To read 20 GB of weights for it would take longer than to load them; other weights differ everywhere.
     """
-    content = hashlib.sha256(repr(more).encode())
-    folder = Path(path)
-    weights = weight_files(folder)
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")]):
-        content.update(file.name.encode() + b"\0" + file.read_bytes())
-    for file in weights:
+    content = hashlib.sha256(repr(settings).encode())
+    for folder in {Path(path): None, Path(tokenizer): None}:
+        for file in sorted(file for pattern in _SMALL for file in folder.glob(pattern)):
+            content.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in weight_files(Path(path)):
         size = file.stat().st_size
         with open(file, "rb") as opened:
             (header,) = struct.unpack("<Q", opened.read(8))
-            content.update(f"{file.name} {size} ".encode() + opened.read(min(header, size)))
+            content.update(f"{file.name} {size} ".encode() + opened.read(header))
             for probe in range(_PROBES):
                 opened.seek(8 + header + (size - 8 - header) * probe // _PROBES)
                 content.update(opened.read(_PROBE))
     return content.hexdigest()[:32]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' reports of what it passed over: decoders, vision towers."""
+    from transformers.utils import logging as messages
+
+    before = messages.get_verbosity()
+    messages.set_verbosity_error()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(before)
 
 
 def _first_line(error: BaseException) -> str:

@@ -61,6 +61,8 @@ def given_frames(pictures: Mapping[int, Tensor], frames: int, height: int, width
     Raises UsageError for a number outside the video or one that comes twice, for a picture of another size, and if no
     frame is left to generate.
     """
+    if frames < 1:
+        raise UsageError(f"frames={frames} makes no sense; a video has at least one")
     mask, video = torch.ones(frames), torch.zeros(1, 3, frames, height, width)
     for number, picture in pictures.items():
         if not -frames <= number < frames:

@@ -44,9 +44,10 @@ class FrozenText:
         self.channels = self.width(settings)
         if channels is not None and channels != self.channels:
             raise UsageError(f"{path}: its text is {self.channels} wide, but channels={channels}; give another folder")
-        self.tokenizer = load_tokenizer(path if tokenizer is None else tokenizer)
+        tokenizer = path if tokenizer is None else tokenizer
+        self.tokenizer = load_tokenizer(tokenizer)
         self.model: Any = load_model(self.model_class(settings), path, kind)
-        self._content = folder_fingerprint(path, self.name, max_tokens, str(kind), repr(self.tokenizer))
+        self._content = folder_fingerprint(path, tokenizer, max_tokens, str(kind))
 
     def width(self, settings: dict[str, Any]) -> int:
         """Channels of what comes out, by `config.json`."""

@@ -72,13 +72,15 @@ class WordText(nn.Module):
         """See `TextEncoder.__call__`."""
         spelled = [_spelled(prompt) for prompt in prompts]
         self.check_length(prompts, [len(words) for words in spelled], strict)
-        rows = _table_rows(spelled, self.max_tokens).to(self.places.device)
+        rows = _table_rows(spelled, self.max_tokens)
+        is_padded = bool((rows[..., 0] == _NONE).any())  # found out before it is on the device
+        rows = rows.to(self.places.device)
         mask = rows[..., 0] != _NONE
+        padding = mask if is_padded else None
         x = self.spelling(rows.flatten(0, 1)).unflatten(0, mask.shape)
         x = (x + self.word(self.word_norm(x))) * mask[..., None]
         mixed = self.neighbours(x.transpose(1, 2)).transpose(1, 2)
         x = x + nn.functional.gelu(mixed) + self.places[: mask.shape[1]]
-        padding = None if bool(mask.all()) else mask
         for block in self.blocks:
             x = block(x, padding)
         x = self.norm(x) * mask[..., None]
