@@ -276,7 +276,10 @@ def test_code_in_a_folder_is_not_run(t5_folder: Path, tmp_path: Path) -> None:
 def test_configurations(name: str, t5_folder: Path, clip_folder: Path) -> None:
     settings = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     if name == "words":
-        assert instantiate(settings)(PROMPTS).text.shape[2] == 192
+        encoder = instantiate(settings)
+        assert encoder(PROMPTS).text.shape[2] == 192
+        size = f"{sum(value.numel() for value in encoder.parameters()):,} parameters"
+        assert size in (CONF / "words.yaml").read_text()
         return
     parts = {"t5": settings} if "path" in settings else {"t5": settings["tokens"], "clip": settings["pooled"]}
     for kind, part in parts.items():
