@@ -1,11 +1,15 @@
 """The LightningDataModule: the resumable training loader and the fixed validation pass, as the Trainer wants them."""
 
+import logging
 from typing import Any
 
 import lightning.pytorch as pl
 
-from osp.data.loader import FixedLoader, ResumableLoader
+from osp.data.buckets import bucket_table
+from osp.data.loader import FixedLoader, ResumableLoader, source_buckets
 from osp.data.sources import ClipSource, FirstClips
+
+log = logging.getLogger(__name__)
 
 
 class ClipDataModule(pl.LightningDataModule):
@@ -19,6 +23,10 @@ class ClipDataModule(pl.LightningDataModule):
         workers: reading processes of each rank, for training and again during a validation pass.
         seed: of the training order.
         train_clips, val_clips: take the first so many clips of `train`, `val`; None takes all.
+        batch_tokens: for sources with buckets, instead of `batch_size`: the most tokens in a batch of one device, in
+            training and, without `val_batch_size`, in validation. The buckets are logged before training.
+        image_ratio: for sources with buckets: the part of the training batches that are images.
+        devices: how many devices the training batches are made for, see `osp.data.loader.ResumableLoader`.
 
     If the LightningModule has a method `batches_per_step(step: int) -> int`, `training_step` gets a list of so many
     batches instead of one batch.
@@ -39,12 +47,15 @@ class ClipDataModule(pl.LightningDataModule):
         self,
         train: ClipSource,
         val: ClipSource | None,
-        batch_size: int,
+        batch_size: int | None = None,
         val_batch_size: int | None = None,
         workers: int = 0,
         seed: int = 0,
         train_clips: int | None = None,
         val_clips: int | None = None,
+        batch_tokens: int | None = None,
+        image_ratio: float | None = None,
+        devices: int | None = None,
     ) -> None:
         super().__init__()
         self.train_source = _first(train, train_clips)
@@ -52,9 +63,10 @@ class ClipDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.workers, self.seed = workers, seed
+        self.batch_tokens, self.image_ratio, self.devices = batch_tokens, image_ratio, devices
         self._loader: ResumableLoader | None = None
         self._resume_from: dict[str, Any] = {}
-        # A bad setting shows here, not at the first validation.
+        # A bad setting shows here, not at the first validation. How many devices there are is not known yet.
         self._new_train_loader()
         self.val_dataloader()
 
@@ -64,6 +76,8 @@ class ClipDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         loader = self._new_train_loader()
+        if self._loader is None and loader.plan.rank == 0:
+            self._log_buckets(loader)
         # Asked again within a fit (`reload_dataloaders_every_n_epochs`), the new loader goes on where the old one is.
         if state := self._resume_from or (self._loader.state_dict() if self._loader is not None else {}):
             loader.load_state_dict(state)
@@ -81,7 +95,17 @@ class ClipDataModule(pl.LightningDataModule):
             rank=rank,
             world_size=world_size,
             batches_per_step=getattr(module, "batches_per_step", None),
+            batch_tokens=self.batch_tokens,
+            image_ratio=self.image_ratio,
+            devices=self.devices,
         )
+
+    def _log_buckets(self, loader: ResumableLoader) -> None:
+        buckets = source_buckets(self.train_source)
+        if buckets is not None:
+            sizes = [group.batch for group in loader.plan.groups]
+            dropped = getattr(self.train_source, "dropped", None)
+            log.info("training clips and global batches:\n%s", bucket_table(buckets, sizes, dropped))
 
     def val_dataloader(self) -> FixedLoader | list[FixedLoader]:
         if self.val_source is None:
@@ -90,6 +114,7 @@ class ClipDataModule(pl.LightningDataModule):
         return FixedLoader(
             self.val_source,
             batch_size=self.val_batch_size,
+            batch_tokens=self.batch_tokens if self.val_batch_size is None else None,
             workers=self.workers,
             rank=rank,
             world_size=world_size,

@@ -1,28 +1,25 @@
-"""Loaders with a plan: which clip is read when follows from a few integers, so a stopped run goes on exactly.
+"""Loaders that follow a plan (`osp.data.plan`): a stopped run goes on exactly.
 
-The training plan numbers the samples of a run 0, 1, 2, ... without end. Sample s is read in pass s // clips over the
-source, at place s % clips of a permutation that follows from (seed, pass). Global batch b holds the samples b * G ..
-b * G + G - 1 (G = batch size of a device x world size) and rank r takes the r-th run of them. So
-
-- the state of a run is one count, the batches done; it is the same on every rank (Lightning keeps rank 0's only);
-- the clips of a global batch depend on the seed and G alone: any split into ranks and any number of workers see the
-  same, so nothing is split "by node" or "by worker", and no distributed sampler may be added on top;
-- a run goes on at another number of workers, and at another world size if G stays.
+- The state of a run is one count, the batches done; it is the same on every rank (Lightning keeps rank 0's only).
+- The clips of a global batch depend on the seed and its size alone: any split into ranks and any number of workers see
+  the same, so nothing is split "by node" or "by worker", and no distributed sampler may be added on top.
+- A run goes on at another number of workers, and at another world size if the global batches keep their size.
+- A batch has one shape. Of a source with buckets, all ranks read the same bucket in the same step.
 """
 
 import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from osp.data.sources import ClipSource, stable_seed
+from osp.data.buckets import Bucket, batch_sizes
+from osp.data.plan import FixedPlan, Group, Slot, TrainPlan
+from osp.data.sources import ClipSource
 from osp.data.video import ClipError
 from osp.errors import DataError, OspError, UsageError
 
@@ -33,7 +30,10 @@ GIVE_UP_AFTER = 1000
 
 
 class Batch(TypedDict):
-    """What both loaders give; B is the batch size of one device."""
+    """What both loaders give of sources that read videos; B is the batch size of one device.
+
+    A source with a method `collate` decides itself what stands in the place of the first four (`osp.data.features`).
+    """
 
     video: Tensor  # uint8 `B C T H W`
     caption: list[str]
@@ -44,82 +44,18 @@ class Batch(TypedDict):
     weight: Tensor  # float32 `B`: 1, or 0 for a clip that must not count in an average (FixedLoader only)
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One place in a batch: the (index, draw) pairs to try until one can be read."""
-
-    sample: int
-    candidates: Iterator[tuple[int, int]]
-    weight: float = 1.0
-    replaced_weight: float = 1.0  # the weight if the first candidate is broken
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """The endless plan of the module's docstring, as one rank sees it."""
-
-    clips: int
-    batch_size: int
-    seed: int
-    rank: int = 0
-    world_size: int = 1
-    shuffle: bool = True
-
-    def slots(self, batch: int) -> list[Slot]:
-        """What this rank reads for global batch `batch`."""
-        first = (batch * self.world_size + self.rank) * self.batch_size
-        return [Slot(sample, self._candidates(sample)) for sample in range(first, first + self.batch_size)]
-
-    def _candidates(self, sample: int) -> Iterator[tuple[int, int]]:
-        # A broken clip is replaced by those after it in the plan, so that a resumed run replaces it by the same one.
-        for attempt in range(2 * self.clips):  # two passes hold every clip, wherever they begin
-            epoch, place = divmod(sample + attempt, self.clips)
-            index = int(_permutation(self.clips, self.seed, epoch)[place]) if self.shuffle else place
-            # `attempt` too: the replacement differs from its clip's own turn in window and flip.
-            yield index, stable_seed("draw", self.seed, epoch, attempt)
-
-
-@lru_cache(maxsize=2)  # a batch may lie across the end of a pass
-def _permutation(clips: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(clips, generator=torch.Generator().manual_seed(stable_seed("order", seed, epoch)))
-
-
-@dataclass(frozen=True)
-class FixedPlan:
-    """Clips 0 .. clips - 1 once, in order, dealt to the ranks in turn.
-
-    All ranks get equally many clips, since a forward pass may be collective: where `clips` does not divide, the first
-    clips fill up with weight 0. A clip that replaces a broken one has weight 0 as well.
-    """
-
-    clips: int
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def batches(self) -> int:
-        return -(-self._clips_of_rank // self.batch_size)
-
-    @property
-    def _clips_of_rank(self) -> int:
-        return -(-self.clips // self.world_size)
-
-    def slots(self, batch: int) -> list[Slot]:
-        first, last = batch * self.batch_size, min((batch + 1) * self.batch_size, self._clips_of_rank)
-        samples = [turn * self.world_size + self.rank for turn in range(first, last)]
-        return [Slot(s, self._candidates(s), float(s < self.clips), replaced_weight=0.0) for s in samples]
-
-    def _candidates(self, sample: int) -> Iterator[tuple[int, int]]:
-        return (((sample + attempt) % self.clips, 0) for attempt in range(self.clips))
-
-
 class ResumableLoader:
-    """Endless, exactly resumable training batches of one rank (the plan is described above).
+    """Endless, exactly resumable training batches of one rank, by a `TrainPlan`.
 
     Args:
-        source: the clips.
-        batch_size: clips in a batch of one device.
+        source: the clips. If it has buckets (`osp.data.sources.BucketSource`), every batch is of one of them.
+        batch_size: clips in a batch of one device; None with `batch_tokens`.
+        batch_tokens: for a source with buckets, instead of `batch_size`: the most tokens in a batch of one device. Each
+            bucket has its own batch size by it.
+        image_ratio: for a source with buckets: the part of the batches that are images, evenly spread; None: images are
+            buckets like the others.
+        devices: how many devices the batches are made for. None: `world_size`. A run that began on 8 devices with
+            `batch_tokens` goes on at 2 with `devices=8`, and each then reads four times as many clips.
         seed: of the order, the windows and the flips.
         workers: processes that read ahead, whole batches each; 0 reads in the training process.
         rank, world_size: which part of each global batch is read here.
@@ -147,7 +83,7 @@ class ResumableLoader:
         self,
         source: ClipSource,
         *,
-        batch_size: int,
+        batch_size: int | None = None,
         seed: int,
         workers: int = 0,
         rank: int = 0,
@@ -155,11 +91,24 @@ class ResumableLoader:
         shuffle: bool = True,
         batches_per_step: Callable[[int], int] | None = None,
         prefetch: int = 2,
+        batch_tokens: int | None = None,
+        image_ratio: float | None = None,
+        devices: int | None = None,
     ) -> None:
-        _check(source, batch_size, workers, rank, world_size, prefetch)
+        _check(source, workers, rank, world_size, prefetch)
+        devices = world_size if devices is None else devices
+        if devices < 1 or devices % world_size:
+            raise UsageError(f"devices={devices}: must be a multiple of the {world_size} devices that there are")
+        groups = _groups(source, batch_size, batch_tokens, devices)
+        _check_images(groups, image_ratio)
         self.source, self.workers, self.prefetch = source, workers, prefetch
-        self.plan = TrainPlan(len(source), batch_size, seed, rank, world_size, shuffle)
+        self.plan = TrainPlan(groups, seed, rank, world_size, shuffle, image_ratio)
         self.batches_per_step = batches_per_step
+        self._settings: dict[str, Any] = {}  # what a state tells of them, beside what it always tells
+        if batch_tokens is not None:
+            self._settings |= {"batch_tokens": batch_tokens, "devices": devices}
+        if image_ratio is not None:
+            self._settings |= {"image_ratio": image_ratio}
         self.steps = 0  # handed out, as are `batches`
         self.batches = 0
         self._fingerprint = source.fingerprint()
@@ -171,12 +120,12 @@ class ResumableLoader:
 
     @property
     def global_batch(self) -> int:
-        """Clips in a batch of all devices together."""
-        return self.plan.batch_size * self.plan.world_size
+        """Clips in a batch of all devices together; the most, where that varies."""
+        return max(group.batch for group in self.plan.groups)
 
     def __len__(self) -> int:
         per_step = 1 if self.batches_per_step is None else self.batches_per_step(0)
-        return max(1, len(self.source) // (self.global_batch * per_step))
+        return max(1, int(self.plan.epoch) // per_step)
 
     def __iter__(self) -> Iterator[Batch | list[Batch]]:
         for _ in range(len(self)):
@@ -191,7 +140,7 @@ class ResumableLoader:
             self.close()
             numbers = itertools.count(batch)
             self._iterator = _read_batches(
-                self.source, self.plan.slots, numbers, self.workers, self.prefetch, self._reported
+                self.source, self.plan.attempts, numbers, self.workers, self.prefetch, self._reported
             )
         self._next_read = -1  # unknown if the next line is interrupted
         result = next(self._iterator)
@@ -213,7 +162,7 @@ class ResumableLoader:
             "global_batch": self.global_batch,
             "clips": len(self.source),
             "fingerprint": self._fingerprint,
-        }
+        } | self._settings
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state`. Raises UsageError if it belongs to another seed, global batch or source."""
@@ -225,6 +174,7 @@ class ResumableLoader:
                 "so another loader wrote it; start a new run from its weights instead"
             )
         names = {"global_batch": "global batch (batch_size x devices)", "fingerprint": "clips or their decoding"}
+        mine |= {key: None for key in ("batch_tokens", "devices", "image_ratio") if key in state and key not in mine}
         changed = [
             f"{names.get(key, key)} was {state[key]}, is {value}" for key, value in mine.items() if state[key] != value
         ]
@@ -241,7 +191,8 @@ class FixedLoader:
 
     For validation. All ranks get equally many batches; `weight` (see FixedPlan) is 0 where a clip only fills a batch,
     so averages weighted by it count each readable clip exactly once over all ranks. A batch, on a rank without any
-    clip of its own, may have weight 0 throughout. Windows and flips are those of draw 0.
+    clip of its own, may have weight 0 throughout. Windows and flips are those of draw 0. Of a source with buckets one
+    bucket is read after the other; `batch_size` and `batch_tokens` are as in `ResumableLoader`.
 
     Raises:
         UsageError: a setting makes no sense.
@@ -252,15 +203,16 @@ class FixedLoader:
         self,
         source: ClipSource,
         *,
-        batch_size: int,
+        batch_size: int | None = None,
         workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
         prefetch: int = 2,
+        batch_tokens: int | None = None,
     ) -> None:
-        _check(source, batch_size, workers, rank, world_size, prefetch)
+        _check(source, workers, rank, world_size, prefetch)
         self.source, self.workers, self.prefetch = source, workers, prefetch
-        self.plan = FixedPlan(len(source), batch_size, rank, world_size)
+        self.plan = FixedPlan(_groups(source, batch_size, batch_tokens, devices=1), rank, world_size)
         self._reported: set[int] = set()
 
     def __len__(self) -> int:
@@ -268,11 +220,11 @@ class FixedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         numbers = range(self.plan.batches)
-        return _read_batches(self.source, self.plan.slots, numbers, self.workers, self.prefetch, self._reported)
+        return _read_batches(self.source, self.plan.attempts, numbers, self.workers, self.prefetch, self._reported)
 
 
-def _check(source: ClipSource, batch_size: int, workers: int, rank: int, world_size: int, prefetch: int) -> None:
-    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("prefetch", prefetch, 1)):
+def _check(source: ClipSource, workers: int, rank: int, world_size: int, prefetch: int) -> None:
+    for name, value, least in (("workers", workers, 0), ("prefetch", prefetch, 1)):
         if value < least:
             raise UsageError(f"{name}={value}: must be at least {least}")
     if not 0 <= rank < world_size:
@@ -281,8 +233,53 @@ def _check(source: ClipSource, batch_size: int, workers: int, rank: int, world_s
         raise DataError(f"no clips to read: the source ({source.fingerprint()}) is empty")
 
 
+def source_buckets(source: ClipSource) -> list[Bucket] | None:
+    """The buckets of a source, None if all its clips have one shape."""
+    buckets = getattr(source, "buckets", None)
+    return None if buckets is None else buckets()
+
+
+def _groups(source: ClipSource, batch_size: int | None, batch_tokens: int | None, devices: int) -> list[Group]:
+    for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}={value}: must be at least 1")
+    if (batch_size is None) == (batch_tokens is None):
+        raise UsageError(f"batch_size={batch_size}, batch_tokens={batch_tokens}: give one of them")
+    buckets = source_buckets(source)
+    if buckets is None:
+        if batch_size is None:
+            raise UsageError(f"batch_tokens={batch_tokens}: this source has no buckets; give batch_size instead")
+        return [Group(range(len(source)), batch_size * devices)]
+    sizes = [batch_size] * len(buckets) if batch_size is not None else batch_sizes(buckets, batch_tokens or 0)
+    return [Group(bucket.clips, size * devices, bucket.is_image) for bucket, size in zip(buckets, sizes, strict=True)]
+
+
+def _check_images(groups: list[Group], image_ratio: float | None) -> None:
+    if image_ratio is None:
+        return
+    if not 0 <= image_ratio <= 1:
+        raise UsageError(f"image_ratio={image_ratio}: must lie between 0 and 1")
+    for is_image, name in ((True, "images"), (False, "videos")):
+        if image_ratio != (0 if is_image else 1) and not any(group.is_image == is_image for group in groups):
+            raise UsageError(f"image_ratio={image_ratio}: there are no {name} among the clips; leave it out")
+
+
 Failures = dict[int, str]
 """Index of a broken clip -> "KEY: reason"."""
+
+
+class _NoneReadable(DataError):
+    """No clip of a whole group can be read."""
+
+    def __init__(self, failures: Failures, clips: int) -> None:
+        self.failures = failures
+        super().__init__(
+            f"{len(failures)} clips in a row cannot be read (of {clips}), the last one: {list(failures.values())[-1]}; "
+            "check that the clips are complete and fit the settings for training"
+        )
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[str]]:
+        return DataError, (str(self),)  # what a worker sends is the line
 
 
 class _Batches(Dataset):
@@ -291,17 +288,33 @@ class _Batches(Dataset):
     The end of the run is returned, not raised: a worker would wrap the error's one line into a traceback.
     """
 
-    def __init__(self, source: ClipSource, slots: Callable[[int], list[Slot]]) -> None:
-        self.source, self.slots = source, slots
+    def __init__(self, source: ClipSource, attempts: Callable[[int], Iterator[list[Slot]]]) -> None:
+        self.source, self.attempts = source, attempts
 
     def __getitem__(self, batch: int) -> tuple[Batch, Failures] | OspError:
         try:
-            return _read_batch(self.source, self.slots(batch))
+            return _read_batch(self.source, self.attempts(batch))
         except OspError as error:
             return error
 
 
-def _read_batch(source: ClipSource, slots: Iterable[Slot]) -> tuple[Batch, Failures]:
+def _read_batch(source: ClipSource, attempts: Iterator[list[Slot]]) -> tuple[Batch, Failures]:
+    """The first of the attempts that can be read. All ranks take the same one: each has tried the whole group."""
+    lost = Failures()
+    for slots in attempts:
+        try:
+            batch, failures = _read_slots(source, slots)
+        except _NoneReadable as error:
+            lost |= error.failures
+            if len(error.failures) >= GIVE_UP_AFTER:
+                break
+            continue
+        batch["broken"] += len(lost)
+        return batch, lost | failures
+    raise _NoneReadable(lost, len(source))
+
+
+def _read_slots(source: ClipSource, slots: Iterable[Slot]) -> tuple[Batch, Failures]:
     clips, samples, weights = [], [], []
     broken, failures = 0, Failures()
     for slot in slots:
@@ -311,39 +324,41 @@ def _read_batch(source: ClipSource, slots: Iterable[Slot]) -> tuple[Batch, Failu
         weights.append(slot.replaced_weight if failed else slot.weight)
         broken += len(failed)
         failures |= failed
-    batch = Batch(
-        video=torch.stack([clip["video"] for clip in clips]),
-        caption=[clip["caption"] for clip in clips],
-        key=[clip["key"] for clip in clips],
-        fps=torch.tensor([clip["fps"] for clip in clips], dtype=torch.float32),
-        broken=broken,
-        sample=torch.tensor(samples, dtype=torch.int64),
-        weight=torch.tensor(weights, dtype=torch.float32),
-    )
-    return batch, failures
+    batch = {
+        **getattr(source, "collate", _stack)(clips),
+        "broken": broken,
+        "sample": torch.tensor(samples, dtype=torch.int64),
+        "weight": torch.tensor(weights, dtype=torch.float32),
+    }
+    return cast(Batch, batch), failures
+
+
+def _stack(clips: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "video": torch.stack([clip["video"] for clip in clips]),
+        "caption": [clip["caption"] for clip in clips],
+        "key": [clip["key"] for clip in clips],
+        "fps": torch.tensor([clip["fps"] for clip in clips], dtype=torch.float32),
+    }
 
 
 def _read_first(source: ClipSource, candidates: Iterator[tuple[int, int]]) -> tuple[dict[str, Any], Failures]:
     failed = Failures()
-    reason = ""
     for index, draw in candidates:
         if index in failed:
             continue
         try:
             return source.read(index, draw), failed
         except ClipError as error:
-            reason = failed[index] = str(error)
+            failed[index] = str(error)
         if len(failed) >= GIVE_UP_AFTER:
             break
-    raise DataError(
-        f"{len(failed)} clips in a row cannot be read (of {len(source)}), the last one: {reason}; "
-        "check that the clips are complete and fit the settings for training"
-    )
+    raise _NoneReadable(failed, len(source))
 
 
 def _read_batches(
     source: ClipSource,
-    slots: Callable[[int], list[Slot]],
+    attempts: Callable[[int], Iterator[list[Slot]]],
     batches: Iterable[int],
     workers: int,
     prefetch: int,
@@ -351,7 +366,7 @@ def _read_batches(
 ) -> Iterator[Batch]:
     """The numbered batches in order; broken clips are logged here, in the training process, once per clip."""
     reader = DataLoader(
-        _Batches(source, slots),
+        _Batches(source, attempts),
         batch_size=None,  # an item is a whole batch
         collate_fn=_as_is,
         sampler=batches,
