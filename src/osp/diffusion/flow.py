@@ -53,8 +53,10 @@ class Flow(Objective):
 
     def sample_time(self, batch: int, generators: Generators = None, tokens: int | None = None) -> Tensor:
         """1000 times the shifted sigma, `B` (float32)."""
-        drawn = draw_normal((batch,), generators)
-        return TIME_SCALE * shifted(torch.sigmoid(self.mean + self.std * drawn), self.shift_at(tokens))
+        # In float64, because one value and several take different paths through float32's exponential.
+        drawn = draw_normal((batch,), generators).double()
+        sigma = shifted(torch.sigmoid(self.mean + self.std * drawn), self.shift_at(tokens))
+        return (TIME_SCALE * sigma).float()
 
     def levels(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """1 - sigma and sigma."""

@@ -18,11 +18,11 @@ def draw_normal(shape: Sequence[int], generators: Generators = None, device: tor
     UsageError if their number is not the batch size.
     """
     if generators is None:
-        return torch.randn(*shape, device=device)
+        return torch.randn(tuple(shape), device=device)
     if isinstance(generators, torch.Generator):
-        return torch.randn(*shape, generator=generators, device=generators.device).to(device)
+        return torch.randn(tuple(shape), generator=generators, device=generators.device).to(device)
     check_generators(generators, shape[0])
-    return torch.stack([torch.randn(*shape[1:], generator=g, device=g.device) for g in generators]).to(device)
+    return torch.stack([torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generators]).to(device)
 
 
 def draw_integers(end: int, batch: int, generators: Generators = None) -> Tensor:

@@ -29,12 +29,11 @@ def sample(
     add noise draw it from `generators`: with one for each sample, the same seeds give the same latents in any batch,
     if the model does. `tokens`, those of one frame, set the shift of flows that take it from the resolution.
     """
-    run = solver.start(tokens)
-    times = run.times.to(noise.device)
+    run = solver.start(tokens, noise.device)
     state = run.first(noise)
-    for call, time in enumerate(times):
+    for call, time in enumerate(run.times):
         prediction = predict(run.model_input(state, call).to(noise.dtype), time.expand(len(noise)))
         state = run.step(prediction, state, call, generators)
         if callback is not None:
-            callback(call + 1, len(times), state)
+            callback(call + 1, len(run.times), state)
     return state.to(noise.dtype)

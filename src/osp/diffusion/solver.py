@@ -30,7 +30,6 @@ _DISCRETE_SOLVERS: dict[str, Entry] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
     "dpm++_sde": ("DPMSolverMultistepScheduler", _SDE),
-    "deis": ("DEISMultistepScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 _FLOW_SOLVERS: dict[str, Entry] = {
@@ -83,8 +82,10 @@ class Solver:
         if owned:
             raise UsageError(f"solver: options.{min(owned)} is decided by the objective, shift and steps; leave it out")
 
-    def start(self, tokens: int | None = None) -> "Integration":
-        """A new run of the solver. `tokens`, those of one frame, are for flows whose shift depends on them.
+    def start(self, tokens: int | None = None, device: torch.device | str = "cpu") -> "Integration":
+        """A new run of the solver, for latents on `device`.
+
+        `tokens`, those of one frame, are for flows whose shift depends on them.
 
         Raises UsageError for options that the solver does not have, and for steps that it cannot take.
         """
@@ -100,12 +101,15 @@ class Solver:
                 f"{', '.join(sorted(known - _OWNED - (_TIMES if isinstance(self.objective, Flow) else set())))}"
             )
         if isinstance(self.objective, Flow):
-            return self._start_flow(kind(**settings), self.objective, tokens)
+            return self._start_flow(kind(**settings), self.objective, tokens, device)
         assert isinstance(self.objective, Discrete)
         wanted = _discrete_settings(self.objective, "rescale_betas_zero_snr" in known)
-        return self._start_discrete(kind(**{key: wanted[key] for key in wanted.keys() & known} | settings))
+        wanted = {key: wanted[key] for key in wanted.keys() & known}
+        return self._start_discrete(kind(**wanted | settings), self.objective, device)
 
-    def _start_flow(self, scheduler: Any, objective: Flow, tokens: int | None) -> "Integration":
+    def _start_flow(
+        self, scheduler: Any, objective: Flow, tokens: int | None, device: torch.device | str
+    ) -> "Integration":
         shift = objective.shift_at(tokens) if self.shift is None else self.shift
         sigmas = torch.from_numpy(objective.sigmas(self.steps, shift)).float()
         if hasattr(scheduler, "lambda_t"):
@@ -114,25 +118,29 @@ class Solver:
         # The schedulers differ in how they space their steps, and some do not start from noise alone: they get ours.
         if len(scheduler.timesteps) > self.steps:  # two calls of the model a step, but one for the last
             sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+        sigmas = sigmas.to(device)
         scheduler.sigmas, scheduler.timesteps = sigmas, TIME_SCALE * sigmas[:-1]
-        return Integration(scheduler, TIME_SCALE * sigmas[:-1])
+        return Integration(scheduler, scheduler.timesteps)
 
-    def _start_discrete(self, scheduler: Any) -> "Integration":
+    def _start_discrete(self, scheduler: Any, objective: Discrete, device: torch.device | str) -> "Integration":
         scheduler.set_timesteps(self.steps)
         times = scheduler.timesteps.float()
         distinct = times.unique_consecutive()
-        sigmas = getattr(scheduler, "sigmas", None)
+        # Rounding makes one step too many of some numbers (61, 103, ...).
         possible = len(distinct) == self.steps and bool((distinct >= 0).all())
-        if sigmas is not None:
-            falling = sigmas.unique_consecutive().diff() < 0
-            possible &= bool(sigmas.isfinite().all() and falling.all())
+        if hasattr(scheduler, "sigmas"):
+            # Zero signal is cut off at 2^-12 to keep sigma finite. The levels just before have less, where they are
+            # used: from some 250 steps on.
+            sigmas = scheduler.sigmas.unique_consecutive()
+            possible &= bool(sigmas.isfinite().all() and (sigmas.diff() < 0).all())
+        else:
+            # These step by a whole number, and end in noise where it does not fit.
+            possible &= objective.steps % self.steps == 0
         if not possible:
-            # Rounding makes one step too many (61, 103, ...); a schedule that ends in noise alone has its last
-            # level cut off at a signal of 2^-12, which the levels just before it have too.
             raise UsageError(
                 f"solver: {self.name} cannot space steps={self.steps} evenly; choose others, say 50 or 100"
             )
-        return Integration(scheduler, times)
+        return Integration(scheduler, times.to(device))
 
 
 class Integration:
