@@ -122,7 +122,7 @@ def _listed_shard(folder: Path, shard: Mapping[str, Any]) -> list[ClipEntry]:
         clips, expected = int(shard["clips"]), int(shard["bytes"])
         found = tar.stat().st_size
         lines = tar.with_suffix(".jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        entries = [_entry(tar, json.loads(line)) for line in lines]
+        entries = [listed_entry(tar, json.loads(line)) for line in lines]
     except OSError as error:
         raise DataError(f"{error.filename}: {INDEX_NAME} needs it ({error.strerror}); {_MEND}") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -140,7 +140,8 @@ def _plain_file(folder: Path, path: Path) -> ClipEntry:
     return ClipEntry(name, path, "", 0, path.stat().st_size, {"kind": kind, "source": name})
 
 
-def _entry(tar: Path, line: dict[str, Any]) -> ClipEntry:
+def listed_entry(tar: Path, line: dict[str, Any]) -> ClipEntry:
+    """The clip that a line of a shard's listing tells of."""
     place = {name: line.pop(name) for name in ("key", "member", "offset", "size")}
     return ClipEntry(tar=tar, record=line, **place)
 

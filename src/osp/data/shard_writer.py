@@ -6,12 +6,9 @@ bytes of it count. So a run that is killed at any moment loses the open shard an
 """
 
 import fcntl
-import hashlib
-import io
 import json
 import os
 import re
-import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +17,12 @@ from typing import Any, BinaryIO, Self
 
 from osp.data.files import sync, write_whole
 from osp.data.shard_index import INDEX_FORMAT, INDEX_NAME, INDEX_VERSION, load_index
+from osp.data.tar_shard import TarShard, to_json
 from osp.errors import DataError, UsageError
 
 _JOURNAL = "sources.jsonl"
 _LOCK = ".lock"
 _SHARD = re.compile(r"shard-\d{6,}\.(tar|jsonl)")
-
-
-def to_json(value: object) -> bytes:
-    """UTF-8 JSON on one line; what is not UTF-8 in a file name is escaped, and read back as it was."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 class ShardWriter:
@@ -55,7 +48,8 @@ class ShardWriter:
         self.next_number = 0  # that no source has yet
         self._lines: list[dict[str, Any]] = []  # of the journal, to be committed with the next shard
         self._underway: dict[str, Any] | None = None
-        self._shard: _OpenShard | None = None
+        self._shard: TarShard | None = None
+        self._sums: dict[str, float] = {}  # of the open shard
         self._lock: BinaryIO | None = None
 
     def __enter__(self) -> Self:
@@ -96,8 +90,13 @@ class ShardWriter:
             self.commit()
         with self._writing():
             if self._shard is None:
-                self._shard = _OpenShard(self.folder / f"shard-{len(self.index['shards']):06d}.tar")
+                self._shard = TarShard(self.folder / f"shard-{len(self.index['shards']):06d}.tar")
+                self._sums = {"clips": 0, "images": 0, "seconds": 0.0, "captioned": 0}
             self._shard.add(key, suffix, data, record)
+        self._sums["clips"] += 1
+        self._sums["images"] += record["kind"] == "image"
+        self._sums["seconds"] += record["duration"]
+        self._sums["captioned"] += bool(record["caption"])
 
     def note(self, line: dict[str, Any]) -> None:
         """What became of a source (`source`, `number`, `done`, `reason`, ...); it counts from the next commit on.
@@ -119,9 +118,8 @@ class ShardWriter:
         index = dict(self.index)
         with self._writing():
             if self._shard is not None:
-                entry, sums = self._shard.close()
-                index["shards"] = [*index["shards"], entry]
-                for name, value in sums.items():
+                index["shards"] = [*index["shards"], self._shard.close()]
+                for name, value in self._sums.items():
                     index[name] = round(index[name] + value, 6)
                 self._shard = None
             index["sources"] = {"file": _JOURNAL, "bytes": self._append(lines)}
@@ -202,52 +200,3 @@ class ShardWriter:
             yield
         except OSError as error:
             raise DataError(f"{error.filename or self.folder}: cannot be written ({error.strerror})") from error
-
-
-class _OpenShard:
-    """One tar under its temporary name, with the lines of its listing."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: list[bytes] = []
-        self.media_bytes = 0
-        self._sums: dict[str, float] = {"clips": 0, "images": 0, "seconds": 0.0, "captioned": 0}
-        self._file = open(path.with_name(f".{path.name}.part"), "wb")  # noqa: SIM115
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-
-    def add(self, key: str, suffix: str, data: bytes, record: Mapping[str, Any]) -> None:
-        member = f"{key}.{suffix}"
-        self._member(f"{key}.json", to_json(record))
-        offset = self._member(member, data)
-        place = {"key": key, "member": member, "offset": offset, "size": len(data)}
-        self.lines.append(to_json({**record, **place}))
-        self.media_bytes += len(data)
-        self._sums["clips"] += 1
-        self._sums["images"] += record["kind"] == "image"
-        self._sums["seconds"] += record["duration"]
-        self._sums["captioned"] += bool(record["caption"])
-
-    def _member(self, name: str, data: bytes) -> int:
-        """Writes one member with a header that is the same in every run; the offset of its data."""
-        header = tarfile.TarInfo(name)  # mtime, uid and gid are 0, the owner is nobody
-        header.size = len(data)
-        offset = self._file.tell() + tarfile.BLOCKSIZE
-        self._tar.addfile(header, io.BytesIO(data))
-        return offset
-
-    def close(self) -> tuple[dict[str, Any], dict[str, float]]:
-        """Gives tar and listing their names; the shard's entry in the index, and its sums."""
-        self._tar.close()
-        sync(self._file)
-        self._file.close()
-        part = Path(self._file.name)
-        with open(part, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        entry = {"file": self.path.name, "clips": len(self.lines), "bytes": part.stat().st_size, "sha256": sha256}
-        write_whole(self.path.with_suffix(".jsonl"), b"".join(line + b"\n" for line in self.lines))
-        os.replace(part, self.path)
-        return entry, self._sums
-
-    def discard(self) -> None:
-        self._file.close()
-        Path(self._file.name).unlink(missing_ok=True)

@@ -22,7 +22,8 @@ from torch import Tensor
 from osp.data.captions import Caption, Captions, read_captions
 from osp.data.clips import Clip, Examined, examine, extract
 from osp.data.folder import media_files
-from osp.data.shard_writer import ShardWriter, to_json
+from osp.data.shard_writer import ShardWriter
+from osp.data.tar_shard import to_json
 from osp.data.video import VideoInfo, encode_video, probe
 from osp.data.workers import Crashed, Workers, default_workers
 from osp.errors import DataError, UsageError

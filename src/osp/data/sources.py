@@ -5,6 +5,7 @@
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -225,10 +226,12 @@ class JoinedClips:
                 raise UsageError("joined clips: these features were made by different encoders")
 
     def __getattr__(self, name: str) -> Any:
-        # What only some sources have: `buckets`, `collate`, `identity`.
+        # What only some sources have: `buckets`, `dropped`, `collate`, `identity`.
         if name in ("sources", "_starts") or name.startswith("__"):  # a copy that is still empty
             raise AttributeError(name)
         first = getattr(self.sources[0], name)
+        if name == "dropped":
+            return sum((Counter(getattr(source, name)) for source in self.sources), Counter())
         return self._join_buckets if name == "buckets" else first
 
     def __len__(self) -> int:

@@ -1,0 +1,86 @@
+"""One shard that is being written: a WebDataset tar under its temporary name, with the lines of its listing."""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from osp.data.files import sync, write_whole
+from osp.errors import UsageError
+
+
+def to_json(value: object) -> bytes:
+    """UTF-8 JSON on one line; what is not UTF-8 in a file name is escaped, and read back as it was."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+class TarShard:
+    """A tar that gets its name when it is complete; the same input gives the same bytes.
+
+    Raises:
+        UsageError: another process is writing this shard, or has just written it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[bytes] = []
+        self.media_bytes = 0
+        part = path.with_name(f".{path.name}.part")
+        self._file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # It may have been renamed since it was opened: then these are the bytes of a complete shard.
+            if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(part)):
+                raise FileNotFoundError
+        except (BlockingIOError, FileNotFoundError) as error:
+            self._file.close()
+            raise UsageError(f"{path}: another process is writing this shard; wait for it or stop it") from error
+        self._file.truncate()
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def add(self, key: str, suffix: str, data: bytes, record: Mapping[str, Any]) -> None:
+        """Appends one sample: KEY.json, then KEY.SUFFIX with the media bytes."""
+        member = f"{key}.{suffix}"
+        self._member(f"{key}.json", to_json(record))
+        offset = self._member(member, data)
+        place = {"key": key, "member": member, "offset": offset, "size": len(data)}
+        self.lines.append(to_json({**record, **place}))
+        self.media_bytes += len(data)
+
+    def _member(self, name: str, data: bytes) -> int:
+        """Writes one member with a header that is the same in every run; the offset of its data."""
+        header = tarfile.TarInfo(name)  # mtime, uid and gid are 0, the owner is nobody
+        header.size = len(data)
+        offset = self._file.tell() + tarfile.BLOCKSIZE
+        self._tar.addfile(header, io.BytesIO(data))
+        return offset
+
+    def close(self, skipped: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """Gives the listing and then the tar their names; the shard's entry in an index.
+
+        With `skipped` the listing begins with a line that is this entry and what was left out.
+        """
+        self._tar.close()
+        sync(self._file)
+        part = self.path.with_name(f".{self.path.name}.part")
+        with open(part, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        entry = {"file": self.path.name, "clips": len(self.lines), "bytes": part.stat().st_size, "sha256": sha256}
+        head = [] if skipped is None else [to_json({**entry, "skipped": list(skipped)})]
+        write_whole(self.path.with_suffix(".jsonl"), b"".join(line + b"\n" for line in [*head, *self.lines]))
+        os.replace(part, self.path)
+        self._file.close()
+        return entry
+
+    def discard(self) -> None:
+        """Leaves nothing of it, unless it is complete."""
+        if self._file.closed:
+            return
+        part = self.path.with_name(f".{self.path.name}.part")
+        part.unlink(missing_ok=True)  # before it is unlocked: afterwards it may be another process's
+        self._file.close()
