@@ -97,14 +97,54 @@ def test_masks_of_ones_are_no_masks_and_text_is_cut(kind: type[Denoiser]) -> Non
     assert lengths == [5]
 
 
+@KINDS
 @torch.no_grad()
-def test_an_empty_prompt_beside_another_gets_all_of_its_text() -> None:
-    """As published: a prompt that is masked whole is attended to as if it were not."""
-    model = make(CrossTransformer).double()
+def test_an_empty_prompt_beside_another(kind: type[Denoiser]) -> None:
+    """As published: where text is attended to by itself, a prompt masked whole counts as wholly real."""
+    model = make(kind).double()
     inputs = {key: value.double() for key, value in given(model).items()}
     both = model(**inputs, text_mask=torch.tensor([[0] * 5, [1, 1, 0, 0, 0]]))
-    alone = model(**{key: value[:1] for key, value in inputs.items()})
-    torch.testing.assert_close(both[:1], alone, rtol=0, atol=1e-9)
+    first = {key: value[:1] for key, value in inputs.items()}
+    same = {} if kind is CrossTransformer else {"text_mask": torch.zeros(1, 5)}
+    torch.testing.assert_close(both[:1], model(**first, **same), rtol=0, atol=1e-9)
+    other = {"text_mask": torch.zeros(1, 5)} if kind is CrossTransformer else {"text_mask": torch.ones(1, 5)}
+    assert torch.allclose(model(**first, **other), both[:1]) == (kind is CrossTransformer)
+
+
+@KINDS
+@torch.no_grad()
+def test_a_patch_that_is_partly_real_is_real(kind: type[Denoiser]) -> None:
+    model = make(kind)
+    inputs, part = given(model), torch.ones(2, 3, 6, 10)
+    part[:, :, ::2, 1::2] = 0
+    assert torch.equal(model(**inputs, video_mask=part), model(**inputs))
+
+
+@torch.no_grad()
+def test_precise_parts_stay_precise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision v1.5 norms, modulates, gates and rotates in float32; v1.3 does not."""
+    for kind, expected in ((JointTransformer, torch.float32), (CrossTransformer, torch.bfloat16)):
+        seen: dict[str, set[torch.dtype]] = {"norm": set(), "gate": set(), "rotary": set()}
+        real_norm, real_gate = torch.nn.functional.layer_norm, torch.addcmul
+
+        def norm(x: Tensor, *rest: Any, **more: Any) -> Tensor:
+            seen["norm"].add(x.dtype)  # noqa: B023
+            return real_norm(x, *rest, **more)  # noqa: B023
+
+        def gate(x: Tensor, *rest: Any) -> Tensor:
+            seen["gate"].add(x.dtype)  # noqa: B023
+            return real_gate(x, *rest)  # noqa: B023
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.nn.functional, "layer_norm", norm)
+            patched.setattr(torch, "addcmul", gate)
+            model = make(kind).bfloat16()
+            hook = model.blocks[0].register_forward_pre_hook(
+                lambda _, args: seen["rotary"].add(next(a for a in args if isinstance(a, tuple))[0].dtype)  # noqa: B023
+            )
+            model(**given(model))
+            hook.remove()
+        assert seen == {name: {expected} for name in seen}
 
 
 @KINDS
@@ -165,9 +205,17 @@ def test_half_precision_keeps_close(kind: type[Denoiser]) -> None:
 
 @KINDS
 @torch.no_grad()
-def test_a_new_model_predicts_zero(kind: type[Denoiser]) -> None:
+def test_a_new_model_predicts_zero_and_listens_to_no_text(kind: type[Denoiser]) -> None:
     model = kind(stages=SPARSE, **(CROSS if kind is CrossTransformer else JOINT))
-    assert not model(**given(model)).any()
+    inputs = given(model)
+    assert not model(**inputs).any()
+    nn.init.normal_(model.out.weight)
+    torch.testing.assert_close(model(**inputs), model(**(inputs | {"text": torch.randn(2, 5, 10)})))
+    if kind is JointTransformer:  # its blocks pass on what they get
+        out = model(**inputs)
+        for block in model.blocks:
+            nn.init.normal_(block.video.qkv.weight)
+        assert torch.equal(model(**inputs), out)
 
 
 DENSE = [Stage(4)]
@@ -187,6 +235,30 @@ def test_dense_to_sparse_starts_where_dense_was() -> None:
     assert torch.equal(back(**inputs), dense(**inputs))
 
 
+def test_what_a_restaged_model_keeps_of_the_other() -> None:
+    model = make(JointTransformer).bfloat16().requires_grad_(False).eval()
+    model.checkpoint_every = 1
+    other = restage(model, DENSE, long_skips=False)
+    assert not any(value.requires_grad for value in (*other.parameters(), *model.parameters()))
+    assert other.checkpoint_every == 1
+    assert not other.training
+    back = restage(other, SPARSE, long_skips=True)
+    assert {value.dtype for value in back.parameters()} == {torch.bfloat16}
+    assert {name.split(".")[0] for name, value in back.named_parameters() if value.requires_grad} == {
+        "video_skips",
+        "text_skips",
+    }
+
+
+@torch.no_grad()
+def test_long_skips_stay_where_they_lead_from_and_to() -> None:
+    five = make(JointTransformer, [Stage(1)] * 5)
+    inputs = given(five)
+    assert torch.equal(restage(five, [Stage(1, "skiparse", 1)] * 5)(**inputs), five(**inputs))
+    three = restage(five, [Stage(2), Stage(1), Stage(2)])
+    assert torch.equal(three.video_skips[0].linear.weight, torch.eye(32, 64))
+
+
 @torch.no_grad()
 def test_a_model_gets_conditions_without_changing() -> None:
     model = make(CrossTransformer)
@@ -201,6 +273,7 @@ def test_a_model_gets_conditions_without_changing() -> None:
     [
         ({"stages": [Stage(3)]}, "stages have 3 blocks, but the model has 4"),
         ({"heads": 4}, "would change out_table"),
+        ({"foo": 1}, "has no setting foo; it has channels"),
     ],
 )
 def test_only_the_schedule_may_change(change: dict, message: str) -> None:
@@ -216,6 +289,8 @@ WRONG: list[tuple[str, Callable[[dict], Any], str]] = [
     ("latent", lambda i: i["latent"][:, :, :, :-1], r"latent height 5 is no multiple of the patch size 2"),
     ("latent", lambda i: i["latent"][:, :2], r"latent of shape 2 2 3 6 10 does not fit; it must be B 4 T H W"),
     ("latent", lambda i: i["latent"][0], r"latent of shape 4 3 6 10 does not fit"),
+    ("latent", lambda i: i["latent"][:, :, :0], r"latent of shape 2 4 0 6 10 does not fit"),
+    ("latent", lambda i: i["latent"].long(), r"latent is of torch.int64; it must be of floating point"),
     ("time", lambda i: i["time"][:1], r"time of shape 1 does not fit; it must be 2"),
     ("text_mask", lambda _: torch.ones(2, 4), r"text_mask of shape 2 4 does not fit; it must be 2 5"),
     ("video_mask", lambda _: torch.ones(2, 3, 3, 5), r"video_mask of shape 2 3 3 5 does not fit; it must be 2 3 6 10"),
@@ -260,7 +335,55 @@ def test_impossible_stages_are_refused(stages: list, message: str) -> None:
         make(CrossTransformer, stages)
 
 
-@pytest.mark.parametrize(("kind", "head_dim"), [(CrossTransformer, 10), (JointTransformer, 24), (CrossTransformer, 0)])
+@KINDS
+@pytest.mark.parametrize("name", ["text_mask", "video_mask"])
+@pytest.mark.parametrize("value", [float("nan"), -1e4, 0.5])
+def test_other_masks_than_of_ones_and_zeros_are_refused(kind: type[Denoiser], name: str, value: float) -> None:
+    model = make(kind)
+    mask = torch.zeros((2, 5) if name == "text_mask" else (2, 3, 6, 10))
+    mask[0, 0] = value
+    with pytest.raises(UsageError, match=f"{name} has values other than 1 .* and 0"):
+        model(**given(model), **{name: mask})
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("heads", 0, "heads=0 makes no sense"),
+        ("heads", 2.5, "heads=2.5 makes no sense"),
+        ("patch_size", -2, "patch_size=-2 makes no sense"),
+        ("channels", True, "channels=True makes no sense"),
+        ("text_channels", None, "text_channels=None makes no sense"),
+        ("foo", 1, "has no setting foo; it has channels"),
+        ("stages", 3, "stages=3 makes no sense; give a list"),
+        ("stages", "dense", "stages=dense makes no sense; give a list"),
+        ("stages", [[1, 2]], r"stages: .* is none; give blocks=N"),
+    ],
+)
+def test_impossible_settings_are_refused(kind: type[Denoiser], name: str, value: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        kind(**((CROSS if kind is CrossTransformer else JOINT) | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (CrossTransformer, "position_scale", [1, 1]),
+        (CrossTransformer, "position_scale", [0, 1, 1]),
+        (CrossTransformer, "position_scale", 2),
+        (CrossTransformer, "condition_channels", [-1]),
+        (CrossTransformer, "condition_channels", 3),
+        (JointTransformer, "condition_channels", 7),
+        (JointTransformer, "long_skips", "no"),
+    ],
+)
+def test_impossible_settings_of_one_are_refused(kind: type[Denoiser], name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"{name}=.*(makes no sense|must be even)"):
+        kind(**((CROSS if kind is CrossTransformer else JOINT) | {name: value}))
+
+
+@pytest.mark.parametrize(("kind", "head_dim"), [(CrossTransformer, 10), (JointTransformer, 24)])
 def test_heads_that_cannot_be_rotated_are_refused(kind: type[Denoiser], head_dim: int) -> None:
     with pytest.raises(UsageError, match=f"head_dim={head_dim}"):
         make(kind, head_dim=head_dim)

@@ -68,8 +68,17 @@ def test_a_denoiser_in_our_own_form(joint: Case, tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("opensora_v13", {"norm_eps": 1e-5}, "norm_eps=1e-05 is of no published denoiser of v1.3; all have 1e-06"),
+    (
+        "opensora_v13",
+        {"norm_eps": 1e-5},
+        "norm_eps=1e-05 is of no published text-to-video denoiser of v1.3; all have 1e-06",
+    ),
     ("opensora_v13", {"cross_attention_dim": 5}, "cross_attention_dim=5 must be heads x head_dim, 2304"),
+    ("opensora_v13", {"vae_scale_factor_t": 4}, "has no setting vae_scale_factor_t; .*is kind=... the right one"),
+    ("opensora_v13", {"num_layers": "32"}, "num_layers='32' makes no sense"),
+    ("opensora_v13", {"interpolation_scale_t": 0}, "position_scale=.* makes no sense"),
+    ("opensora_v13", {"patch_size": 0}, "patch_size=0 makes no sense"),
+    ("ummdit_v15", {"num_layers": 3}, "num_layers=3 makes no sense; give a list"),
     ("opensora_v13", {"blocks": 3}, "has no setting blocks; it has"),
     ("ummdit_v15", {"sparse_n": [1, 2]}, "must be as long as each other"),
     ("ummdit_v15", {"sparse_n": [1, 2, 4, 8, 4, 2, 0]}, "k=0 makes no sense"),

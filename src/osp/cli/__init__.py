@@ -17,8 +17,8 @@ VERBS = {
     "train": "train what an experiment composes",
     "eval": "encode and decode videos with a VAE and measure what comes back",
     "bench": "measure speed and memory of a part, as one table and one plot",
-    "import-weights": "turn published VAE weights into a folder of ours",
-    "export-weights": "turn a VAE of ours into a folder for the published code",
+    "import-weights": "turn published weights into a folder of ours",
+    "export-weights": "turn a model of ours into a folder for the published code",
 }
 
 
@@ -107,7 +107,11 @@ def _user_error(error: BaseException) -> OspError | None:
 
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
-    shown = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "See https"))]
+    # A setting that is not there would have no effect if it were appended.
+    hidden = ("full_key:", "object_type=", "See https", "To append to your")
+    shown = [line.rstrip(".") for line in lines if line and not line.startswith(hidden)]
+    if shown and shown[0].startswith("Could not override"):
+        shown.append("--help lists the settings; those of `osp bench` depend on target=...")
     return "; ".join(shown).replace(":;", ":")
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -26,9 +26,11 @@ from osp.cli.bench_settings import (
     weights_dtype,
     whole_number,
 )
-from osp.denoiser import Denoiser, Stage
+from osp.denoiser import Denoiser, Stage, restage
 from osp.denoiser.flops import denoiser_flops
 from osp.errors import UsageError
+from osp.weights.pretrained import open_pretrained
+from osp.weights.published import open_published
 
 _PASSES = ("forward", "train")
 _SCHEDULES = ("sparse", "dense")
@@ -97,8 +99,7 @@ class DenoiserCase:
         model.checkpoint_every = self.checkpoint_every
         if self.compiled:
             start_compiler()
-            for block in model.blocks:
-                block.compile()
+            model.compile_blocks()
         return model
 
     def inputs(self, model: Denoiser) -> dict[str, Tensor]:
@@ -137,7 +138,7 @@ def cases(cfg: DictConfig) -> tuple[list[DenoiserCase], str]:
     precisions, compiled = choices(cfg, "precision", tuple(PRECISIONS)), choices(cfg, "compile", (False, True))
     checkpointed = [whole_number("checkpoint_every", value, least=0) for value in listed(cfg, "checkpoint_every")]
     config = configuration(cfg, "denoiser")
-    model = _build(config, torch.device("meta"), torch.float32)
+    model = _shape(config)
     models = {schedule: _scheduled(model, schedule) for schedule in schedules}
     if "sparse" in schedules and model.schedule == _scheduled(model, "dense").schedule:
         if schedules == ["sparse"]:
@@ -163,14 +164,31 @@ def _load(config: str, device: torch.device, dtype: torch.dtype) -> Denoiser:
     return _build(config, device, dtype)
 
 
+def _shape(config: str) -> Denoiser:
+    """A denoiser without memory, to count what it has."""
+    settings = json.loads(config)
+    if settings["_target_"] == "osp.weights.load_pretrained":
+        return _checked(open_pretrained(settings["path"])[0])
+    if settings["_target_"] == "osp.weights.load_published":
+        return _checked(open_published(settings["kind"], settings["source"], settings["config"]).model)
+    return _build(config, torch.device("meta"), torch.float32)
+
+
 def _build(config: str, device: torch.device, dtype: torch.dtype) -> Denoiser:
     """A denoiser; with random weights it is made where and as it will run, never in float32 first."""
     settings = json.loads(config)
-    with nullcontext() if origin(settings) else _made_in(device, dtype):
-        model = instantiate(settings)
+    if origin(settings):
+        model = instantiate(settings | {"dtype": str(dtype).removeprefix("torch.")})
+    else:
+        with _made_in(device, dtype):
+            model = instantiate(settings)
+    return _checked(model).to(device, dtype)
+
+
+def _checked(model: Any) -> Denoiser:
     if not isinstance(model, Denoiser):
         raise UsageError(f"denoiser is a {type(model).__name__}, which is none; give weights of a denoiser")
-    return model.to(device, dtype)
+    return model
 
 
 @contextmanager
@@ -186,11 +204,7 @@ def _made_in(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 def _scheduled(model: Denoiser, schedule: str) -> Denoiser:
     """Another module with the same weights, whose blocks attend as they did, or densely."""
-    stages = [Stage(stage.blocks) for stage in model.stages] if schedule == "dense" else model.stages
-    with torch.device("meta"):
-        other = type(model)(**(model.settings | {"stages": stages}))
-    other.load_state_dict(model.state_dict(), assign=True)
-    return other
+    return restage(model, [Stage(stage.blocks) for stage in model.stages] if schedule == "dense" else None)
 
 
 DENOISER = Target(

@@ -158,7 +158,13 @@ def draw(output: Path, results: Mapping[str, Any], target: Target) -> None:
 
 def _label(row: Mapping[str, Any], keys: Iterable[str]) -> str:
     """A row's values as a legend says them; what a row does not have, or is not, is left out."""
-    return " ".join(_heading(key) if row[key] is True else str(row[key]) for key in keys if row[key])
+    return " ".join(_named(key, row[key]) for key in keys if row[key])
+
+
+def _named(key: str, value: Any) -> str:
+    if value is True:
+        return _heading(key)
+    return f"{value} {_heading(key)}" if isinstance(value, int) else str(value)
 
 
 def _labels(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:

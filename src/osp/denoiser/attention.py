@@ -14,17 +14,24 @@ QKV = tuple[Tensor, Tensor, Tensor]
 class GroupAttention:
     """The attention of one pattern over one batch: what all blocks with this pattern have in common.
 
-    `masks` are those of the video (`B N`) and, in joint attention, of the text (`B L`); True or 1 where a token is
-    real, None where all are. Padding that a pattern adds is left out of the groups that have it, not masked.
+    `text` is the length of the text that takes part, 0 where attention is among video tokens only. The masks, of the
+    video (`B N`) and of the text (`B L`), are True where a token is real, None where all are. Padding that a pattern
+    adds is left out of the groups that have it, not masked.
     """
 
     def __init__(
-        self, pattern: Pattern, grid: Grid, batch: int, device: torch.device, *masks: Tensor | None, text: int = 0
+        self,
+        pattern: Pattern,
+        grid: Grid,
+        batch: int,
+        device: torch.device,
+        video_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        text: int = 0,
     ) -> None:
         self.pattern, self.grid = pattern, grid
         self.places = pattern.split(grid).shape[1]
         self.runs = pattern.runs(grid)
-        video_mask, text_mask = masks
         video_mask = None if video_mask is None else pattern.arrange(video_mask, grid)
         self.key_padding: list[Tensor | None] = []
         self.alive: list[Tensor | None] = []
@@ -33,8 +40,7 @@ class GroupAttention:
             real = None if run.real is None else run.real.to(device).expand(*shape, -1)
             alive = None
             if video_mask is not None:
-                kept = video_mask[:, run.start : run.stop, : run.length]
-                real = kept if real is None else kept & real
+                real = video_mask[:, run.start : run.stop, : run.length]  # False where the pattern filled up
                 if run.length < self.places and not text:
                     # A group that was filled up and holds no real token attends to zeros in the published models.
                     alive = real.any(dim=2)[:, :, None, None, None]

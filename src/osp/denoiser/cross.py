@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from osp.denoiser.attention import GroupAttention
-from osp.denoiser.denoiser import Denoiser, check_heads, trim_text
+from osp.denoiser.denoiser import Denoiser, check_heads, make_config, trim_text
 from osp.denoiser.layers import MLP, FeedForward, PatchEmbedding, initialise, modulated_norm, sinusoid
 from osp.denoiser.rotary import rotary_tables, rotate
-from osp.denoiser.schedule import Stage, make_stages
+from osp.denoiser.schedule import Stage
 from osp.devices import attention
 
 _TIME_CHANNELS = 256
@@ -56,17 +56,8 @@ class CrossTransformer(Denoiser):
 
     config: CrossTransformerConfig
 
-    def __init__(
-        self,
-        stages: Sequence[Stage | Mapping[str, Any]] = CrossTransformerConfig.stages,
-        condition_channels: Sequence[int] = (),
-        position_scale: Sequence[float] = CrossTransformerConfig.position_scale,
-        **settings: Any,
-    ) -> None:
-        scale = tuple(float(value) for value in position_scale)
-        c = CrossTransformerConfig(
-            stages=make_stages(stages), condition_channels=tuple(condition_channels), position_scale=scale, **settings
-        )
+    def __init__(self, stages: Sequence[Stage | Mapping[str, Any]] | None = None, **settings: Any) -> None:
+        c = make_config(CrossTransformerConfig, settings if stages is None else settings | {"stages": stages})
         check_heads(c.heads, c.head_dim, c.rotary_parts)
         super().__init__(c, c.channels + sum(c.condition_channels), c.text_channels)
         self.patch = PatchEmbedding(c.channels, c.width, c.patch_size)
@@ -81,7 +72,12 @@ class CrossTransformer(Denoiser):
         self.out = nn.Linear(c.width, c.patch_size**2 * c.out_channels)
         # A new model predicts zero, and its text begins without a say, as in PixArt-alpha.
         initialise(self, "text_out", "out")
-        self.start_neutral(self.condition_patches)
+        for part in self.neutral_parts():
+            part.reset_parameters()
+
+    def neutral_parts(self) -> list[Any]:
+        """The embeddings of conditions."""
+        return list(self.condition_patches)
 
     def forward(
         self,
@@ -99,8 +95,8 @@ class CrossTransformer(Denoiser):
         """
         c = self.config
         grid = self.check(latent, time, text, text_mask, None, video_mask)
-        text, text_mask = trim_text(text, text_mask, alone=True)
-        attentions = self.attentions(grid, len(latent), latent.device, self.token_mask(video_mask), None)
+        text, text_mask = trim_text(text, text_mask, empty_is_all=True)
+        attentions = self.attentions(grid, len(latent), latent.device, self.token_mask(video_mask))
 
         dtype = self.out.weight.dtype
         noisy, *conditions = latent.to(dtype).split([c.channels, *c.condition_channels], dim=1)

@@ -1,8 +1,8 @@
 """What the two transformers share: their inputs, checked, and the way through their blocks."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from osp.denoiser.attention import GroupAttention
 from osp.denoiser.grid import Grid
 from osp.denoiser.layers import PatchEmbedding
 from osp.denoiser.patterns import Pattern
-from osp.denoiser.schedule import Stage
+from osp.denoiser.schedule import Stage, make_stages
 from osp.errors import UsageError
+
+Config = TypeVar("Config")
 
 
 class Denoiser(nn.Module):
@@ -37,13 +39,10 @@ class Denoiser(nn.Module):
         self.stages: tuple[Stage, ...] = config.stages
         self.schedule: list[Pattern] = [pattern for stage in self.stages for pattern in stage.patterns]
         self.checkpoint_every = 0
-        self.neutral: list[Any] = []
 
-    def start_neutral(self, *parts: nn.ModuleList) -> None:
-        """Start the modules in these so that they change nothing; `restage` may add them to a trained model."""
-        self.neutral = [module for part in parts for module in part]
-        for module in self.neutral:
-            module.reset_parameters()
+    def neutral_parts(self) -> list[Any]:
+        """The modules that start without effect, so that `restage` may add them to a trained model."""
+        return []
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -61,8 +60,10 @@ class Denoiser(nn.Module):
         video_mask: Tensor | None,
     ) -> Grid:
         """The grid of tokens. Raises UsageError naming the input that does not fit, before anything is computed."""
-        if latent.ndim != 5 or latent.shape[1] != self.latent_channels:
+        if latent.ndim != 5 or latent.shape[1] != self.latent_channels or not latent.numel():
             raise UsageError(f"latent {_shape(latent)} does not fit; it must be B {self.latent_channels} T H W")
+        if not latent.is_floating_point():
+            raise UsageError(f"latent is of {latent.dtype}; it must be of floating point")
         batch, _, frames, height, width = latent.shape
         for name, side in (("height", height), ("width", width)):
             if side % self.patch_size:
@@ -85,7 +86,7 @@ class Denoiser(nn.Module):
         """`B T H W` -> `B N`: a token is real if any part of its patch is; None if all are."""
         if video_mask is None:
             return None
-        mask = video_mask.bool()
+        mask = as_bool("video_mask", video_mask)
         if bool(mask.all()):
             return None
         patches = mask.unflatten(3, (-1, self.patch_size)).unflatten(2, (-1, self.patch_size))
@@ -93,21 +94,32 @@ class Denoiser(nn.Module):
 
     @torch.compiler.disable  # it looks into the masks; the blocks themselves compile as a whole
     def attentions(
-        self, grid: Grid, batch: int, device: torch.device, *masks: Tensor | None, text: int = 0
+        self,
+        grid: Grid,
+        batch: int,
+        device: torch.device,
+        video_mask: Tensor | None,
+        text_mask: Tensor | None = None,
+        text: int = 0,
     ) -> dict[Pattern, GroupAttention]:
-        """The attention of each pattern of the schedule."""
+        """The attention of each pattern of the schedule, where `text` is the length of the text in it."""
         return {
-            pattern: GroupAttention(pattern, grid, batch, device, *masks, text=text)
+            pattern: GroupAttention(pattern, grid, batch, device, video_mask, text_mask, text)
             for pattern in dict.fromkeys(self.schedule)
         }
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile each block in place, with the options of torch.compile; blocks with the same pattern share it."""
-        # One program for each pattern, one for the last block, and as many again for a few more grids.
-        wanted = 4 * (len(set(self.schedule)) + 1)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, wanted)
+        """Compile each block in place, with the options of torch.compile.
+
+        There is one program for each pattern and size of input; blocks share them. Beyond 64 sizes torch warns, and
+        runs blocks of further ones as they are.
+        """
+        # Sizes as variables gain nothing: the groups of another grid are another program.
+        config, programs = torch._dynamo.config, 64 * (len(set(self.schedule)) + 1)
+        config.recompile_limit = max(config.recompile_limit, programs)
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, programs)
         for block in self.blocks:
-            block.compile(**options)
+            block.compile(**{"dynamic": False} | options)
 
     def run_block(self, index: int, *inputs: Any) -> Any:
         """One block, which is computed again for the backward pass if `checkpoint_every` says so."""
@@ -122,25 +134,67 @@ class Denoiser(nn.Module):
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
 
-def trim_text(text: Tensor, mask: Tensor | None, alone: bool) -> tuple[Tensor, Tensor | None]:
+def trim_text(text: Tensor, mask: Tensor | None, empty_is_all: bool) -> tuple[Tensor, Tensor | None]:
     """Text `B L D` cut to the longest real prompt, and its mask, or None if nothing is left to mask.
 
-    `alone` says that the text is attended to by itself; then a prompt without a real token counts as wholly real, as
-    in the published models.
+    With `empty_is_all` a prompt without a real token counts as wholly real: so do the published models where text is
+    attended to by itself, and such a prompt would leave nothing to attend to.
     """
     if mask is None:
         return text, None
-    mask = mask.bool()
-    if alone:
+    mask = as_bool("text_mask", mask)
+    if empty_is_all:
         mask = mask | ~mask.any(dim=1, keepdim=True)
-    length = max(1, int(mask.any(dim=0).nonzero().amax()) + 1 if bool(mask.any()) else 1)
+    used = mask.any(dim=0).tolist()  # the one time that the host waits for the mask
+    length = max([i + 1 for i, real in enumerate(used) if real], default=1)
     text, mask = text[:, :length], mask[:, :length]
     return text, None if bool(mask.all()) else mask
 
 
+def as_bool(name: str, mask: Tensor) -> Tensor:
+    """A mask of 1 and 0. Raises UsageError for other values, such as those of an additive mask."""
+    if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+        raise UsageError(f"{name} has values other than 1 (there is something) and 0 (padding)")
+    return mask.bool()
+
+
+def make_config(kind: type[Config], settings: Mapping[str, Any]) -> Config:
+    """The configuration of these settings. Raises UsageError naming one that is unknown or makes no sense."""
+    known = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := [key for key in settings if key not in known]:
+        raise UsageError(f"{kind.__name__} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+    made = {}
+    for key, given in settings.items():
+        value = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else given
+        made[key] = value
+        if key == "stages":
+            made[key] = make_stages(value)
+        elif key == "position_scale":
+            if (
+                not isinstance(value, tuple)
+                or len(value) != 3
+                or not all(_is(float, part) and part > 0 for part in value)
+            ):
+                raise UsageError(f"{key}={value} makes no sense; give three numbers above 0: frames, rows, columns")
+            made[key] = tuple(map(float, value))
+        elif isinstance(known[key], tuple):
+            if not isinstance(value, tuple) or not all(_is(int, part) and part > 0 for part in value):
+                raise UsageError(f"{key}={value} makes no sense; give a list of whole numbers from 1")
+        elif isinstance(known[key], bool):
+            if not isinstance(value, bool):
+                raise UsageError(f"{key}={value} makes no sense; choose true or false")
+        elif not _is(int, value) or value < 1:  # type: ignore[operator]
+            raise UsageError(f"{key}={value} makes no sense; it must be a whole number from 1")
+    return kind(**made)
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, int | kind) and not isinstance(value, bool)
+
+
 def check_heads(heads: int, head_dim: int, parts: Sequence[int]) -> None:
     """Raise UsageError for heads that cannot be rotated."""
-    if heads < 1 or sum(parts) != head_dim or any(part % 2 or part < 2 for part in parts):
+    if sum(parts) != head_dim or any(part % 2 or part < 2 for part in parts):
         raise UsageError(
             f"head_dim={head_dim} (heads={heads}) cannot be split into even parts for each axis of the grid"
         )

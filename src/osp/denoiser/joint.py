@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osp.denoiser.attention import QKV, GroupAttention
-from osp.denoiser.denoiser import Denoiser, check_heads, trim_text
+from osp.denoiser.denoiser import Denoiser, check_heads, make_config, trim_text
 from osp.denoiser.layers import MLP, NORM_EPS, FeedForward, PatchEmbedding, initialise, modulated_norm, sinusoid
 from osp.denoiser.rotary import rotary_tables, rotate
-from osp.denoiser.schedule import Stage, make_stages
+from osp.denoiser.schedule import Stage
+from osp.errors import UsageError
 
 _U = ((2, 1), (4, 2), (6, 4), (8, 8), (6, 4), (4, 2), (2, 1))
 
@@ -56,10 +57,10 @@ class JointTransformer(Denoiser):
 
     config: JointTransformerConfig
 
-    def __init__(
-        self, stages: Sequence[Stage | Mapping[str, Any]] = JointTransformerConfig.stages, **settings: Any
-    ) -> None:
-        c = JointTransformerConfig(stages=make_stages(stages), **settings)
+    def __init__(self, stages: Sequence[Stage | Mapping[str, Any]] | None = None, **settings: Any) -> None:
+        c = make_config(JointTransformerConfig, settings if stages is None else settings | {"stages": stages})
+        if c.condition_channels % 2:
+            raise UsageError(f"condition_channels={c.condition_channels} must be even")
         check_heads(c.heads, c.head_dim, c.rotary_parts)
         super().__init__(c, c.channels, c.text_channels, c.pooled_channels)
         self.patch = PatchEmbedding(c.channels, c.width, c.patch_size)
@@ -77,7 +78,12 @@ class JointTransformer(Denoiser):
         self.out = nn.Linear(c.width, c.patch_size**2 * c.out_channels)
         # A new model predicts zero, and its blocks pass on what they are given (adaLN-Zero, arXiv:2212.09748).
         initialise(self, "out", "out_modulation", "attention_modulation", "feed_forward_modulation")
-        self.start_neutral(self.video_skips, self.text_skips)
+        for part in self.neutral_parts():
+            part.reset_parameters()
+
+    def neutral_parts(self) -> list[Any]:
+        """The long skips."""
+        return [*self.video_skips, *self.text_skips]
 
     def forward(
         self,
@@ -96,15 +102,15 @@ class JointTransformer(Denoiser):
         c = self.config
         grid = self.check(latent, time, text, text_mask, pooled_text, video_mask)
         assert pooled_text is not None
-        text, text_mask = trim_text(text, text_mask, alone=False)
+        text, text_mask = trim_text(text, text_mask, empty_is_all=False)
         masks = self.token_mask(video_mask), text_mask
-        attentions = self.attentions(grid, len(latent), latent.device, *masks, text=text.shape[1])
+        attentions = self.attentions(grid, len(latent), latent.device, *masks, text.shape[1])
 
         dtype = self.out.weight.dtype
         x, text = self.patch(latent.to(dtype)), self.text(text.to(dtype))
         condition = self.time(sinusoid(time, c.condition_channels).to(dtype)) + self.pooled_text(pooled_text.to(dtype))
         condition = F.silu(condition)
-        rotary = rotary_tables(c.rotary_parts, grid, (1.0, 1.0, 1.0), x.device, torch.float32)
+        rotary = rotary_tables(c.rotary_parts, grid, (1.0, 1.0, 1.0), x.device, _precise(x.dtype))
         held: list[tuple[Tensor, Tensor]] = []
         block = 0
         for number, stage in enumerate(c.stages):
@@ -117,7 +123,7 @@ class JointTransformer(Denoiser):
                 block += 1
             if number < len(self.video_skips):
                 held.append((x, text))
-        x = self.norm(x)
+        x = _norm(self.norm, x)
         shift, scale = self.out_modulation(condition).chunk(2, dim=1)
         x = _norm(self.out_norm, x, scale, shift)
         return self.to_latent(self.out(x), grid).to(latent.dtype)
@@ -204,13 +210,22 @@ class JointBlock(nn.Module):
         return x, text
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _norm(norm: nn.LayerNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """norm(x) (1 + scale) + shift, in float32 as published."""
-    scale = 1 + scale.float()
-    out = modulated_norm(x.float(), norm.weight.float() * scale, norm.bias.float() * scale + shift.float())
+    dtype = _precise(x.dtype)
+    if scale is None or shift is None:
+        return F.layer_norm(x.to(dtype), x.shape[-1:], norm.weight.to(dtype), norm.bias.to(dtype), NORM_EPS).to(x.dtype)
+    scale = 1 + scale.to(dtype)
+    out = modulated_norm(x.to(dtype), norm.weight.to(dtype) * scale, norm.bias.to(dtype) * scale + shift.to(dtype))
     return out.to(x.dtype)
 
 
 def _gated(x: Tensor, gate: Tensor, out: Tensor) -> Tensor:
     """x + gate out, in float32 as published."""
-    return torch.addcmul(x.float(), gate.float()[:, None], out.float()).to(x.dtype)
+    dtype = _precise(x.dtype)
+    return torch.addcmul(x.to(dtype), gate.to(dtype)[:, None], out.to(dtype)).to(x.dtype)
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    """float32, or what is more precise."""
+    return torch.promote_types(dtype, torch.float32)

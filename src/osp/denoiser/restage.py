@@ -16,8 +16,9 @@ def restage(model: Model, stages: Sequence[Stage | Mapping[str, Any]] | None = N
     """A denoiser with the weights of `model`, which it shares, and other stages (None: the same).
 
     `settings` may change others that leave the blocks as they are: `long_skips`, `condition_channels`. What is new
-    starts without effect; what has no place any more is dropped. Raises UsageError if the number of blocks or the shape
-    of a weight would change.
+    starts without effect; what has no place any more is dropped. Long skips stay if the stages have as many blocks as
+    before: to make a sparse model dense and keep them, make each of its stages dense. Raises UsageError if the number
+    of blocks or the shape of a weight would change.
     """
     made = model.stages if stages is None else make_stages(stages)
     blocks = sum(stage.blocks for stage in made)
@@ -26,12 +27,19 @@ def restage(model: Model, stages: Sequence[Stage | Mapping[str, Any]] | None = N
     with torch.device("meta"):
         new = type(model)(**(model.settings | settings | {"stages": made}))
     weights, wanted = model.state_dict(keep_vars=True), new.state_dict()
-    for module in new.neutral:
+    # A long skip leads from one stage to another: with other stages it would be another skip.
+    if [stage.blocks for stage in made] != [stage.blocks for stage in model.stages]:
+        weights = {key: value for key, value in weights.items() if "_skips." not in key}
+    for module in new.neutral_parts():
         module.to_empty(device=model.out.weight.device).to(model.out.weight.dtype)
         module.reset_parameters()
     added = {key for key, value in new.state_dict().items() if not value.is_meta}
     for key, value in wanted.items():
-        if key not in added and (key not in weights or weights[key].shape != value.shape):
+        if weights[key].shape != value.shape if key in weights else key not in added:
             raise UsageError(f"{settings} would change {key}; only the schedule, skips and conditions may change")
+    learned = {key: value.requires_grad for key, value in model.named_parameters()}
     new.load_state_dict({key: value for key, value in weights.items() if key in wanted}, strict=False, assign=True)
+    for key, value in new.named_parameters():
+        value.requires_grad_(learned.get(key, True))  # loading sets it, on the tensors that are shared
+    new.checkpoint_every = model.checkpoint_every
     return new.train(model.training)

@@ -11,7 +11,7 @@ from osp.denoiser.grid import Grid
 _BASE = 10000.0
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)  # a pair may take tens of megabytes on the device
 def rotary_tables(
     parts: tuple[int, ...], grid: Grid, scale: tuple[float, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

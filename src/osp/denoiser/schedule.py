@@ -59,12 +59,15 @@ class Stage:
 
 def make_stages(stages: Iterable[Stage | Mapping[str, Any]]) -> tuple[Stage, ...]:
     """Stages of what a configuration says. Raises UsageError for unknown and impossible values."""
-    made = []
-    for stage in stages:
-        try:
-            made.append(stage if isinstance(stage, Stage) else Stage(**{str(key): stage[key] for key in stage}))
-        except TypeError as error:
-            raise UsageError(f"stages: {stage} is none; give blocks=N, pattern=NAME and k=N") from error
+    if isinstance(stages, str) or not isinstance(stages, Iterable):
+        raise UsageError(f"stages={stages} makes no sense; give a list, each of it with blocks=N, pattern=NAME and k=N")
+    made = [stage if isinstance(stage, Stage) else _make_stage(stage) for stage in stages]
     if not made:
         raise UsageError("stages=[] leaves no blocks; give at least one stage")
     return tuple(made)
+
+
+def _make_stage(stage: Mapping[str, Any]) -> Stage:
+    if not isinstance(stage, Mapping) or not {"blocks"} <= set(stage) <= {"blocks", "pattern", "k"}:
+        raise UsageError(f"stages: {stage} is none; give blocks=N, pattern=NAME and k=N")
+    return Stage(**stage)

@@ -1,7 +1,8 @@
 """From our modules to the names, shapes and settings of published checkpoints, and back.
 
-All published VAEs share their layers, so they differ from ours in names only: a 3D convolution is wrapped once more
-(`.conv`), so is a layer norm (`.norm`), and a 2D convolution has no time dimension.
+A tensor of ours is one published tensor, or several in one: the filters of a wavelet, query, key and value. All
+published VAEs share their layers: a 3D convolution is wrapped once more (`.conv`), so is a layer norm (`.norm`), and a
+2D convolution has no time dimension.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -117,10 +118,15 @@ def check_settings(
     """
     for key, value in published.items():
         if key in same_in_all and value != same_in_all[key]:
-            raise UsageError(f"{key}={value!r} is of no published {model}; all have {same_in_all[key]!r}")
+            raise UsageError(
+                f"{key}={value!r} is of no published {model}; all have {same_in_all[key]!r}; is kind=... the right one?"
+            )
     known = {*known, *same_in_all}
     if unknown := [key for key in published if key not in known and not key.startswith("_")]:
-        raise UsageError(f"a published {model} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        raise UsageError(
+            f"a published {model} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}; "
+            "is kind=... the right one?"
+        )
 
 
 def settings_from_published(table: Mapping[str, Setting], published: Mapping[str, Any]) -> dict[str, Any]:

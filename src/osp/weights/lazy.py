@@ -64,9 +64,9 @@ def filled(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A floating-point type, or its name. Raises UsageError for another."""
+    """One of the types that weights are kept in, or its name. Raises UsageError for another."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"dtype={dtype} is not known; choose float32, bfloat16 or float16")
     return found
 
@@ -84,6 +84,8 @@ def unwrapped(loaded: Mapping[str, Any]) -> Weights:
     return Weights({key.removeprefix("module."): stored for key, stored in Weights.of(weights).stored.items()})
 
 
-def holds_tensors(value: Any) -> bool:
-    """Whether a value is a mapping with tensors, or with mappings that may have some."""
-    return isinstance(value, Mapping) and any(isinstance(inner, Tensor | Mapping) for inner in value.values())
+def holds_tensors(value: Any, depth: int = len(_WRAPPERS)) -> bool:
+    """Whether a value is a mapping with tensors, or with mappings that have some, so many levels deep."""
+    if not isinstance(value, Mapping) or not depth:
+        return False
+    return any(isinstance(inner, Tensor) or holds_tensors(inner, depth - 1) for inner in value.values())

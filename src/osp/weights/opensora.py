@@ -75,13 +75,31 @@ _IN_BLOCK = {
 }
 
 
+def class_name(model: CrossTransformer) -> str:
+    """That of the published class."""
+    return "OpenSoraInpaint_v1_3" if model.config.condition_channels else "OpenSoraT2V_v1_3"
+
+
 def build(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> CrossTransformer:
-    """The transformer of published constructor settings, on the current default device, without weights.
+    """The text-to-video transformer of published constructor settings, on the current default device, without weights.
 
     Raises UsageError for a setting that no published model has.
     """
-    c = published_settings
-    check_settings("denoiser of v1.3", c, {*DEFAULTS_INPAINT, *_NOT_SHAPING}, _SAME_IN_ALL)
+    check_settings("text-to-video denoiser of v1.3", published_settings, {*DEFAULTS, *_NOT_SHAPING}, _SAME_IN_ALL)
+    return _build(published_settings)
+
+
+def build_inpaint(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> CrossTransformer:
+    """As `build`, of the inpainting transformer."""
+    known = {*DEFAULTS_INPAINT, *_NOT_SHAPING}
+    check_settings("inpainting denoiser of v1.3", published_settings, known, _SAME_IN_ALL)
+    return _build(published_settings)
+
+
+def _build(c: Mapping[str, Any]) -> CrossTransformer:
+    for key in ("num_attention_heads", "attention_head_dim", "num_layers"):
+        if not isinstance(c[key], int) or c[key] < 1:
+            raise UsageError(f"{key}={c[key]!r} makes no sense; it must be a whole number from 1")
     settings = settings_from_published(_SETTINGS, c)
     width = settings["heads"] * settings["head_dim"]
     if c.get("cross_attention_dim", width) != width:
@@ -89,7 +107,7 @@ def build(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | No
     conditions = (c["in_channels"], c[_MASK_CHANNELS]) if _MASK_CHANNELS in c else ()
     stages = _stages(c["num_layers"], c["sparse_n"] if c["sparse1d"] else 1)
     scale = [c[key] for key in _SCALES]
-    return CrossTransformer(stages, conditions, scale, **settings)
+    return CrossTransformer(stages, condition_channels=conditions, position_scale=scale, **settings)
 
 
 def published_settings(model: CrossTransformer) -> dict[str, Any]:

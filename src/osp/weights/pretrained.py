@@ -43,11 +43,21 @@ def save_pretrained(
 def load_pretrained(path: str | Path | None, dtype: torch.dtype | str = torch.float32) -> nn.Module:
     """The model in a folder of `save_pretrained`, in eval mode.
 
+    Raises UsageError without a path or with another `dtype`, and WeightImportError as `open_pretrained`.
+    """
+    dtype = parse_dtype(dtype)
+    model, weights = open_pretrained(path)
+    # One after another, and copied: the file may be replaced
+    return filled(model, {key: value.to(dtype, copy=True) for key, value in weights.items()})
+
+
+def open_pretrained(path: str | Path | None) -> tuple[nn.Module, Weights]:
+    """The model in a folder of `save_pretrained`, without memory, and its weights, which are read when asked for.
+
     Raises UsageError without a path, and WeightImportError for a folder that holds no such model or a damaged one.
     """
     if path is None:
         raise UsageError("give path=FOLDER, one of `osp import-weights`")
-    dtype = parse_dtype(dtype)
     config, folder = _config(path), Path(path)
     name = config.get("model")
     if not isinstance(name, str) or name not in _MODELS:
@@ -57,10 +67,9 @@ def load_pretrained(path: str | Path | None, dtype: torch.dtype | str = torch.fl
             model = _MODELS[name](**config["settings"])
     except (UsageError, KeyError, TypeError, ValueError) as error:
         raise WeightImportError(f"{folder / CONFIG}: its settings build no {name} ({error})") from error
-    weights = open_checkpoint(folder / _WEIGHTS)
-    check_keys(Weights.of(model.state_dict()).shapes, weights, str(folder / _WEIGHTS))
-    # One after another, and copied: the file may be replaced
-    return filled(model, {key: value.to(dtype, copy=True) for key, value in weights.items()})
+    stored = open_checkpoint(folder / _WEIGHTS)
+    check_keys(Weights.of(model.state_dict()).shapes, stored, str(folder / _WEIGHTS))
+    return model, Weights.of(stored)
 
 
 def published_part(path: str | Path) -> dict[str, Any]:
@@ -78,6 +87,6 @@ def _config(path: str | Path) -> dict[str, Any]:
     config = read_config(folder)
     if config is None:
         raise WeightImportError(f"{folder}: has no {CONFIG}; give a folder of `osp import-weights`")
-    if "_class_name" in config:
+    if "_class_name" in config or "model" not in config:
         raise WeightImportError(f"{folder}: is in the published form; run `osp import-weights` first")
     return config

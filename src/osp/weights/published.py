@@ -1,7 +1,7 @@
 """Published checkpoints to our modules, refusing whatever does not fit, and our modules to published checkpoints."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Layout:
     """
 
     model: type[nn.Module]
-    class_name: str
+    class_name: Callable[[Any], str]
     build: Callable[[Mapping[str, Any], Mapping[str, Any]], nn.Module]
     key_pairs: Callable[[Any], Iterable[KeyPair]]
     settings: Callable[[Any], dict[str, Any]]
@@ -48,22 +48,28 @@ class Kind:
     full_sizes: tuple[Mapping[str, Any], ...]
 
 
-_WFVAE = Layout(WFVAE, "WFVAEModel", wfvae.build, wfvae.key_pairs, wfvae.published_settings)
+_WFVAE = Layout(WFVAE, lambda _: "WFVAEModel", wfvae.build, wfvae.key_pairs, wfvae.published_settings)
 _CAUSALVAE = Layout(
-    CausalVideoVAE, "CausalVAEModel", causalvae.build, causalvae.key_pairs, causalvae.published_settings
+    CausalVideoVAE, lambda _: "CausalVAEModel", causalvae.build, causalvae.key_pairs, causalvae.published_settings
 )
 _OPENSORA = Layout(
-    CrossTransformer, "OpenSoraT2V_v1_3", opensora.build, opensora.key_pairs, opensora.published_settings
+    CrossTransformer, opensora.class_name, opensora.build, opensora.key_pairs, opensora.published_settings
 )
+_INPAINT = replace(_OPENSORA, build=opensora.build_inpaint)
 _UMMDIT = Layout(
-    JointTransformer, "SparseUMMDiT", ummdit.build, ummdit.key_pairs, ummdit.published_settings, ummdit.dead_keys
+    JointTransformer,
+    lambda _: "SparseUMMDiT",
+    ummdit.build,
+    ummdit.key_pairs,
+    ummdit.published_settings,
+    ummdit.dead_keys,
 )
 KINDS: dict[str, Kind] = {
     "wfvae_v13": Kind(_WFVAE, wfvae.DEFAULTS_V13, wfvae.FULL_SIZES_V13),
     "wfvae_v15": Kind(_WFVAE, wfvae.DEFAULTS_V15, wfvae.FULL_SIZES_V15),
     "causalvae": Kind(_CAUSALVAE, causalvae.DEFAULTS, causalvae.FULL_SIZES),
     "opensora_v13": Kind(_OPENSORA, opensora.DEFAULTS, opensora.FULL_SIZES),
-    "opensora_inpaint_v13": Kind(_OPENSORA, opensora.DEFAULTS_INPAINT, opensora.FULL_SIZES),
+    "opensora_inpaint_v13": Kind(_INPAINT, opensora.DEFAULTS_INPAINT, opensora.FULL_SIZES),
     "ummdit_v15": Kind(_UMMDIT, ummdit.DEFAULTS, ummdit.FULL_SIZES),
 }
 
@@ -121,7 +127,7 @@ def open_published(
                     "denoiser=pretrained"
                 )
     if config is None:
-        name += " (read with the full-size settings, as there is no config)"
+        name += " (read with the full-size settings, as there is no config.json; give config=FILE for others)"
     sizes = KINDS[kind].full_sizes if config is None else (config,)
     if isinstance(source, str | Path):
         # The full-size models of a kind have the same number of blocks
@@ -155,7 +161,7 @@ def save_published(
     `further_settings` go into the configuration too. Gives what it says. Raises UsageError for a folder that holds
     something else.
     """
-    config = {_CLASS: _layout(model).class_name, **(further_settings or {}), **published_settings(model)}
+    config = {_CLASS: _layout(model).class_name(model), **(further_settings or {}), **published_settings(model)}
     write_model(Path(folder), _WEIGHTS, _weights(model), config, is_alike=lambda other: _CLASS in other)
     return config
 
@@ -170,7 +176,7 @@ class _Candidate:
         except UsageError as error:
             raise UsageError(f"{origin}: {error}") from error
         except (TypeError, ValueError, AttributeError) as error:
-            raise UsageError(f"{origin}: these settings make no {kind.layout.class_name} ({error})") from error
+            raise UsageError(f"{origin}: these settings make no {kind.layout.model.__name__} ({error})") from error
         self.pairs = list(kind.layout.key_pairs(self.model))
         self.expected = {key: pair.published_shape for pair in self.pairs for key in pair.published}
         self.ignored = kind.layout.ignored(self.model)

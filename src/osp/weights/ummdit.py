@@ -1,6 +1,6 @@
 """Published denoisers of v1.5 <-> our joint transformer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from osp.denoiser import JointTransformer, Stage
@@ -91,6 +91,9 @@ def build(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | No
     c = published_settings
     check_settings("denoiser of v1.5", c, {*DEFAULTS, *_NOT_SHAPING}, _SAME_IN_ALL)
     layers, sparsities = c["num_layers"], c["sparse_n"]
+    for key in ("num_layers", "sparse_n"):
+        if not isinstance(c[key], Sequence) or isinstance(c[key], str):
+            raise UsageError(f"{key}={c[key]!r} makes no sense; give a list with a number for each stage")
     if len(layers) != len(sparsities):
         raise UsageError(f"num_layers={list(layers)} and sparse_n={list(sparsities)} must be as long as each other")
     stages = [

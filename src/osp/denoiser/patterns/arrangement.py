@@ -99,7 +99,7 @@ class Pattern:
         return self.restore(groups.unflatten(0, (-1, self.split(grid).shape[0])), grid)
 
     def runs(self, grid: Grid) -> tuple[Run, ...]:
-        """The groups, cut into runs of neighbours with the same padding, so that it costs the groups that have it."""
+        """The groups, cut into runs of neighbours of the same length, so that padding costs the groups that have it."""
         return _runs(self, grid)
 
 
@@ -113,7 +113,7 @@ def _runs(pattern: Pattern, grid: Grid) -> tuple[Run, ...]:
     runs: list[Run] = []
     start = 0
     for group in range(1, len(real) + 1):
-        if group == len(real) or not torch.equal(real[group], real[start]):
+        if group == len(real) or needed[group] != needed[start]:
             length = needed[start]
             kept = real[start:group, :length]
             runs.append(Run(start, group, length, None if kept.all() else kept))
