@@ -1,14 +1,53 @@
 """Small videos of many kinds, made with PyAV."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 
 MakeVideo = Callable[..., Path]
+CutOff = Callable[[str, Callable[[Path], object]], Iterator[Path]]
+
+
+class Stop(Exception):
+    """The moment at which a run is cut off."""
+
+
+@pytest.fixture
+def cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CutOff:
+    """cut_off("replace" or "fsync", write) -> the folders of runs; in each another call of it did not happen any more.
+
+    Each run was cut off there and started once more. The last folder is that of a run with fewer calls, which ended.
+    """
+
+    def folders(name: str, write: Callable[[Path], object]) -> Iterator[Path]:
+        original = getattr(os, name)
+        for step in itertools.count():
+            calls = itertools.count()
+
+            def counted(*arguments: Any, step: int = step, calls: Iterator[int] = calls) -> Any:
+                if next(calls) == step:
+                    raise Stop
+                return original(*arguments)
+
+            folder, finished = tmp_path / str(step), False
+            with monkeypatch.context() as patch, contextlib.suppress(Stop):
+                patch.setattr(os, name, counted)
+                write(folder)
+                finished = True
+            write(folder)
+            yield folder
+            if finished:
+                return
+
+    return folders
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import os
 import random
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -296,38 +296,15 @@ def test_the_report_counts_what_there_is(undisturbed: Path) -> None:
     assert writer(undisturbed).todo() == []
 
 
-class Stop(Exception):
-    """The moment at which a run is cut off."""
-
-
 @pytest.mark.parametrize("name", ["replace", "fsync"])
 def test_cut_off_before_any_step_the_end_is_the_same(
-    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    undisturbed: Path, name: str, cut_off: Callable[..., Iterator[Path]]
 ) -> None:
-    original = getattr(os, name)
-    expected = content(undisturbed)
-    for step in itertools.count():
-        calls = itertools.count()
-
-        def counted(*arguments: Any, step: int = step, calls: Iterator[int] = calls) -> Any:
-            if next(calls) == step:
-                raise Stop
-            return original(*arguments)
-
-        folder = tmp_path / str(step)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, counted)
-            try:
-                write(folder)
-            except Stop:
-                finished = False
-            else:
-                finished = True
-        write(folder)
-        assert content(folder) == expected
-        if finished:
-            assert step > 10
-            return
+    """Every rename and every flush is once the last thing that does not happen any more."""
+    folders = list(cut_off(name, write))
+    assert len(folders) > 10 + 1
+    for folder in folders:
+        assert content(folder) == content(undisturbed)
 
 
 def test_killed_at_any_moment_the_end_is_the_same(undisturbed: Path, tmp_path: Path) -> None:

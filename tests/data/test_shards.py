@@ -355,39 +355,15 @@ def test_killed_at_any_moment_the_end_is_the_same(videos: Path, undisturbed: Pat
         assert content(tmp_path / f"shards{number}") == expected
 
 
-class Stop(Exception):
-    """The moment at which a run is cut off."""
-
-
 @pytest.mark.parametrize("name", ["replace", "fsync"])
 def test_cut_off_before_any_step_of_a_commit_the_end_is_the_same(
-    videos: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    videos: Path, undisturbed: Path, name: str, cut_off: Callable[..., Iterator[Path]]
 ) -> None:
     """Every rename and every flush is once the last thing that does not happen any more."""
-    original = getattr(os, name)
-    expected = content(undisturbed)
-    for step in itertools.count():
-        calls = itertools.count()
-
-        def counted(*arguments: Any, step: int = step, calls: Iterator[int] = calls) -> Any:
-            if next(calls) == step:
-                raise Stop
-            return original(*arguments)
-
-        output = tmp_path / str(step)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, counted)
-            try:
-                write_shards(videos, output, **SETTINGS)
-            except Stop:
-                finished = False
-            else:
-                finished = True
-        write_shards(videos, output, **SETTINGS)
-        assert content(output) == expected
-        if finished:
-            assert step > 8
-            return
+    folders = list(cut_off(name, lambda folder: write_shards(videos, folder, **SETTINGS)))
+    assert len(folders) > 8 + 1
+    for folder in folders:
+        assert content(folder) == content(undisturbed)
 
 
 def test_a_decoder_crash_costs_its_source_only(

@@ -21,20 +21,31 @@ class FrozenText:
     """A model of transformers and its tokenizer, from folders on this machine.
 
     It is no `nn.Module`, so that it does not become part of what is trained and saved; `to` moves it.
+
+    Args:
+        path: folder with `config.json`, safetensors and the tokenizer.
+        max_tokens: tokens of a prompt that are read, its end token among them; None: `published_tokens`.
+        channels: the width that is expected; None takes any.
+        dtype: of the weights and of what comes out.
+        tokenizer: its folder, where that is another one.
+
+    Raises UsageError for a folder of something else or of another width, DataError for one that is damaged.
     """
 
     name: str
     trained = False
     model_types: tuple[str, ...]
+    published_tokens: int
 
     def __init__(
         self,
         path: str | Path,
-        max_tokens: int,
-        channels: int | None,
-        dtype: torch.dtype | str,
-        tokenizer: str | Path | None,
+        max_tokens: int | None = None,
+        channels: int | None = None,
+        dtype: torch.dtype | str = "bfloat16",
+        tokenizer: str | Path | None = None,
     ) -> None:
+        max_tokens = self.published_tokens if max_tokens is None else max_tokens
         kind = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
         if kind is None or kind not in _DTYPES.values():
             raise UsageError(f"{self.name}: dtype={dtype} is not known; choose {', '.join(_DTYPES)}")
@@ -86,31 +97,15 @@ class FrozenText:
 
 
 class T5Text(FrozenText):
-    """The encoder of a T5 or mT5 as a `TextEncoder`.
+    """The encoder of a T5 or mT5 as a `TextEncoder`; see `FrozenText` for the arguments.
 
-    Args:
-        path: folder with `config.json`, safetensors and the tokenizer; weights of a decoder are passed over.
-        max_tokens: tokens of a prompt that are read, its end token among them.
-        channels: the width that is expected; None takes any.
-        dtype: of the weights and the text; T5's values overflow in float16.
-        tokenizer: its folder, where that is another one.
-
-    Raises UsageError for a folder of something else or of another width, DataError for one that is damaged.
+    Weights of a decoder are passed over. T5's values overflow in float16.
     """
 
     name = "t5"
     model_types = ("t5", "mt5")
+    published_tokens = 512
     pooled_channels = None
-
-    def __init__(
-        self,
-        path: str | Path,
-        max_tokens: int = 512,
-        channels: int | None = None,
-        dtype: torch.dtype | str = "bfloat16",
-        tokenizer: str | Path | None = None,
-    ) -> None:
-        super().__init__(path, max_tokens, channels, dtype, tokenizer)
 
     def width(self, settings: dict[str, Any]) -> int:
         """That of the encoder's states."""
@@ -131,23 +126,14 @@ class T5Text(FrozenText):
 
 
 class CLIPPooled(FrozenText):
-    """CLIP's one vector for a prompt, in the space that it shares with images; see `T5Text` for the arguments.
+    """CLIP's one vector for a prompt, in the space that it shares with images; see `FrozenText` for the arguments.
 
     The folder may hold all of a CLIP; its vision part is passed over.
     """
 
     name = "clip"
     model_types = ("clip", "clip_text_model")
-
-    def __init__(
-        self,
-        path: str | Path,
-        max_tokens: int = 77,
-        channels: int | None = None,
-        dtype: torch.dtype | str = "bfloat16",
-        tokenizer: str | Path | None = None,
-    ) -> None:
-        super().__init__(path, max_tokens, channels, dtype, tokenizer)
+    published_tokens = 77
 
     def width(self, settings: dict[str, Any]) -> int:
         """That of the projection."""

@@ -58,7 +58,7 @@ class CrossTransformer(Denoiser):
 
     def __init__(self, stages: Sequence[Stage | Mapping[str, Any]] | None = None, **settings: Any) -> None:
         c = make_config(CrossTransformerConfig, settings if stages is None else settings | {"stages": stages})
-        check_heads(c.heads, c.head_dim, c.rotary_parts)
+        check_heads(c.head_dim, c.rotary_parts)
         super().__init__(c, c.channels + sum(c.condition_channels), c.text_channels)
         self.patch = PatchEmbedding(c.channels, c.width, c.patch_size)
         self.condition_patches = nn.ModuleList(

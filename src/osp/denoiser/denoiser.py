@@ -145,7 +145,7 @@ def trim_text(text: Tensor, mask: Tensor | None, empty_is_all: bool) -> tuple[Te
     mask = as_bool("text_mask", mask)
     if empty_is_all:
         mask = mask | ~mask.any(dim=1, keepdim=True)
-    used = mask.any(dim=0).tolist()  # the one time that the host waits for the mask
+    used = mask.any(dim=0).tolist()
     length = max([i + 1 for i, real in enumerate(used) if real], default=1)
     text, mask = text[:, :length], mask[:, :length]
     return text, None if bool(mask.all()) else mask
@@ -192,12 +192,10 @@ def _is(kind: type, value: Any) -> bool:
     return isinstance(value, int | kind) and not isinstance(value, bool)
 
 
-def check_heads(heads: int, head_dim: int, parts: Sequence[int]) -> None:
-    """Raise UsageError for heads that cannot be rotated."""
+def check_heads(head_dim: int, parts: Sequence[int]) -> None:
+    """Raise UsageError for heads that cannot be rotated: `parts` are the channels for frames, rows and columns."""
     if sum(parts) != head_dim or any(part % 2 or part < 2 for part in parts):
-        raise UsageError(
-            f"head_dim={head_dim} (heads={heads}) cannot be split into even parts for each axis of the grid"
-        )
+        raise UsageError(f"head_dim={head_dim} cannot be split into even parts for each axis of the grid")
 
 
 def _shape(x: Tensor) -> str:

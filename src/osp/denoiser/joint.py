@@ -61,7 +61,7 @@ class JointTransformer(Denoiser):
         c = make_config(JointTransformerConfig, settings if stages is None else settings | {"stages": stages})
         if c.condition_channels % 2:
             raise UsageError(f"condition_channels={c.condition_channels} must be even")
-        check_heads(c.heads, c.head_dim, c.rotary_parts)
+        check_heads(c.head_dim, c.rotary_parts)
         super().__init__(c, c.channels, c.text_channels, c.pooled_channels)
         self.patch = PatchEmbedding(c.channels, c.width, c.patch_size)
         self.time = MLP(c.condition_channels, c.condition_channels, c.condition_channels, nn.SiLU())

@@ -43,7 +43,11 @@ def halves_first(parts: Sequence[int]) -> list[int]:
     We keep the first halves of all parts first, so that one rotation does for the whole head. Queries and keys in the
     same order give the same products.
     """
-    starts = [sum(parts[:i]) for i in range(len(parts))]
-    half = [[start + i for start, part in zip(starts, parts, strict=True) for i in range(part // 2)]]
-    half.append([start + part // 2 + i for start, part in zip(starts, parts, strict=True) for i in range(part // 2)])
-    return half[0] + half[1]
+    firsts: list[int] = []
+    seconds: list[int] = []
+    start = 0
+    for part in parts:
+        firsts += range(start, start + part // 2)
+        seconds += range(start + part // 2, start + part)
+        start += part
+    return firsts + seconds
