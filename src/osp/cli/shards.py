@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _draw(cfg: DictConfig, output: Path) -> ShardReport:
-    drawn = {key: cfg.synthetic[key] for key in ("frames", "height", "width", "fps", "seed")}
+    drawn = {key: cfg.synthetic[key] for key in ("frames", "height", "width", "fps", "seed", "objects", "plain")}
     clips = SyntheticClips(cfg.synthetic.clips, **drawn)
 
     def rendered() -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:

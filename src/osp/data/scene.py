@@ -156,11 +156,13 @@ class Scene:
                 )
 
 
-def scene_for(seed: int, index: int, *, objects: int | None = None, motions: Sequence[str] = MOTIONS) -> Scene:
+def scene_for(
+    seed: int, index: int, *, objects: int | None = None, motions: Sequence[str] = MOTIONS, plain: bool = False
+) -> Scene:
     """The scene of clip `index` in the endless series `seed`.
 
     `objects` is 1 or 2; None draws two objects for one clip in five. Motions are drawn evenly from `motions`, shapes
-    and colours evenly from all.
+    and colours evenly from all. `plain` leaves out all textures, and changes nothing else.
     """
     draws = Draws("scene", seed, index)
     count = objects if objects is not None else (2 if draws.uniform("count") < 0.2 else 1)
@@ -173,13 +175,13 @@ def scene_for(seed: int, index: int, *, objects: int | None = None, motions: Seq
                 colour=draws.pick(f"colour {number}", [name for name in COLOURS if name not in taken]),
                 motion=draws.pick(f"motion {number}", motions),
                 size=draws.pick(f"size {number}", SIZES if count == 1 else SIZES[:2]),
-                texture=draws.pick(f"texture {number}", ("plain", *OBJECT_TEXTURES)),
+                texture="plain" if plain else draws.pick(f"texture {number}", ("plain", *OBJECT_TEXTURES)),
             )
         )
     return Scene(
         objects=tuple(drawn),
         background=draws.pick("background", backgrounds_for([item.colour for item in drawn])),
-        texture=draws.pick("background texture", BACKGROUND_TEXTURES),
+        texture="plain" if plain else draws.pick("background texture", BACKGROUND_TEXTURES),
         variation=draws.integer("variation"),
     )
 

@@ -261,6 +261,7 @@ class SyntheticClips:
         fps: frames a second that the clips are said to have.
         seed: another seed, other clips.
         objects: 1 or 2 objects in every clip; None mixes four clips of one with one clip of two.
+        plain: no textures, on objects and background.
 
     Raises UsageError for values outside these.
     """
@@ -274,6 +275,7 @@ class SyntheticClips:
         fps: float = 8.0,
         seed: int = 0,
         objects: int | None = None,
+        plain: bool = False,
     ) -> None:
         for name, value, least in (
             ("clips", clips, 1),
@@ -294,6 +296,7 @@ class SyntheticClips:
         self.fps = float(fps)
         self.seed = seed
         self.objects = objects
+        self.plain = plain
 
     def __len__(self) -> int:
         return self.clips
@@ -307,7 +310,7 @@ class SyntheticClips:
         """The truth about clip `index`."""
         if not 0 <= index < self.clips:
             raise IndexError(f"clip {index} of {self.clips}")
-        return scene_for(self.seed, index, objects=self.objects, motions=_motions(self.frames))
+        return scene_for(self.seed, index, objects=self.objects, motions=_motions(self.frames), plain=self.plain)
 
     def read(self, index: int, draw: int) -> dict[str, Any]:
         """Clip `index` as video (uint8 `C T H W`), caption, key and fps; `draw` changes nothing."""

@@ -84,4 +84,5 @@ def load_trained_vae(path: str | Path) -> WFVAE:
     prefix = "ema.model."
     averaged = {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
     load_exactly(vae, averaged, path)
+    vae.origin = str(path)
     return vae.eval()

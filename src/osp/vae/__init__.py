@@ -2,6 +2,7 @@
 
 from osp.vae.autoencoder import VideoVAE
 from osp.vae.causalvae import CausalVAEConfig, CausalVideoVAE
+from osp.vae.codec import LatentCodec, measure_scaling
 from osp.vae.memory import fit_tiling
 from osp.vae.posterior import GaussianPosterior
 from osp.vae.streaming import stream_decode, stream_encode
@@ -13,10 +14,12 @@ __all__ = [
     "CausalVAEConfig",
     "CausalVideoVAE",
     "GaussianPosterior",
+    "LatentCodec",
     "Tiling",
     "VideoVAE",
     "WFVAEConfig",
     "fit_tiling",
+    "measure_scaling",
     "stream_decode",
     "stream_encode",
 ]

@@ -35,6 +35,10 @@ class VideoVAE(nn.Module):
     space_stride: int
     tiling: Tiling | None = None
     """The tiles that frames go through in where a call does not say; None: whole frames."""
+    origin: str | None = None
+    """The file or folder that the weights were read from, if they were."""
+    scaling: tuple[float | list[float], float | list[float]] | None = None
+    """Shift and scale that make its latents fit for a denoiser, of published weights that come with them."""
 
     @property
     @abstractmethod

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from osp.denoiser import CrossTransformer, JointTransformer
 from osp.errors import UsageError
-from osp.vae import WFVAE, CausalVideoVAE
+from osp.vae import WFVAE, CausalVideoVAE, VideoVAE
 from osp.weights.files import WeightImportError, check_keys, open_checkpoint
 from osp.weights.folders import CONFIG, read_config, write_model
 from osp.weights.lazy import Weights, filled, parse_dtype
+from osp.weights.published import published_scaling
 
 _WEIGHTS = "model.safetensors"
 _MODELS: dict[str, type[nn.Module]] = {
@@ -48,7 +49,11 @@ def load_pretrained(path: str | Path | None, dtype: torch.dtype | str = torch.fl
     dtype = parse_dtype(dtype)
     model, weights = open_pretrained(path)
     # One after another, and copied: the file may be replaced
-    return filled(model, {key: value.to(dtype, copy=True) for key, value in weights.items()})
+    filled(model, {key: value.to(dtype, copy=True) for key, value in weights.items()})
+    if isinstance(model, VideoVAE) and path is not None:
+        model.origin = str(path)
+        model.scaling = published_scaling(model, published_part(path))
+    return model
 
 
 def open_pretrained(path: str | Path | None) -> tuple[nn.Module, Weights]:

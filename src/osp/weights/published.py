@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from osp.denoiser import CrossTransformer, JointTransformer
 from osp.errors import UsageError
-from osp.vae import WFVAE, CausalVideoVAE
+from osp.vae import WFVAE, CausalVideoVAE, VideoVAE
 from osp.weights import causalvae, opensora, ummdit, wfvae
 from osp.weights.files import check_keys
 from osp.weights.folders import config_path, read_config, read_weights, write_model
@@ -74,6 +74,9 @@ KINDS: dict[str, Kind] = {
 }
 
 
+SCALE_4X8X8 = 0.18215
+
+
 @dataclass(frozen=True)
 class Opened:
     """A published model: the module without memory, its weights, which are read one by one when they are asked for.
@@ -103,7 +106,21 @@ def load_published(
     cannot be read safely and for unknown, missing or misshapen keys, which it lists.
     """
     opened = open_published(kind, source, config, dtype)
-    return filled(opened.model, opened.weights)
+    model = filled(opened.model, opened.weights)
+    if isinstance(model, VideoVAE):
+        model.origin = None if isinstance(source, Mapping) else str(source)
+        model.scaling = published_scaling(model, opened.further_settings)
+    return model
+
+
+def published_scaling(vae: VideoVAE, published: Mapping[str, Any]) -> Any:
+    """Shift and scale of a VAE's latents by what its published configuration says beyond its shape.
+
+    Without a word about them it is the scale of all models of 4x8x8 compression; None for others.
+    """
+    if published.get("scale") is not None:
+        return published.get("shift") or 0.0, published["scale"]
+    return (0.0, SCALE_4X8X8) if vae.time_stride == 4 else None
 
 
 def open_published(
