@@ -1,6 +1,7 @@
 """What a procedural clip shows: the words it is built from, the truth about one clip, and its caption."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -231,3 +232,39 @@ def caption(scene: Scene) -> str:
     joint = draws.pick("joint", (" and ", " while "))
     template = draws.pick("template", _TEMPLATES)
     return template.format(objects=joint.join(phrases), background=_background_phrase(scene))
+
+
+def _one_of(words: Sequence[str]) -> str:
+    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+
+
+_SHAPE = re.compile(rf"\b({_one_of(SHAPES)})\b")
+_NOUN = re.compile(
+    rf"\b(?:({_one_of(SIZES)}) )?(?:({_one_of(OBJECT_TEXTURES)}) )?({_one_of(COLOURS)}) ({_one_of(SHAPES)})\b"
+)
+_MOTIONS = {name: re.compile(rf"\b({_one_of(phrases)})\b") for name, phrases in MOTION_PHRASES.items()}
+
+
+def read_caption(text: str) -> SceneObject:
+    """The truth that a caption of one object tells: the inverse of `caption`; what it leaves open has its default.
+
+    Any text will do that names one shape, its colour before it and one motion, in the words of `caption`.
+    Raises UsageError, with the text, if one of them is missing or there are two.
+    """
+    said = " ".join(text.lower().split())
+    shapes = _SHAPE.findall(said)
+    if len(shapes) != 1:
+        named = f"{len(shapes)} shapes ({', '.join(shapes)}), not one" if shapes else "no shape that is known"
+        raise UsageError(f"the prompt {text!r} names {named}; use one of {', '.join(SHAPES)}")
+    noun = _NOUN.search(said)
+    if noun is None:
+        raise UsageError(
+            f"the prompt {text!r} names no colour that is known before {shapes[0]!r}; use one of {', '.join(COLOURS)}"
+        )
+    motions = [name for name, phrases in _MOTIONS.items() if phrases.search(said)]
+    if len(motions) != 1:
+        named = f"{len(motions)} motions ({', '.join(motions)}), not one" if motions else "no motion that is known"
+        phrases = ", ".join(phrases[0] for phrases in MOTION_PHRASES.values())
+        raise UsageError(f"the prompt {text!r} names {named}; use one of: {phrases}")
+    size, texture, colour, shape = noun.groups()
+    return SceneObject(shape, colour, motions[0], size or "medium", texture or "plain")
