@@ -1,0 +1,36 @@
+"""Latents -> video in the CPU's memory, whatever the device can hold."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from osp.vae import LatentCodec, stream_decode
+
+
+@torch.no_grad()
+def decode_in_pieces(codec: LatentCodec, latent: Tensor, frames: int) -> Tensor:
+    """As `codec.decode`, one video after another and each in pieces that leave the device: float32, on the CPU.
+
+    The pieces may be shorter than those of `codec.decode`, and sums are then taken in another order: values differ in
+    the last bits. A VAE that cannot stream decodes each video as a whole.
+    """
+    return torch.stack([_decode_one(codec, one[None], frames) for one in latent])
+
+
+def _decode_one(codec: LatentCodec, latent: Tensor, frames: int) -> Tensor:
+    if not codec.vae.can_stream("decoder"):
+        return codec.decode(latent, frames)[0].cpu()
+    dtype = next(codec.vae.parameters()).dtype
+    video, done = torch.empty(0), 0
+    for piece in _pieces(codec, latent, dtype):
+        piece = piece[0, :, : frames - done].float().clamp(-1.0, 1.0).cpu()
+        if not done:
+            video = torch.empty(piece.shape[0], frames, *piece.shape[2:])
+        video[:, done : done + piece.shape[1]] = piece
+        done += piece.shape[1]
+    return video
+
+
+def _pieces(codec: LatentCodec, latent: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    yield from stream_decode(codec.vae, (codec.unscaled(part).to(dtype) for part in latent.split(1, dim=2)))

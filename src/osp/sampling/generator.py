@@ -1,0 +1,284 @@
+"""Prompt -> video: text encoder, denoiser with guidance and a solver, VAE."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from osp.conditioning import EncodedText, GivenFrames, TextEncoder, given_frames, latent_mask, with_conditions
+from osp.denoiser import Denoiser, Grid
+from osp.diffusion import Objective, Solver, draw_normal, guided_prediction, sample
+from osp.errors import UsageError
+from osp.sampling.decoding import decode_in_pieces
+from osp.sampling.defaults import GUIDANCE, default_solver
+from osp.sampling.offload import offloaded
+from osp.vae import LatentCodec
+
+# Calls of the model done, calls in all, and the solver's state after the last one.
+Progress = Callable[[int, int, Tensor], None]
+
+_SHOWN = 40  # characters of a prompt in a message
+
+
+class VideoGenerator:
+    """What makes videos of prompts: a denoiser, and all that it was trained with.
+
+    Args:
+        denoiser: with condition channels it is an inpainting model, which frames may be given to.
+        text: encoder of the prompts.
+        objective: what the denoiser predicts.
+        codec: the VAE, and the scaling of its latents.
+        fps: frames a second of the videos that it was trained on.
+        clip: their `frames`, `height` and `width`, if known.
+
+    It works on `device`, at first the denoiser's; `to` chooses another. The parts move there when they are needed.
+    Raises UsageError for parts that do not fit together.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        text: TextEncoder,
+        objective: Objective,
+        codec: LatentCodec,
+        fps: float = 8.0,
+        clip: Mapping[str, int] | None = None,
+    ) -> None:
+        self.denoiser, self.text, self.objective, self.codec, self.fps = denoiser, text, objective, codec, fps
+        self.clip = None if clip is None else {key: int(clip[key]) for key in ("frames", "height", "width")}
+        self.device = denoiser.out.weight.device
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        config, channels = self.denoiser.config, self.codec.latent_channels
+        if config.channels != channels or config.out_channels != channels:
+            raise UsageError(
+                f"the denoiser takes latents of {config.channels} channels and gives {config.out_channels}, and those "
+                f"of the VAE ({self.codec.name}) have {channels}; give the VAE that it was trained with"
+            )
+        if self.denoiser.text_channels != self.text.channels:
+            raise UsageError(
+                f"the denoiser reads text {self.denoiser.text_channels} wide, and the text encoder ({self.text.name}) "
+                f"gives {self.text.channels}; give the one that it was trained with"
+            )
+        if self.denoiser.pooled_channels not in (None, self.text.pooled_channels):
+            raise UsageError(
+                f"the denoiser reads pooled text {self.denoiser.pooled_channels} wide, and the text encoder "
+                f"({self.text.name}) gives {self.text.pooled_channels or 'none'}; give the one that it was trained with"
+            )
+        conditions = self.denoiser.latent_channels - config.channels
+        if conditions and tuple(config.condition_channels) != (channels, self.codec.time_stride):
+            raise UsageError(
+                f"the denoiser's condition_channels={list(config.condition_channels)} are not those of given frames "
+                f"with this VAE, {[channels, self.codec.time_stride]}"
+            )
+
+    @property
+    def takes_frames(self) -> bool:
+        """Whether frames may be given beside the prompt."""
+        return self.denoiser.latent_channels > self.denoiser.config.channels
+
+    def to(self, device: torch.device | str) -> Self:
+        """Work on this device from now on."""
+        self.device = torch.device(device)
+        return self
+
+    def check_size(self, frames: int, height: int, width: int) -> Grid:
+        """The grid of tokens of such a video. Raises UsageError naming the nearest sizes that fit, if it does not."""
+        stride = self.codec.time_stride
+        if frames < 1 or (frames - 1) % stride:
+            below = 1 + max(0, frames - 1) // stride * stride
+            near = f"{below} or {below + stride}" if frames > 1 else "1"
+            raise UsageError(f"frames={frames}: use {near} (1 + a multiple of {stride}, the VAE's stride)")
+        patch = self.codec.space_stride * self.denoiser.patch_size
+        for name, side in (("height", height), ("width", width)):
+            if side < patch or side % patch:
+                below = max(patch, side // patch * patch)
+                near = f"{below} or {below + patch}" if side > patch else f"{patch}"
+                raise UsageError(f"{name}={side}: use {near} (a multiple of {patch}, the VAE's stride times the patch)")
+        steps = 1 + (frames - 1) // stride
+        return Grid(steps, height // patch, width // patch)
+
+    def check(
+        self,
+        prompts: Sequence[str],
+        frames: int,
+        height: int,
+        width: int,
+        *,
+        seeds: Sequence[int],
+        solver: Solver | None = None,
+        guidance: float = GUIDANCE,
+        rescale: float = 0.0,
+        negative_prompt: str = "",
+        given: GivenFrames | None = None,
+    ) -> None:
+        """Raise UsageError for what `generate` would refuse, before anything is computed."""
+        grid = self.check_size(frames, height, width)
+        if not prompts or len(prompts) != len(seeds):
+            raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give at least one, and a seed for each")
+        for prompt in prompts:
+            if not prompt.strip():
+                raise UsageError("the prompt is empty; say what the video should show")
+        for seed in seeds:
+            if not 0 <= seed < 2**63:
+                raise UsageError(f"seed={seed} makes no sense; it must be a whole number from 0 to 2^63 - 1")
+        self._check_lengths([*prompts, negative_prompt])
+        if not 0 <= guidance < math.inf:
+            raise UsageError(f"guidance={guidance} makes no sense; it must be a number from 0 (1: none)")
+        if not 0 <= rescale <= 1:
+            raise UsageError(f"rescale={rescale} makes no sense; it must lie between 0 and 1")
+        if solver is not None:
+            if solver.objective != self.objective:
+                raise UsageError(f"the solver is for {solver.objective}, and the denoiser learned {self.objective}")
+            solver.start(grid.height * grid.width)
+        if given is None:
+            return
+        if not self.takes_frames:
+            raise UsageError(
+                "frames are given, but this denoiser was not trained with any; sample with mode=text, or with an "
+                "inpainting model"
+            )
+        if tuple(given.mask.shape[1:]) != (frames, height, width) or len(given.mask) not in (1, len(prompts)):
+            raise UsageError(
+                f"the given frames are for {' x '.join(map(str, given.mask.shape[1:]))} (frames, height, width), and "
+                f"the video has {frames} x {height} x {width}"
+            )
+
+    def _check_lengths(self, prompts: Sequence[str]) -> None:
+        for prompt, count in zip(prompts, self.text.count_tokens(prompts), strict=True):
+            if count > self.text.max_tokens:
+                start = prompt[:_SHOWN] + ("..." if len(prompt) > _SHOWN else "")
+                raise UsageError(
+                    f"the prompt {start!r} has {count} tokens, and {self.text.name} reads {self.text.max_tokens}; "
+                    "shorten it"
+                )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        frames: int,
+        height: int,
+        width: int,
+        *,
+        seeds: Sequence[int],
+        solver: Solver | None = None,
+        guidance: float = GUIDANCE,
+        rescale: float = 0.0,
+        negative_prompt: str = "",
+        given: GivenFrames | None = None,
+        together: bool = True,
+        low_memory: bool = False,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Videos `B 3 T H W` in [-1, 1] of prompts, float32 on the CPU; each depends on its prompt and its seed only.
+
+        Args:
+            prompts, seeds: one for each video.
+            frames, height, width: of each; see `check_size`.
+            solver: None: `default_solver`.
+            guidance, rescale: see `osp.diffusion.guided`; 1 is none.
+            negative_prompt: what guidance leads away from.
+            given: frames that are kept, the same for all videos or some for each; for inpainting models, of which
+                None means that all frames are to be generated.
+            together: one call of the model with and without the prompt, or two of half the size.
+            low_memory: each part is on the device only while it works; of the denoiser one block after another, unless
+                the device is the CPU, where weights stay where they are; guidance takes two calls; videos are decoded
+                one by one, in pieces. They are the same but for the last bits.
+            progress: called after each call of the model.
+
+        Raises UsageError as `check`.
+        """
+        solver = default_solver(self.objective) if solver is None else solver
+        self.check(
+            prompts,
+            frames,
+            height,
+            width,
+            seeds=seeds,
+            solver=solver,
+            guidance=guidance,
+            rescale=rescale,
+            negative_prompt=negative_prompt,
+            given=given,
+        )
+        wanted, without = self._encode([*prompts, negative_prompt], low_memory)
+        if self.takes_frames:
+            conditions = self._conditions(given, len(prompts), frames, height, width, low_memory)
+            wanted, without = wanted | conditions, without | conditions
+
+        offloads = low_memory and self.device.type != "cpu"
+        if not offloads:
+            self.denoiser.to(self.device)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = self.codec.latent_shape(frames, height, width)
+        with offloaded(self.denoiser, self.device) if offloads else nullcontext():
+            predict = guided_prediction(
+                self._predict, wanted, without, scale=guidance, rescale=rescale, together=together and not low_memory
+            )
+            # The solver's state is float32, whatever the weights are.
+            noise = draw_normal((len(prompts), *shape), generators, self.device)
+            tokens = shape[2] * shape[3] // self.denoiser.patch_size**2
+            latent = sample(predict, noise, solver, generators, tokens=tokens, callback=progress)
+        return self._decode(latent, frames, low_memory)
+
+    def _predict(
+        self, latent: Tensor, time: Tensor, masked: Tensor | None = None, mask: Tensor | None = None, **text: Tensor
+    ) -> Tensor:
+        if masked is not None and mask is not None:
+            latent_and_conditions = with_conditions(latent, masked, mask)
+            return self.denoiser(latent_and_conditions, time, **text)
+        return self.denoiser(latent, time, **text)
+
+    def _encode(self, prompts: Sequence[str], low_memory: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The denoiser's inputs with all prompts but the last, and with the last instead."""
+        _move(self.text, self.device)
+        encoded = self.text(prompts, strict=True)
+        if low_memory:
+            _move(self.text, "cpu")
+        encoded = encoded.to(self.device)
+        length, last = encoded.text.shape[1], len(prompts) - 1
+        # Padded to one length, so that they make one batch.
+        wanted, without = (
+            encoded[:last].padded(length),
+            encoded[torch.full((last,), last, device=self.device)].padded(length),
+        )
+        return self._inputs(wanted), self._inputs(without)
+
+    def _inputs(self, text: EncodedText) -> dict[str, Tensor]:
+        inputs = {"text": text.text, "text_mask": text.mask}
+        if self.denoiser.pooled_channels is not None and text.pooled is not None:
+            inputs["pooled_text"] = text.pooled
+        return inputs
+
+    def _conditions(
+        self, given: GivenFrames | None, batch: int, frames: int, height: int, width: int, low_memory: bool
+    ) -> dict[str, Tensor]:
+        """The latent of the given frames and their mask on its grid, `B C T H W` each."""
+        given = given_frames({}, frames, height, width) if given is None else given
+        _, _, rows, columns = self.codec.latent_shape(frames, height, width)
+        self.codec.to(self.device)
+        masked = self.codec.encode(given.video.to(self.device, self._vae_dtype())).float()
+        if low_memory:
+            self.codec.to("cpu")
+        mask = latent_mask(given.mask.to(self.device), self.codec.time_stride, rows, columns)
+        return {key: value.expand(batch, -1, -1, -1, -1) for key, value in (("masked", masked), ("mask", mask))}
+
+    def _decode(self, latent: Tensor, frames: int, low_memory: bool) -> Tensor:
+        self.codec.to(self.device)
+        if not low_memory:
+            return self.codec.decode(latent, frames).cpu()
+        video = decode_in_pieces(self.codec, latent, frames)
+        self.codec.to("cpu")
+        return video
+
+    def _vae_dtype(self) -> torch.dtype:
+        return next(self.codec.vae.parameters()).dtype
+
+
+def _move(part: Any, device: torch.device | str) -> None:
+    part.to(device)
