@@ -182,8 +182,8 @@ def write_video(path: Path, video: Tensor, fps: float, *, lossless: bool = False
     write_whole(path, encode_video(video, fps, lossless=lossless))
 
 
-def encode_video(video: Tensor, fps: float, *, lossless: bool = False, threads: int = 0) -> bytes:
-    """Encodes `C T H W` (uint8, or float in [-1, 1]) as H.264 in MP4.
+def encode_video(video: Tensor, fps: float, *, lossless: bool = False, threads: int = 0, comment: str = "") -> bytes:
+    """Encodes `C T H W` (uint8, or float in [-1, 1]) as H.264 in MP4, with a comment in the container if there is one.
 
     Lossy is near transparent (CRF 14), BT.709, 4:2:0 for even sizes and 4:4:4 for odd ones, which 4:2:0 cannot hold.
     Lossless is H.264 RGB: the same values come back. The same input, with `threads` 1, gives the same bytes anywhere.
@@ -195,7 +195,7 @@ def encode_video(video: Tensor, fps: float, *, lossless: bool = False, threads: 
         raise UsageError(f"a video to write must be 3 T H W at a positive rate, not {tuple(video.shape)} at fps={fps}")
     pixels = (to_uint8(video) if video.is_floating_point() else video).permute(1, 2, 3, 0).contiguous().cpu().numpy()
     rate = Fraction(fps).limit_denominator(1001)
-    return encode_pictures(enumerate(pixels), rate, 1 / rate, lossless=lossless, threads=threads)
+    return encode_pictures(enumerate(pixels), rate, 1 / rate, lossless=lossless, threads=threads, comment=comment)
 
 
 def encode_pictures(
@@ -205,10 +205,13 @@ def encode_pictures(
     *,
     lossless: bool = False,
     threads: int = 0,
+    comment: str = "",
 ) -> bytes:
     """`encode_video` for a stream of (timestamp in `time_base`, `H W C`), which is never held as a whole."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        if comment:
+            container.metadata["comment"] = comment
         # Without mbtree: its vector code reads past the end of small pictures, and the bytes then differ by chance.
         codec, options = "libx264", {"crf": "14", "preset": "medium", "mbtree": "0"}
         if lossless:

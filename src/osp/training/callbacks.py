@@ -1,6 +1,5 @@
 """What a training run shows of itself."""
 
-import io
 import logging
 import time
 from typing import Any
@@ -9,10 +8,9 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch import Tensor
 
+from osp.data.pictures import animated_gif
 from osp.data.video import to_float, to_uint8
 
 log = logging.getLogger(__name__)
@@ -68,11 +66,3 @@ class ProgressLog(Callback):
             f"{name} {value:.3f}" for name, value in trainer.callback_metrics.items() if name.startswith("val/")
         )
         log.info("step %d of %d: %s (%.2f s a step)", step, trainer.max_steps, metrics, seconds)
-
-
-def animated_gif(video: Tensor, fps: float) -> bytes:
-    """uint8 `C T H W` -> the bytes of a GIF that loops; an image has 0 frames a second."""
-    frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video.unbind(1)]
-    file = io.BytesIO()
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 / (fps or 1.0), loop=0)
-    return file.getvalue()
