@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from osp.evaluation.contact_sheet import ERROR_GAIN, SheetClip, draw_contact_sheet, error_map
+from osp.evaluation.contact_sheet import ERROR, ERROR_GAIN, SheetClip, draw_contact_sheet, error_map
 
 INPUT, OUTPUT = (10, 200, 30), (200, 20, 160)
 
@@ -16,7 +16,7 @@ def plain(colour: tuple[int, int, int], frames: int, height: int, width: int) ->
 
 def clip(frames: int = 9, height: int = 64, width: int = 64, key: str = "000001-clip") -> SheetClip:
     video, reconstruction = (plain(colour, frames, height, width) for colour in (INPUT, OUTPUT))
-    return SheetClip.choose(key, "PSNR 30.00 dB   lpips_random_trunk 0.1000", video, reconstruction)
+    return SheetClip.compare(key, "PSNR 30.00 dB   lpips_random_trunk 0.1000", video, reconstruction)
 
 
 def pixels_of(sheet: Image.Image, colour: tuple[int, int, int]) -> int:
@@ -27,9 +27,11 @@ def test_frames_are_evenly_spaced_from_first_to_last() -> None:
     assert clip(frames=26).frame_numbers == (0, 5, 10, 15, 20, 25)
     assert clip(frames=1).frame_numbers == (0,)
     video = torch.arange(26, dtype=torch.uint8).view(1, 26, 1, 1).expand(3, 26, 2, 2)
-    chosen = SheetClip.choose("k", "", video, video + 100)
-    assert chosen.video[0, :, 0, 0].tolist() == list(chosen.frame_numbers)
-    assert chosen.reconstruction[0, :, 0, 0].tolist() == [100 + number for number in chosen.frame_numbers]
+    compared, shown = SheetClip.compare("k", "", video, video + 100), SheetClip.show("k", "", video)
+    assert compared.frame_numbers == shown.frame_numbers
+    assert list(compared.lines) == ["input", "output", ERROR]
+    for line, offset in ((compared.lines["input"], 0), (compared.lines["output"], 100), (shown.lines[""], 0)):
+        assert line[:, 0, 0, 0].tolist() == [offset + number for number in compared.frame_numbers]
 
 
 def test_small_frames_are_enlarged_by_a_whole_factor_and_large_ones_shrunk() -> None:
@@ -70,3 +72,19 @@ def test_error_is_amplified_and_saturates() -> None:
     assert colours[1].tolist() == colours[2].tolist() == [252, 255, 164]
     brightness = colours.astype(float) @ [0.2126, 0.7152, 0.0722]
     assert brightness[0] < brightness[3] < brightness[1]
+
+
+def test_single_clips_are_marked_right_or_wrong() -> None:
+    shown = [
+        SheetClip.show("a red star moves up", "read as a red star, up", plain(INPUT, 9, 64, 64), right)
+        for right in (True, False, None)
+    ]
+    assert shown[0].size[0] < clip().size[0]
+    counts = []
+    for one in shown:
+        sheet = draw_contact_sheet([one], "a model", ["prompt accuracy 50.0 %"])
+        assert pixels_of(sheet, INPUT) == 6 * 192 * 192
+        counts.append([pixels_of(sheet, colour) for colour in ((30, 140, 60), (200, 40, 40))])
+    assert counts[0][0] > 200
+    assert counts[1][1] > 200
+    assert counts[0][1] == counts[1][0] == sum(counts[2]) == 0

@@ -4,9 +4,10 @@ With the Kinetics-400 I3D it is the (reconstruction) Frechet video distance, rFV
 arXiv:1812.01717). Without its weights a random network takes its place, under a name of its own.
 """
 
+import logging
 import math
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torchmetrics import Metric
 
 from osp.errors import UsageError
 from osp.evaluation.i3d import I3D
+
+logger = logging.getLogger(__name__)
 
 
 class VideoFeatures(Protocol):
@@ -122,6 +125,21 @@ class FrechetDistance(Metric):
         mean = self.total / self.count[:, None]
         covariance = (self.outer - count * mean[:, :, None] * mean[:, None, :]) / (count - 1)
         return frechet_distance(mean[0], covariance[0], mean[1], covariance[1])
+
+
+def frechet_record(frechet: FrechetDistance, features: VideoFeatures) -> dict[str, Any]:
+    """The distance under its network's name (null below two clips), with what one must know to trust it."""
+    clips, value = int(frechet.count.min()), float(frechet.compute())
+    few = clips <= features.num_features
+    if few:
+        logger.warning(
+            "%s over %d clips with %d features: the covariances are singular; compare only runs over the same clips",
+            features.name,
+            clips,
+            features.num_features,
+        )
+    value_or_null = value if math.isfinite(value) else None
+    return {features.name: value_or_null, "n_clips": clips, "n_features": features.num_features, "too_few_clips": few}
 
 
 def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> Tensor:

@@ -2,10 +2,8 @@
 
 import csv
 import io
-import json
 import logging
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +12,15 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from osp.data.files import write_whole
-from osp.data.video import ClipError, to_float, to_uint8, write_video
+from osp.data.video import ClipError, to_float, to_uint8
 from osp.errors import DataError, UsageError
 from osp.evaluation.contact_sheet import SheetClip, draw_contact_sheet
-from osp.evaluation.frechet import FrechetDistance, VideoFeatures
+from osp.evaluation.frechet import FrechetDistance, VideoFeatures, frechet_record
 from osp.evaluation.lpips import PerceptualDistance
 from osp.evaluation.metrics import clip_metrics, psnr
+from osp.evaluation.output import begin, save_clip, write_results
 
 logger = logging.getLogger(__name__)
 
@@ -60,33 +57,43 @@ class VideoAutoencoder(Protocol):
         ...
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What one of AUTOCAST computes in; None for float32. Raises UsageError for another name."""
+    if precision not in AUTOCAST:
+        raise UsageError(f"precision={precision}: choose one of {', '.join(AUTOCAST)}")
+    return AUTOCAST[precision]
+
+
+def reconstruct(vae: VideoAutoencoder, video: Tensor, autocast: torch.dtype | None = None) -> Tensor:
+    """`B C T H W` in [-1, 1] -> its reconstruction from the posterior's mode, float32, clamped; NaN where not finite.
+
+    Raises UsageError if that has another shape.
+    """
+    with torch.no_grad(), torch.autocast(video.device.type, dtype=autocast, enabled=autocast is not None):
+        reconstruction = vae.decode(vae.encode(video).mode()).float()
+    if reconstruction.shape[2] == 1 + -(-(video.shape[2] - 1) // vae.time_stride) * vae.time_stride:
+        reconstruction = reconstruction[:, :, : video.shape[2]]  # without what filled the last stride
+    if reconstruction.shape != video.shape:
+        raise UsageError(
+            f"{type(vae).__name__} gives {_shape(reconstruction)} for a video of {_shape(video)} (B C T H W)"
+        )
+    return torch.where(reconstruction.isfinite(), reconstruction.clamp(-1, 1), math.nan)
+
+
 @dataclass(frozen=True)
 class _Networks:
-    """Everything that runs on the device, and how."""
+    """Everything that runs on the device."""
 
     vae: VideoAutoencoder
     baselines: Mapping[str, VideoAutoencoder]
     perceptual: PerceptualDistance | None
     features: VideoFeatures | None
     device: torch.device
-    autocast: torch.dtype | None
 
     def __post_init__(self) -> None:
         for network in (self.vae, *self.baselines.values(), self.perceptual, self.features):
             if isinstance(network, nn.Module):
                 network.to(self.device).eval()
-
-    def reconstruct(self, vae: VideoAutoencoder, video: Tensor) -> Tensor:
-        """`B C T H W` in [-1, 1] -> its reconstruction, float32, clamped; not finite where the model's is not."""
-        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            reconstruction = vae.decode(vae.encode(video).mode()).float()
-        if reconstruction.shape[2] == 1 + -(-(video.shape[2] - 1) // vae.time_stride) * vae.time_stride:
-            reconstruction = reconstruction[:, :, : video.shape[2]]  # without what filled the last stride
-        if reconstruction.shape != video.shape:
-            raise UsageError(
-                f"{type(vae).__name__} gives {_shape(reconstruction)} for a video of {_shape(video)} (B C T H W)"
-            )
-        return torch.where(reconstruction.isfinite(), reconstruction.clamp(-1, 1), math.nan)
 
     def check_size(self, frames: int, height: int, width: int) -> None:
         """Raises UsageError for clips of a size that one of the networks does not take."""
@@ -151,22 +158,19 @@ def evaluate_reconstruction(
         DataError: no clip could be evaluated, or `output` cannot be made a folder.
         OSError: a file in it cannot be written.
     """
-    if precision not in AUTOCAST:
-        raise UsageError(f"precision={precision}: choose one of {', '.join(AUTOCAST)}")
+    autocast = autocast_dtype(precision)
     if batch_size < 1:
         raise UsageError(f"batch_size={batch_size}: must be at least 1")
-    networks = _Networks(vae, baselines, perceptual, features, torch.device(device), AUTOCAST[precision])
-    output = _make_folder(Path(output))
-    for outdated in (*(output / PAIRS).glob("*.*"), output / "contact_sheet.png"):
-        outdated.unlink(missing_ok=True)
+    networks = _Networks(vae, baselines, perceptual, features, torch.device(device))
+    output = begin(output, PAIRS)
     frechet = None if features is None else FrechetDistance(features.num_features)
 
     run = _Run()
     with torch.no_grad():
         for batch in _batches(clips, batch_size, networks, run):
             video = to_float(torch.stack([clip["video"] for clip in batch]).to(networks.device))
-            reconstruction = networks.reconstruct(vae, video)
-            others = {name: networks.reconstruct(baseline, video) for name, baseline in baselines.items()}
+            reconstruction = reconstruct(vae, video, autocast)
+            others = {name: reconstruct(baseline, video, autocast) for name, baseline in baselines.items()}
             finite = torch.stack([x.isfinite().flatten(1).all(1) for x in (reconstruction, *others.values())]).all(0)
             for i, (clip, is_finite) in enumerate(zip(batch, finite.tolist(), strict=True)):
                 if not is_finite:
@@ -183,7 +187,9 @@ def evaluate_reconstruction(
                     if shown < contact_sheet_clips:
                         run.sheet.append(_sheet_clip(record, *pair))
                     if shown < save_videos:
-                        _save_pair(output / PAIRS, f"{shown:03d}-{clip['key']}", *pair, float(clip["fps"]))
+                        key = str(clip["key"])
+                        name = f"{shown:03d}-{key.removesuffix(Path(key).suffix)}"  # keys may be paths
+                        save_clip(output / PAIRS, name, torch.cat([pair[0].cpu(), pair[1]], -1), float(clip["fps"]))
             if features is not None and frechet is not None and finite.any():
                 frechet.update(features(video[finite]).cpu(), reference=True)
                 frechet.update(features(reconstruction[finite]).cpu(), reference=False)
@@ -198,13 +204,11 @@ def evaluate_reconstruction(
         "perceptual": None if perceptual is None else perceptual.name,
         "features": None if features is None else features.name,
     }
-    results = _summary(run, model_name, {**settings, **own_settings}, _frechet_record(frechet, features), baselines)
-    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    write_whole(output / "metrics.json", text)
-    write_whole(output / "metrics.csv", _table(results))
-    if run.sheet:
-        sheet = draw_contact_sheet(run.sheet, f"{model_name}, clips: {len(run.records)}", _headline(results))
-        write_whole(output / "contact_sheet.png", _png(sheet))
+    distance = None if features is None or frechet is None else frechet_record(frechet, features)
+    results = _summary(run, model_name, {**settings, **own_settings}, distance, baselines)
+    title = f"{model_name}, clips: {len(run.records)}"
+    sheet = draw_contact_sheet(run.sheet, title, _headline(results)) if run.sheet else None
+    write_results(output, results, _table(results), sheet)
     return results
 
 
@@ -260,23 +264,6 @@ def _summary(
     }
 
 
-def _frechet_record(frechet: FrechetDistance | None, features: VideoFeatures | None) -> dict[str, Any] | None:
-    """The distance under its network's name, with what one must know to trust it."""
-    if frechet is None or features is None:
-        return None
-    clips, value = int(frechet.count[0]), float(frechet.compute())
-    few = clips <= features.num_features
-    if few:
-        logger.warning(
-            "%s over %d clips with %d features: the covariances are singular; compare only runs over the same clips",
-            features.name,
-            clips,
-            features.num_features,
-        )
-    value_or_null = value if math.isfinite(value) else None
-    return {features.name: value_or_null, "n_clips": clips, "n_features": features.num_features, "too_few_clips": few}
-
-
 def _table(results: Mapping[str, Any]) -> str:
     """The clips as CSV; a baseline's PSNR is the column `psnr_NAME`."""
     metrics = list(results["mean"])
@@ -308,7 +295,7 @@ def _written(metrics: Mapping[str, float | None]) -> list[str]:
 def _sheet_clip(record: Mapping[str, Any], video: Tensor, reconstruction: Tensor) -> SheetClip:
     size = "x".join(str(record[name]) for name in ("frames", "height", "width"))
     shown = {name: value for name, value in record["metrics"].items() if not name.startswith(("ms_ssim", "flicker"))}
-    return SheetClip.choose(record["key"], "   ".join([*_written(shown), size]), video, reconstruction)
+    return SheetClip.compare(record["key"], "   ".join([*_written(shown), size]), video, reconstruction)
 
 
 def _headline(results: Mapping[str, Any]) -> list[str]:
@@ -318,31 +305,6 @@ def _headline(results: Mapping[str, Any]) -> list[str]:
     frechet = results["frechet"] or {}
     parts += [f"{TITLES.get(name, name)} {value:.4g}" for name, value in frechet.items() if isinstance(value, float)]
     return [f"mean: {parts[0]}", *parts[1:]]
-
-
-def _save_pair(folder: Path, key: str, video: Tensor, reconstruction: Tensor, fps: float) -> None:
-    """Input | reconstruction, both uint8 `C T H W` on the CPU."""
-    folder.mkdir(exist_ok=True)
-    pair = torch.cat([video.cpu(), reconstruction], dim=-1)
-    name = re.sub(r"[^\w.-]+", "_", key.removesuffix(Path(key).suffix))  # keys may be paths
-    if pair.shape[1] == 1:
-        write_whole(folder / f"{name}.png", _png(Image.fromarray(pair[:, 0].permute(1, 2, 0).numpy())))
-    else:
-        write_video(folder / f"{name}.mp4", pair, fps)
-
-
-def _make_folder(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"output={path}: cannot be made a folder ({error.strerror})") from error
-    return path
-
-
-def _png(image: Image.Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, format="PNG")
-    return data.getvalue()
 
 
 def _shape(video: Tensor) -> str:
