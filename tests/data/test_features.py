@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osp.data.buckets import Shape
-from osp.data.feature_writer import FeatureWriter
+from osp.data.feature_writer import FeatureWriter, feature_report
 from osp.data.features import FeatureClips, FeatureIdentity, Features, TextIdentity
 from osp.data.loader import FixedLoader, ResumableLoader
 from osp.data.sources import FirstClips, JoinedClips, stable_seed
@@ -289,7 +289,7 @@ def test_folders_that_cannot_be_read_say_why(undisturbed: Path, tmp_path: Path) 
 
 
 def test_the_report_counts_what_there_is(undisturbed: Path) -> None:
-    report = writer(undisturbed).report()
+    report = feature_report(undisturbed)
     assert (report["complete"], report["shards"], report["clips"]) == (True, 5, 21)
     assert [skip["clip"] for skip in report["skipped"]] == list(BROKEN)
     assert report["skipped"][0]["reason"] == "scratched"

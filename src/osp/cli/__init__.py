@@ -14,6 +14,7 @@ from osp.errors import DataError, OspError, UsageError
 
 VERBS = {
     "shards": "cut a folder of videos and images into WebDataset shards",
+    "cache": "encode clips once with a VAE and a text encoder, for training on features",
     "train": "train what an experiment composes",
     "eval": "encode and decode videos with a VAE and measure what comes back",
     "bench": "measure speed and memory of a part, as one table and one plot",

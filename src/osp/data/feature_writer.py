@@ -10,7 +10,8 @@ import fcntl
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +29,7 @@ from osp.data.features import (
     Features,
     load_feature_index,
     read_feature_shard,
+    require_feature_index,
     shard_path,
 )
 from osp.data.files import write_whole
@@ -37,6 +39,15 @@ from osp.data.video import ClipError
 from osp.errors import DataError, UsageError
 
 _LOCK = ".lock"
+
+
+@contextmanager
+def folder_lock(folder: Path, name: str = _LOCK) -> Iterator[None]:
+    """Makes the folder, and keeps other processes out of the same block until this one has left it, or is gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class FeatureWriter:
@@ -58,6 +69,7 @@ class FeatureWriter:
         shard_clips: clips of the source a shard is for.
         part, parts: this is process `part` (0, 1, ...) of `parts`.
         empty: the embeddings of the empty text, `text` (`L D`) and `pooled_text` (`P`), for training without captions.
+        vae_origin: the file or folder of the VAE, to be found again; a folder may go on with the VAE lying elsewhere.
 
     Raises:
         UsageError: the folder was begun with other encoders, another source or another `shard_clips`, or holds other
@@ -75,6 +87,7 @@ class FeatureWriter:
         part: int = 0,
         parts: int = 1,
         empty: Mapping[str, Tensor] | None = None,
+        vae_origin: str | None = None,
     ) -> None:
         if clips < 1 or shard_clips < 1 or not 0 <= part < parts:
             raise UsageError(
@@ -85,7 +98,7 @@ class FeatureWriter:
         self.clips, self.shard_clips = clips, shard_clips
         self.part, self.parts = part, parts
         self.shards = -(-clips // shard_clips)
-        self._begin(origin, _embeddings(identity, empty or {}))
+        self._begin(origin, _embeddings(identity, empty or {}), vae_origin)
 
     def todo(self) -> list[int]:
         """This process's shards that are not there yet."""
@@ -99,23 +112,7 @@ class FeatureWriter:
             shard_path(self.folder, number), self.identity, range(first, min(first + self.shard_clips, self.clips))
         )
 
-    def report(self) -> dict[str, Any]:
-        """What is in the folder by now, of all processes: shards, clips, bytes, `skipped` and whether it is complete.
-
-        Raises:
-            DataError: a listing is damaged.
-        """
-        there = [path for path in (shard_path(self.folder, number) for number in range(self.shards)) if path.exists()]
-        heads = [read_feature_shard(path)[0] for path in there]
-        return {
-            "complete": len(there) == self.shards,
-            "shards": len(there),
-            "clips": sum(head["clips"] for head in heads),
-            "bytes": sum(head["bytes"] for head in heads),
-            "skipped": [skip for head in heads for skip in head["skipped"]],
-        }
-
-    def _begin(self, origin: str, empty: dict[str, Tensor]) -> None:
+    def _begin(self, origin: str, empty: dict[str, Tensor], vae_origin: str | None) -> None:
         index = {
             "format": FEATURES_FORMAT,
             "version": FEATURES_VERSION,
@@ -125,11 +122,10 @@ class FeatureWriter:
             "shard_clips": self.shard_clips,
             "origin": origin,
             "empty": EMPTY_NAME if empty else None,
+            "vae_origin": vae_origin,
         }
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / _LOCK, "ab") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may begin at once
+            with folder_lock(self.folder):  # several processes may begin at once
                 if (written := load_feature_index(self.folder)) is not None:
                     self._check(written, index)
                     return
@@ -152,6 +148,24 @@ class FeatureWriter:
             raise UsageError(
                 f"{self.folder}: was begun otherwise: {'; '.join(changed)}. Set this back, or use another folder"
             )
+
+
+def feature_report(folder: Path) -> dict[str, Any]:
+    """What is in a folder of features by now, of all processes: shards, clips, bytes, `skipped`, and if it is complete.
+
+    Raises:
+        DataError: there is no such folder, or a listing is damaged.
+    """
+    shards = require_feature_index(folder)["shards"]
+    there = [path for path in (shard_path(folder, number) for number in range(shards)) if path.exists()]
+    heads = [read_feature_shard(path)[0] for path in there]
+    return {
+        "complete": len(there) == shards,
+        "shards": len(there),
+        "clips": sum(head["clips"] for head in heads),
+        "bytes": sum(head["bytes"] for head in heads),
+        "skipped": [skip for head in heads for skip in head["skipped"]],
+    }
 
 
 class FeatureShard:

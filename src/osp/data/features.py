@@ -197,6 +197,7 @@ class FeatureClips:
         identity: what the features were made with.
         empty: `text` (`L D`) and `pooled_text` (`P`) of the empty text, for text dropout; an empty dict if not stored.
         dropped: clips that are left out (reason -> clips).
+        vae_origin: the file or folder that the VAE was read from when the features were made, if that is known.
 
     Raises:
         DataError: no such folder, not complete, damaged, or no clip is within the limits.
@@ -213,10 +214,9 @@ class FeatureClips:
         partial: bool = False,
     ) -> None:
         self.path, self.sample = Path(path), sample
-        index = load_feature_index(self.path)
-        if index is None:
-            raise DataError(f"{self.path}: no folder of features ({INDEX_NAME} is missing); write one with `osp cache`")
+        index = require_feature_index(self.path)
         self.identity = FeatureIdentity.from_json(index["identity"])
+        self.vae_origin: str | None = index["vae_origin"]
         self.empty = self._load_empty() if index["empty"] else {}
         listed = list(self._listed(index, partial))
         strides = self.identity.time_stride, self.identity.space_stride
@@ -346,9 +346,16 @@ def load_feature_index(folder: Path) -> dict[str, Any] | None:
         raise DataError(
             f"{path}: version {index.get('version')!r}, this OSP reads version {FEATURES_VERSION}; write it anew"
         )
-    wanted = {"identity", "clips", "shards", "shard_clips", "origin", "empty"}
+    wanted = {"identity", "clips", "shards", "shard_clips", "origin", "empty", "vae_origin"}
     if not wanted <= index.keys() or index["identity"].keys() != {field.name for field in fields(FeatureIdentity)}:
         raise DataError(f"{path}: a damaged index; write the folder anew")
+    return index
+
+
+def require_feature_index(folder: Path) -> dict[str, Any]:
+    """The parsed `index.json` of a folder of features. Raises DataError if it has none, or another."""
+    if (index := load_feature_index(folder)) is None:
+        raise DataError(f"{folder}: no folder of features ({INDEX_NAME} is missing); write one with `osp cache`")
     return index
 
 

@@ -1,0 +1,293 @@
+"""Clips -> features, once: a frozen VAE, and the text encoder unless it trains along, run over a source of clips."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osp.conditioning import Pair, TextEncoder
+from osp.data.buckets import Shape
+from osp.data.feature_writer import FeatureWriter
+from osp.data.features import FeatureIdentity, Features, TextIdentity, require_feature_index
+from osp.data.loader import GIVE_UP_AFTER, source_buckets
+from osp.data.sources import BucketClips, ShardClips, stable_seed
+from osp.data.video import ClipError, to_float
+from osp.errors import DataError, UsageError
+from osp.evaluation.reconstruction import AUTOCAST
+from osp.vae import LatentCodec, VideoVAE, measure_scaling
+
+log = logging.getLogger(__name__)
+
+_LOG_EVERY = 10.0  # seconds between two lines about the progress
+
+VideoClips = ShardClips | BucketClips
+
+
+class FeatureEncoder:
+    """Clips of one shape -> their features.
+
+    Args:
+        codec: the VAE with the scaling that goes into the identity; it is moved to `device`.
+        text: None, or one that trains along, leaves captions only.
+        posterior, dtype: as in `FeatureIdentity`.
+        precision: of the VAE's arithmetic: `32-true`, `bf16-mixed` or `16-mixed`.
+
+    Raises UsageError for a value that is not known.
+    """
+
+    def __init__(
+        self,
+        codec: LatentCodec,
+        text: TextEncoder | None = None,
+        *,
+        posterior: str = "gaussian",
+        dtype: str = "float16",
+        device: torch.device | str = "cpu",
+        precision: str = "32-true",
+    ) -> None:
+        self.device = torch.device(device)
+        self.codec, self.text = codec.to(self.device), None if text is None or text.trained else text
+        self.posterior, self.precision = posterior, precision
+        tokens, pooled = text_identities(self.text)
+        self.identity = FeatureIdentity(
+            **codec.identity(), text=tokens, pooled_text=pooled, posterior=posterior, dtype=dtype
+        )
+        self._autocast = _autocast(self.device, precision)
+        move = getattr(self.text, "to", None)
+        if move is not None:
+            move(self.device)
+
+    @torch.no_grad()
+    def __call__(self, clips: Sequence[Mapping[str, Any]]) -> list[Features]:
+        """Clips of one shape, as `osp.data.sources.ClipSource.read` gives them, encoded in one batch."""
+        video = to_float(torch.stack([clip["video"] for clip in clips]).to(self.device))
+        with self._autocast:
+            posterior = self.codec.vae.encode(video)
+        mean, logvar = posterior.mean.float().cpu(), posterior.logvar.float().cpu()
+        captions = [str(clip.get("caption", "")) for clip in clips]
+        texts = iter(self._texts([caption for caption in captions if caption]))
+        features = []
+        for clip, caption, latent, spread in zip(clips, captions, mean, logvar, strict=True):
+            size = Shape(*clip["video"].shape[1:])
+            sample = self.posterior == "sample"
+            if sample:
+                generator = torch.Generator().manual_seed(stable_seed("posterior", clip["key"]))
+                latent = latent + torch.exp(0.5 * spread) * torch.randn(latent.shape, generator=generator)
+            text = next(texts) if caption else {}
+            features.append(
+                Features(
+                    clip["key"],
+                    size,
+                    latent,
+                    None if sample else spread,
+                    [caption] if caption else [],
+                    [text["text"]] if "text" in text else [],
+                    [text["pooled_text"]] if "pooled_text" in text else [],
+                    fps=0.0 if size.frames == 1 else float(clip["fps"]),
+                )
+            )
+        return features
+
+    def empty(self) -> dict[str, Tensor]:
+        """The embeddings of the empty text; nothing without a text encoder."""
+        return next(iter(self._texts([""])), {})
+
+    def _texts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """For each prompt `text` (`L D`, without padding) and, if there is one, `pooled_text` (`P`)."""
+        if self.text is None or not prompts:
+            return [{}] * len(prompts)
+        encoded = self.text(prompts)
+        lengths = encoded.mask.sum(dim=1).tolist()
+        texts = [{"text": text[:length]} for text, length in zip(encoded.text, lengths, strict=True)]
+        if encoded.pooled is not None:
+            for text, pooled in zip(texts, encoded.pooled, strict=True):
+                text["pooled_text"] = pooled
+        return texts
+
+
+def text_identities(text: TextEncoder | None) -> tuple[TextIdentity | None, TextIdentity | None]:
+    """`text` and `pooled_text` in the `FeatureIdentity` of features that this encoder makes."""
+    if text is None or text.trained:
+        return None, None
+    if isinstance(text, Pair):
+        pooled = text.pooled
+        return text_identities(text.tokens)[0], TextIdentity(pooled.name, pooled.fingerprint(), pooled.channels)
+    identity = TextIdentity(text.name, text.fingerprint(), text.channels)
+    return identity, None if text.pooled_channels is None else replace(identity, width=text.pooled_channels)
+
+
+def encode_features(
+    source: VideoClips, encoder: FeatureEncoder, writer: FeatureWriter, batch_size: int = 1, workers: int = 1
+) -> int:
+    """Writes the shards that the writer has to do; gives how many clips were encoded.
+
+    Batches hold up to `batch_size` clips of one shape and one shard, so that a shard's bytes do not depend on which
+    others are there. `workers` threads read ahead. A broken clip is skipped and logged.
+
+    Raises:
+        UsageError: the device's memory is too small, or another process writes the same shards.
+        DataError: no clip of the source can be used, or GIVE_UP_AFTER in a row cannot; a file cannot be written.
+    """
+    plan = {number: same_shape_batches(source, writer.shard(number).clips, batch_size) for number in writer.todo()}
+    part = f"part {writer.part} of {writer.parts}: " if writer.parts > 1 else ""
+    progress = _Progress(part, sum(len(batch) for batches in plan.values() for batch in batches))
+    reads = _read_ahead(source, [batch for batches in plan.values() for batch in batches], workers)
+    encoded = lost = 0  # clips of this run; clips skipped in a row
+    for number, batches in plan.items():
+        with writer.shard(number) as shard:
+            for indices, results in zip(batches, reads, strict=False):
+                made = iter(_encoded(encoder, [clip for clip in results if not isinstance(clip, ClipError)]))
+                for index, result in zip(indices, results, strict=True):
+                    try:
+                        if isinstance(result, ClipError):
+                            raise result
+                        shard.add(index, replace(next(made), record=_kept(source, index)))
+                        encoded, lost = encoded + 1, 0
+                    except ClipError as error:
+                        log.warning("clip skipped: %s", error)
+                        shard.skip(index, error.name, error.reason)
+                        lost, reason = lost + 1, str(error)
+                if lost >= min(GIVE_UP_AFTER, len(source)):
+                    raise DataError(
+                        f"{lost} clips in a row cannot be used (of {len(source)}), the last one: {reason}; "
+                        "check that the clips are complete and suit the settings"
+                    )
+                progress.add(len(indices))
+    return encoded
+
+
+def _encoded(encoder: FeatureEncoder, clips: Sequence[Mapping[str, Any]]) -> list[Features]:
+    try:
+        return encoder(clips) if clips else []
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"batch_size={len(clips)}: the memory of {encoder.device} is too small for so many clips; "
+            "use a smaller batch_size; what is written so far counts"
+        ) from error
+
+
+def _kept(source: VideoClips, index: int) -> dict[str, Any]:
+    """What stays of the clip's own record."""
+    scores = source.entries[index].record.get("scores")
+    return {"scores": scores} if scores else {}
+
+
+def same_shape_batches(source: VideoClips, indices: Iterable[int], batch_size: int) -> list[list[int]]:
+    """The clips in batches of one shape; the order is the same for the same clips."""
+    shapes: dict[int, Shape] = {}
+    for bucket in source_buckets(source) or []:
+        shapes |= dict.fromkeys(bucket.clips.tolist(), bucket.shape)
+    together: dict[Shape | None, list[int]] = {}
+    for index in indices:
+        together.setdefault(shapes.get(index), []).append(index)
+    return [
+        clips[start : start + batch_size] for clips in together.values() for start in range(0, len(clips), batch_size)
+    ]
+
+
+def _read(source: VideoClips, indices: Sequence[int]) -> list[dict[str, Any] | ClipError]:
+    clips: list[dict[str, Any] | ClipError] = []
+    for index in indices:
+        try:
+            clips.append(source.read(index, 0))
+        except ClipError as error:
+            clips.append(error)
+    return clips
+
+
+def _read_ahead(
+    source: VideoClips, batches: Sequence[Sequence[int]], workers: int
+) -> Iterator[list[dict[str, Any] | ClipError]]:
+    """The batches in order; the next ones are decoded meanwhile (libav works outside of Python's lock)."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures: deque[Future[list[dict[str, Any] | ClipError]]] = deque()
+        try:
+            for batch in batches:
+                futures.append(pool.submit(_read, source, batch))
+                if len(futures) > workers:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def read_scaling(folder: Path, vae: VideoVAE) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale of the features in a folder, for more features of the same VAE.
+
+    Raises:
+        DataError: it is no folder of features.
+        UsageError: they were made with another VAE.
+    """
+    index = require_feature_index(folder)
+    identity = FeatureIdentity.from_json(index["identity"])
+    if identity.vae_fingerprint != LatentCodec(vae, 0.0, 1.0).fingerprint():
+        raise UsageError(
+            f"{folder}: its features were made with another VAE ({identity.vae} of {index['vae_origin']}) "
+            f"than {vae.origin}; give that one, or use another folder"
+        )
+    return identity.shift, identity.scale
+
+
+def measure_source_scaling(
+    source: VideoClips,
+    vae: VideoVAE,
+    clips: int,
+    *,
+    batch_size: int = 1,
+    device: torch.device | str = "cpu",
+    precision: str = "32-true",
+) -> tuple[list[float], list[float]]:
+    """Shift and scale of each channel by `osp.vae.measure_scaling`, over so many clips spread over the source.
+
+    Raises UsageError if none of them can be read.
+    """
+    device = torch.device(device)
+    vae.to(device).eval()
+    count = min(clips, len(source))
+    chosen = [number * len(source) // count for number in range(count)]
+
+    def videos() -> Iterator[Tensor]:
+        for results in _read_ahead(source, same_shape_batches(source, chosen, batch_size), workers=1):
+            if good := [clip["video"] for clip in results if not isinstance(clip, ClipError)]:
+                yield to_float(torch.stack(good).to(device))
+
+    log.info("measuring the scale of the latents over %d clips", count)
+    with _autocast(device, precision):
+        return measure_scaling(vae, videos())
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    if precision not in AUTOCAST:
+        raise UsageError(f"precision={precision}: choose one of {', '.join(AUTOCAST)}")
+    dtype = AUTOCAST[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+class _Progress:
+    """Now and then a log line: how far, how fast, and for how long still."""
+
+    def __init__(self, part: str, total: int) -> None:
+        self.part, self.total, self.done = part, total, 0
+        self.begun = self.logged = time.monotonic()
+        if total:
+            log.info("%s%d clips to encode", part, total)
+
+    def add(self, clips: int) -> None:
+        self.done += clips
+        now = time.monotonic()
+        if now - self.logged < _LOG_EVERY and self.done < self.total:
+            return
+        self.logged = now
+        rate = self.done / max(now - self.begun, 1e-9)
+        left = (self.total - self.done) / rate
+        time_left = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+        log.info("%s%d of %d clips, %.3g clips/s, %s left", self.part, self.done, self.total, rate, time_left)
