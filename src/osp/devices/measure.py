@@ -154,6 +154,21 @@ def _resident() -> int:
     return int((_PROCESS / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that are free on an accelerator or, for the CPU, in the machine and its container; None: not known."""
+    if device.type != "cpu":
+        return int(backend(device).mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+        if limit.exists() and (most := limit.read_text().strip()) != "max":
+            free = min(free, int(most) - int(used.read_text()))
+    except (OSError, StopIteration, ValueError):
+        return None
+    return free
+
+
 def count_flops(function: Callable[..., Any], *inputs: torch.Tensor) -> int:
     """Operations of the convolutions, matrix products and attentions of a call, a multiply-add being two.
 

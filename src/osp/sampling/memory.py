@@ -1,0 +1,141 @@
+"""How much memory it takes to make a video, found without computing anything."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from osp.conditioning import Pair
+from osp.conditioning.pretrained import FrozenText
+from osp.denoiser import Denoiser
+from osp.devices.measure import available_memory
+from osp.sampling.generator import VideoGenerator
+from osp.sampling.offload import BLOCKS_ON_DEVICE
+from osp.vae.memory import LiveBytes, working_bytes
+
+_GIB = 2**30
+# The solver's state, what the model gets and gives, twice with guidance.
+_LATENTS = 5
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What is on the device, in bytes: `parts` by name, `phases` with all that is there at once, and what there is.
+
+    `available` is what the device has free, and what the generator's weights hold of it already; None: not known.
+    """
+
+    parts: Mapping[str, int]
+    phases: Mapping[str, int]
+    available: int | None
+    low_memory: bool
+
+    @property
+    def peak(self) -> int:
+        """That of the phase which needs most."""
+        return max(self.phases.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is likely to go well."""
+        return self.available is None or self.peak <= self.available
+
+    def lines(self) -> list[str]:
+        """For a user to read, in GiB."""
+        rows = [f"{name}: {size / _GIB:.2f} GiB" for name, size in self.parts.items()]
+        phases = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in self.phases.items())
+        there = "" if self.available is None else f" of {self.available / _GIB:.2f} GiB free"
+        return [*rows, f"at once, by phase: {phases}; at most {self.peak / _GIB:.2f}{there}"]
+
+
+def plan_memory(
+    generator: VideoGenerator, frames: int, height: int, width: int, batch: int = 1, low_memory: bool = False
+) -> MemoryPlan:
+    """What `generate` needs on the generator's device for a batch of such videos with guidance.
+
+    The tensors of one call of the denoiser and of the VAE are followed through a copy without memory, so that layers,
+    patterns and types count as they are; attention is taken as fused, and autocast, which needs less, as if it were
+    not there. What the allocator, the text encoder's own tensors and the framework itself take comes on top. Raises
+    UsageError for a size that the generator does not take.
+    """
+    generator.check_size(frames, height, width)
+    codec, denoiser = generator.codec, generator.denoiser
+    shape = codec.latent_shape(frames, height, width)
+    latent = 4 * batch * shape[0] * shape[1] * shape[2] * shape[3]
+    rows = batch * (1 if low_memory else 2)
+    vae_dtype = next(codec.vae.parameters()).dtype
+    decoded = 1 if low_memory and codec.vae.can_stream("decoder") else batch
+    video = 2 * batch * 3 * frames * height * width * 4  # before and after it is clamped
+    parts = {
+        "text encoder": sum(map(_bytes, _text_modules(generator.text))),
+        "denoiser": _bytes(denoiser),
+        "one call of the denoiser": call_bytes(denoiser, (rows, *shape[1:]), generator.text.max_tokens),
+        "latents": _LATENTS * latent,
+        "VAE": _bytes(codec.vae),
+        "decoding": decoded * working_bytes(codec.vae, "decoder", height, width, vae_dtype),
+        "video": video,
+    }
+    text, vae = parts["text encoder"], parts["VAE"]
+    offloads = low_memory and generator.device.type != "cpu"
+    if offloads:
+        blocks = sorted(map(_bytes, denoiser.blocks), reverse=True)
+        parts["denoiser"] += sum(blocks[:BLOCKS_ON_DEVICE]) - sum(blocks)
+        parts["video"] = 0  # it is in the CPU's memory
+    weights = parts["denoiser"]
+    stays = 0 if offloads else text + weights + vae
+    calls, decoding = parts["one call of the denoiser"], parts["decoding"] + parts["video"]
+    phases = {
+        "text": stays or text,
+        "denoising": (stays or weights) + calls + parts["latents"],
+        "decoding": (stays or vae) + decoding + latent,
+    }
+    free = available_memory(generator.device)
+    if free is not None:
+        free += sum(_bytes(module, on=generator.device) for module in _modules(generator))
+    return MemoryPlan(parts, phases, free, low_memory)
+
+
+def call_bytes(denoiser: Denoiser, rows: tuple[int, int, int, int], text: int) -> int:
+    """The most bytes in tensors during one call, besides weights and inputs, for latents `B T H W` of so much text."""
+    batch, *size = rows
+    with torch.device("meta"), torch.no_grad():
+        twin = type(denoiser)(**denoiser.settings).to(denoiser.out.weight.dtype)
+        pooled = None if denoiser.pooled_channels is None else torch.empty(batch, denoiser.pooled_channels)
+        inputs = torch.empty(batch, denoiser.latent_channels, *size), torch.empty(batch)
+        words = torch.empty(batch, text, denoiser.text_channels)
+        with LiveBytes() as live, _FusedAttention():
+            twin(*inputs, words, None, pooled)
+    return live.peak
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention without its matrix of scores, which on the meta device it would have."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes(module: nn.Module, on: torch.device | None = None) -> int:
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors if on is None or tensor.device.type == on.type)
+
+
+def _modules(generator: VideoGenerator) -> list[nn.Module]:
+    return [*_text_modules(generator.text), generator.denoiser, generator.codec.vae]
+
+
+def _text_modules(text: Any) -> list[nn.Module]:
+    match text:
+        case nn.Module():
+            return [text]
+        case Pair():
+            return [text.tokens.model, text.pooled.model]
+        case FrozenText():
+            return [text.model]
+    return []

@@ -1,0 +1,134 @@
+"""Folders of made videos: files that say inside how they were made, and a list of them."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import av
+from PIL import Image
+from torch import Tensor
+
+from osp.data.files import write_whole
+from osp.data.pictures import animated_gif, encode_png
+from osp.data.video import encode_video, to_uint8
+from osp.errors import DataError, UsageError
+
+FORMATS = ("mp4", "gif", "png")
+SAMPLES = "samples.jsonl"
+
+
+class SampleFolder:
+    """Where videos go: as MP4, GIF, or PNG, of which a video is a folder of frames and an image one file.
+
+    Each file holds its settings as JSON, in the container's comment or PNG's text `Comment`; `samples.jsonl` lists the
+    files with theirs, a line each. The same video with the same settings gives the same bytes. Raises UsageError for
+    another format.
+    """
+
+    def __init__(self, folder: Path, kind: str, overwrite: bool = False) -> None:
+        if kind not in FORMATS:
+            raise UsageError(f"format={kind} is not known; choose {', '.join(FORMATS)}")
+        self.folder, self.kind, self.overwrite = folder, kind, overwrite
+        self.listed = _read_list(folder / SAMPLES)
+
+    def path(self, stem: str, frames: int) -> Path:
+        """The file of a video, or the folder of its frames."""
+        return self.folder / (stem if self.kind == "png" and frames > 1 else f"{stem}.{self.kind}")
+
+    def is_made(self, stem: str, settings: Mapping[str, Any]) -> bool:
+        """Whether the video is there, made with these settings, so that it can be kept.
+
+        Raises UsageError if there is one made with others, unless it may be overwritten.
+        """
+        path = self.path(stem, settings["frames"])
+        if self.overwrite or not path.exists():
+            return False
+        before = read_settings(path)
+        if before == _plain(settings):
+            self.listed[path.name] = before
+            return True
+        other = next((key for key in settings if before is None or before.get(key) != _plain(settings)[key]), "others")
+        raise UsageError(
+            f"{path} is there, made with other settings ({other} differs); choose another output=DIR, or overwrite=true"
+        )
+
+    def write(self, stem: str, video: Tensor, settings: Mapping[str, Any]) -> Path:
+        """Write a video `3 T H W` in [-1, 1]; the file appears as a whole."""
+        path, pixels, comment = self.path(stem, video.shape[1]), to_uint8(video), json.dumps(settings)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path)
+        if self.kind == "mp4":
+            # Several threads would give other bytes on machines with other numbers of cores.
+            write_whole(path, encode_video(pixels, settings["fps"], threads=1, comment=comment))
+        elif self.kind == "gif":
+            write_whole(path, animated_gif(pixels, settings["fps"], comment))
+        elif video.shape[1] == 1:
+            write_whole(path, encode_png(pixels[:, 0], comment))
+        else:
+            self._write_frames(path, pixels, comment)
+        self.listed[path.name] = _plain(settings)
+        with open(self.folder / SAMPLES, "a") as file:
+            file.write(_line(path.name, settings))
+        return path
+
+    def _write_frames(self, path: Path, pixels: Tensor, comment: str) -> None:
+        part = path.with_name(f".{path.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for number, frame in enumerate(pixels.unbind(1)):
+            (part / f"{number:04d}.png").write_bytes(encode_png(frame, comment))
+        os.replace(part, path)
+
+    def finish(self) -> Path:
+        """Write the list anew, sorted and without files that are gone."""
+        there = {name: settings for name, settings in sorted(self.listed.items()) if (self.folder / name).exists()}
+        write_whole(self.folder / SAMPLES, "".join(_line(*entry) for entry in there.items()))
+        return self.folder / SAMPLES
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """What a video of ours, or a folder of its frames, was made with; None if it does not say.
+
+    Raises DataError for a file that cannot be read.
+    """
+    file = min(path.glob("*.png"), default=None) if path.is_dir() else path
+    try:
+        if file is None:
+            return None
+        if file.suffix == ".mp4":
+            with av.open(f"file:{file}") as container:
+                comment = container.metadata.get("comment", "")
+        else:
+            with Image.open(file) as image:
+                comment = image.info.get("Comment") or image.info.get("comment", b"")
+        settings = json.loads(comment)
+    except (OSError, av.FFmpegError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it, or use overwrite=true") from error
+    except ValueError:
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _line(name: str, settings: Mapping[str, Any]) -> str:
+    return json.dumps({"path": name, **settings}) + "\n"
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(settings))
+
+
+def _read_list(path: Path) -> dict[str, dict[str, Any]]:
+    """The settings of files by name; a line that was not written to its end is passed over."""
+    listed = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+            listed[entry.pop("path")] = entry
+        except (ValueError, KeyError, AttributeError):
+            continue
+    return listed

@@ -1,0 +1,118 @@
+"""What a user asks for: prompts with what goes with each, from a file or a command, and the videos they become."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from osp.errors import DataError
+
+_NUMBERS = {"seed": 0, "frames": 1, "height": 1, "width": 1}  # and the least value of each
+_FILES = ("image", "last_image", "video")
+_SLUG = 40  # characters of a prompt in a file's name
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and what a line of a file says for it alone; None: as for all others.
+
+    `image`, `last_image` and `video` are files of given frames; `name` stands in the file's name instead of the prompt.
+    """
+
+    prompt: str
+    seed: int | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str | None = None
+    image: Path | None = None
+    last_image: Path | None = None
+    video: Path | None = None
+    name: str | None = None
+
+
+def read_requests(path: Path) -> list[Request]:
+    """The requests in a file: `.jsonl` has an object a line, with the keys of `Request`; any other a prompt a line.
+
+    Empty lines are passed over. Files of pictures are named from the folder of this one. Raises DataError naming the
+    first line that is broken, and for a file that cannot be read or has no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other separators may stand inside a string
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    requests = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            text = line.strip()
+            where = f"{path}, line {number}"
+            requests.append(_parsed(text, path.parent, where) if path.suffix == ".jsonl" else Request(text))
+    if not requests:
+        raise DataError(f"{path}: has no prompt in it; write one a line")
+    return requests
+
+
+def _parsed(line: str, folder: Path, where: str) -> Request:
+    try:
+        given = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: is no JSON ({error})") from error
+    if not isinstance(given, dict):
+        raise DataError(f'{where}: must be an object, like {{"prompt": "a red circle"}}')
+    known = [field.name for field in fields(Request)]
+    for key, value in given.items():
+        if key not in known:
+            raise DataError(f"{where}: {key} is not known; choose {', '.join(known)}")
+        if value is None and key != "prompt":
+            continue
+        if key in _NUMBERS and not (type(value) is int and value >= _NUMBERS[key]):
+            raise DataError(f"{where}: {key}={value!r} must be a whole number from {_NUMBERS[key]}")
+        if key not in _NUMBERS and not isinstance(value, str):
+            raise DataError(f"{where}: {key}={value!r} must be a string")
+    if not given.get("prompt", "").strip():
+        raise DataError(f"{where}: has no prompt")
+    files: dict[str, Any] = {key: folder / given[key] for key in _FILES if given.get(key) is not None}
+    return Request(**given | files)
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video to make: what is asked for, with which seed, and the name of its file without a suffix."""
+
+    request: Request
+    seed: int
+    stem: str
+
+
+def list_videos(requests: Sequence[Request], seed: int, per_prompt: int) -> list[Video]:
+    """The videos of the requests in their order, `per_prompt` of each.
+
+    A request's own seed is that of its first video, else the first of all gets `seed`; the following ones count on.
+    """
+    videos: list[Video] = []
+    for request in requests:
+        first = seed + len(videos) if request.seed is None else request.seed
+        for own_seed in range(first, first + per_prompt):
+            stem = f"{len(videos):03d}_{slug(request.name or request.prompt)}_seed{own_seed}"
+            videos.append(Video(request, own_seed, stem))
+    return videos
+
+
+def slug(text: str) -> str:
+    """Text as part of a file's name: its words in lower case, as many as fit."""
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    kept = "-".join(words)[: _SLUG + 1]
+    return (kept if len(kept) <= _SLUG else kept.rpartition("-")[0] or kept[:_SLUG]) or "video"
+
+
+def batches(videos: Sequence[Video], keys: Mapping[Video, Any], size: int) -> list[list[Video]]:
+    """The videos in batches of at most `size` that follow each other and have the same key, such as their shape."""
+    made: list[list[Video]] = []
+    for video in videos:
+        if made and len(made[-1]) < size and keys[made[-1][0]] == keys[video]:
+            made[-1].append(video)
+        else:
+            made.append([video])
+    return made
