@@ -79,11 +79,12 @@ def evaluate_generation(
 ) -> dict[str, Any]:
     """Judge every generated video beside real ones, write the results into the folder `output`, and return them.
 
-    `real` clips are mappings as `evaluate_reconstruction` takes them, with captions; N generated videos are compared
-    with the first N of them. They are judged against their captions, which is the best that the oracle lets anyone
-    reach, and again as the `vae` reconstructs them, which is the best that a model of its latents can. The next N, if
-    there are so many, tell how far two sets of N real clips are from each other; else the two halves of the first N do,
-    which is further. `given` are the numbers of the frames that the generator was given from each clip's `real`.
+    `real` clips are mappings as `evaluate_reconstruction` takes them, with captions. Of N generated videos the first N
+    real clips are the counterpart: they are judged against their captions, which is the best that the oracle lets
+    anyone reach, and again as the `vae` reconstructs them, which is the best that a model of its latents can. The next
+    clips, N at most, are the reference of the Frechet distance: of the generated videos, of the reconstructions, and of
+    the first N real clips themselves, which is the floor. Without any the counterpart is the reference, and there is no
+    floor. `given` are the numbers of the frames that the generator was given from each clip's `real`.
 
     Networks that are modules are moved to `device`. `precision` is the VAE's. `save_videos` is how many are written,
     None: all. `settings` is copied into the results.
@@ -91,9 +92,9 @@ def evaluate_generation(
     Files, each replaced as a whole:
         metrics.json: what is returned. `accuracy` has rates in 0..1 of `all` three and of each part: of `generated`,
             `real` and `vae` with Wilson's 95 % interval; `chance`, exact; `generated_shuffled` and `real_shuffled`, of
-            the same videos with each other's prompts. `frechet` has the distance under its name, that of `vae`
-            reconstructions and the `floor`. `given` has PSNR (dB, mean over clips) of the frames given in the generated
-            videos and in the VAE's reconstructions, and how much the first is below the second (`loss`).
+            the same videos with each other's prompts. `frechet` has the distance under its name, that of the `vae`'s
+            reconstructions, and the `floor`. `given` has PSNR (dB, mean over clips) of the frames given, in the
+            generated videos and in the VAE's reconstructions, and how much the first is below the second (`loss`).
         metrics.csv: a row a prompt.
         contact_sheet.png: the first `contact_sheet_clips` videos, marked right or wrong.
         videos/NUMBER-KEY.mp4: a PNG for a single frame. Those of an earlier evaluation go.
@@ -255,20 +256,24 @@ def _accuracies(sets: Mapping[str, _Judged]) -> dict[str, Any]:
 def _frechet(
     made: _Judged, shown: _Judged, reconstructed: _Judged, others: Sequence[Tensor], features: VideoFeatures
 ) -> dict[str, Any]:
-    """Generated to real, first; what the network's distance is called goes for generated videos without its "r"."""
-    wanted, half = len(made.judgements), len(shown.features) // 2
-    floor = (shown.features[:half], shown.features[half:])
-    if len(others) == wanted == len(shown.features):
-        floor = (shown.features, list(others))
-    record = frechet_record(_distance(shown.features, made.features, features), features)
-    value = record.pop(features.name)
-    named: dict[str, Any] = {features.name.replace("rfvd", "fvd"): value, **record}
-    pairs = {"floor": floor} | ({"vae": (shown.features, reconstructed.features)} if reconstructed.features else {})
-    for name, (one, other) in pairs.items():
-        distance = _distance(one, other, features)
-        value = float(distance.compute())
-        named[name] = value if math.isfinite(value) else None
-    return named | {"floor_clips": len(floor[1])}
+    """Generated to real, first; the name of the network's distance goes without the "r" of a reconstruction's."""
+    reference = others
+    if len(others) < 2:
+        reference = shown.features
+        logger.warning("no real clips beyond those of the prompts: %s is the distance to these", features.name)
+    record = frechet_record(_distance(reference, made.features, features), features)
+    return {
+        features.name.replace("rfvd", "fvd"): record.pop(features.name),
+        "floor": None if reference is shown.features else _finite(_distance(reference, shown.features, features)),
+        "vae": _finite(_distance(reference, reconstructed.features, features)),
+        **record,
+        "reference_clips": len(reference),
+    }
+
+
+def _finite(distance: FrechetDistance) -> float | None:
+    value = float(distance.compute())
+    return value if math.isfinite(value) else None
 
 
 def _distance(reference: Sequence[Tensor], other: Sequence[Tensor], features: VideoFeatures) -> FrechetDistance:
