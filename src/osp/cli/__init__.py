@@ -37,7 +37,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if (mended := _user_error(error)) is None:
+        if (mended := user_error(error)) is None:
             raise
         failures = [mended]
     for failure in failures:
@@ -67,7 +67,7 @@ def _run(verb: str, overrides: list[str]) -> list[OspError]:
         try:
             result = importlib.import_module(f"osp.cli.{verb.replace('-', '_')}").run(cfg)
         except Exception as error:
-            if (mended := _user_error(error)) is None:
+            if (mended := user_error(error)) is None:
                 raise
             failures.append(mended)  # raised here, Hydra would put a line of its own before it
             return None
@@ -83,7 +83,7 @@ def _run(verb: str, overrides: list[str]) -> list[OspError]:
     return failures
 
 
-def _user_error(error: BaseException) -> OspError | None:
+def user_error(error: BaseException) -> OspError | None:
     """The error to show in one line, if the user can mend it; None for a bug."""
     from hydra.errors import HydraException, InstantiationException
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -98,7 +98,7 @@ def _user_error(error: BaseException) -> OspError | None:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         # What a constructor raises about its arguments; anything else is a bug in it.
         about_arguments = (TypeError, ValueError, ImportError)
-        return _user_error(error.__cause__) or (
+        return user_error(error.__cause__) or (
             UsageError(_one_line(error)) if isinstance(error.__cause__, about_arguments) else None
         )
     if isinstance(error, HydraException | OmegaConfBaseException):

@@ -12,7 +12,8 @@ from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 from torch import multiprocessing
 
-from osp.cli.checks import CLIP, build_vae, check_numbers
+from osp.cli import user_error
+from osp.cli.checks import CLIP, build_vae, check_numbers, check_vae_source
 from osp.data.feature_writer import FeatureWriter, feature_report, folder_lock
 from osp.data.features import load_feature_index, require_feature_index
 from osp.data.sources import BucketClips, ShardClips
@@ -44,16 +45,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     check_numbers(cfg, CLIP | least | {"processes": 1, "part": 0, "parts": 1})
     if cfg.part >= cfg.parts:
         raise UsageError(f"part={cfg.part}, parts={cfg.parts}: the parts are 0 to {cfg.parts - 1}")
-    if cfg.vae.get("path", "") is None:
-        raise UsageError(
-            "give checkpoint=FILE of `osp train`, vae=pretrained path=FOLDER of `osp import-weights`, "
-            "or vae=published vae.kind=KIND vae.source=FILE"
-        )
+    check_vae_source(cfg)
     choose_device(cfg.device)
-    begun = time.monotonic()
-    encoded = _encode(cfg) if cfg.processes == 1 else _encode_in_processes(cfg)
-    seconds = time.monotonic() - begun
     output = Path(to_absolute_path(cfg.output))
+    load_feature_index(output)  # another folder is refused before any model is read
+    runs = [_encode(cfg)] if cfg.processes == 1 else _encode_in_processes(cfg)
+    encoded, seconds = sum(clips for clips, _ in runs), max(seconds for _, seconds in runs)
     report = feature_report(output)
     if report["complete"] and not report["clips"]:
         last = report["skipped"][-1]
@@ -64,13 +61,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         **report,
         "skipped": len(report["skipped"]),
         "seconds": round(seconds, 1),
-        "clips_per_second": round(encoded / seconds, 3),
+        "clips_per_second": round(encoded / seconds, 3) if encoded else None,
         "scaling": {name: identity[name] for name in ("shift", "scale")},
     }
 
 
-def _encode(cfg: DictConfig, process: int = 0) -> int:
-    """What falls to this process; gives how many clips it encoded."""
+def _encode(cfg: DictConfig, process: int = 0) -> tuple[int, float]:
+    """What falls to this process; gives how many clips it encoded, and the seconds that this took."""
     device = choose_device(cfg.device)
     if cfg.processes > 1 and device.type != "cpu" and device.index is None:
         device = torch.device(device.type, process % backend(device).device_count())
@@ -100,7 +97,9 @@ def _encode(cfg: DictConfig, process: int = 0) -> int:
             empty=encoder.empty(),
             vae_origin=str(Path(vae.origin).absolute()),
         )
-    return encode_features(source, encoder, writer, cfg.batch_size, cfg.workers)
+    begun = time.monotonic()
+    encoded = encode_features(source, encoder, writer, cfg.batch_size, cfg.workers)
+    return encoded, time.monotonic() - begun
 
 
 def _source(cfg: DictConfig, vae: VideoVAE) -> VideoClips:
@@ -136,34 +135,39 @@ def _codec(cfg: DictConfig, vae: VideoVAE, source: VideoClips, output: Path, dev
     return LatentCodec(vae, *scaling)
 
 
-def _encode_in_processes(cfg: DictConfig) -> int:
+def _encode_in_processes(cfg: DictConfig) -> list[tuple[int, float]]:
     """`_encode` in processes of their own. Raises what the first of them that fails has raised."""
     threads = max(1, torch.get_num_threads() // cfg.processes)
     logging_config = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells that it ends the others
-    results = multiprocessing.get_context("spawn").SimpleQueue()
-    job = (OmegaConf.to_container(cfg, resolve=True), threads, logging_config, results)
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    job = (OmegaConf.to_container(cfg, resolve=True), threads, logging_config, queue)
+    died = None
     try:
         multiprocessing.spawn(_one_process, args=job, nprocs=cfg.processes)
     except multiprocessing.ProcessExitedException as error:
-        if results.empty():
-            raise DataError(
-                f"a process has died ({error}): out of memory, or ended from outside; use fewer processes or a smaller "
-                "batch_size. The same command goes on"
-            ) from error
-    counts = []
-    while not results.empty():
-        if isinstance(result := results.get(), OspError):
+        died = error
+    results = []
+    while not queue.empty():
+        results.append(queue.get())
+    for result in results:
+        if isinstance(result, OspError):
             raise result
-        counts.append(result)
-    return sum(counts)
+    if died is not None:
+        raise DataError(
+            f"a process has ended ({died}): out of memory, or ended from outside; "
+            "use fewer processes or a smaller batch_size. The same command goes on"
+        )
+    return results
 
 
-def _one_process(process: int, cfg: dict[str, Any], threads: int, logging_config: Any, results: Any) -> None:
+def _one_process(process: int, cfg: dict[str, Any], threads: int, logging_config: Any, queue: Any) -> None:
     configure_log(OmegaConf.create(logging_config))
     torch.set_num_threads(threads)
     try:
-        results.put(_encode(OmegaConf.create(cfg), process))
-    except OspError as error:
-        results.put(error)
-        raise SystemExit(error.exit_code) from error
+        queue.put(_encode(OmegaConf.create(cfg), process))
+    except Exception as error:
+        if (mended := user_error(error)) is None:
+            raise
+        queue.put(mended)
+        raise SystemExit(mended.exit_code) from error

@@ -28,6 +28,15 @@ def check_numbers(cfg: DictConfig, least: Mapping[str, float], optional: Collect
             )
 
 
+def check_vae_source(cfg: DictConfig) -> None:
+    """Raise UsageError if a configuration with `vae` says no file or folder to read it from."""
+    if cfg.vae.get("path", "") is None:
+        raise UsageError(
+            "give checkpoint=FILE of `osp train`, vae=pretrained path=FOLDER of `osp import-weights`, "
+            "or vae=published vae.kind=KIND vae.source=FILE"
+        )
+
+
 def build_vae(cfg: DictConfig) -> VideoVAE:
     """The VAE of a configuration `vae`. Raises UsageError if that gives another model, as a folder with weights may."""
     vae = instantiate(cfg)
