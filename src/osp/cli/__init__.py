@@ -17,6 +17,7 @@ VERBS = {
     "cache": "encode clips once with a VAE and a text encoder, for training on features",
     "train": "train what an experiment composes",
     "eval": "encode and decode videos with a VAE and measure what comes back",
+    "sample": "make videos of prompts",
     "bench": "measure speed and memory of a part, as one table and one plot",
     "import-weights": "turn published weights into a folder of ours",
     "export-weights": "turn a model of ours into a folder for the published code",

@@ -1,10 +1,11 @@
 """Files of pictures -> the frames that are given."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from osp.conditioning import MODES, GivenFrames, given_by_mode, given_frames
@@ -19,14 +20,14 @@ class PictureFiles:
     """Where given frames come from.
 
     `image` and `last_image` are the first and the last frame; of `video` the first `keep_frames` are gone on with;
-    `by_number` are any others.
+    `by_number` are any, each with its number.
     """
 
     image: Path | None = None
     last_image: Path | None = None
     video: Path | None = None
     keep_frames: int = 1
-    by_number: Mapping[int, Path] = field(default_factory=dict)
+    by_number: tuple[tuple[int, Path], ...] = ()
 
     @property
     def mode(self) -> str:
@@ -44,7 +45,7 @@ class PictureFiles:
     def files(self) -> dict[str, Path]:
         """All of them, by what they are."""
         named = {"image": self.image, "last_image": self.last_image, "video": self.video}
-        numbered = {str(number): path for number, path in sorted(self.by_number.items())}
+        numbered = {str(number): path for number, path in sorted(self.by_number)}
         return {key: path for key, path in named.items() if path is not None} | numbered
 
     def check(self, mode: str | None) -> None:
@@ -68,7 +69,7 @@ class PictureFiles:
             return to_float(read_clip(path, frames=1, size=(height, width)))[:, 0]
 
         if self.by_number:
-            pictures = {number: picture(path) for number, path in self.by_number.items()}
+            pictures = {number: picture(path) for number, path in self.by_number}
             return given_frames(pictures, frames, height, width)
         if self.video is not None:
             rate = None if self.keep_frames == 1 else fps
@@ -80,3 +81,8 @@ class PictureFiles:
     def contents(self) -> dict[str, str]:
         """A hash of each file's content, which says what was given wherever the file lies."""
         return {key: hashlib.sha256(path.read_bytes()).hexdigest()[:32] for key, path in self.files.items()}
+
+
+def joined(given: Sequence[GivenFrames]) -> GivenFrames:
+    """Those of several videos of one size as one batch."""
+    return GivenFrames(torch.cat([each.mask for each in given]), torch.cat([each.video for each in given]))

@@ -2,12 +2,14 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from osp.errors import DataError
+
+Item = TypeVar("Item")
 
 _NUMBERS = {"seed": 0, "frames": 1, "height": 1, "width": 1}  # and the least value of each
 _FILES = ("image", "last_image", "video")
@@ -107,12 +109,12 @@ def slug(text: str) -> str:
     return (kept if len(kept) <= _SLUG else kept.rpartition("-")[0] or kept[:_SLUG]) or "video"
 
 
-def batches(videos: Sequence[Video], keys: Mapping[Video, Any], size: int) -> list[list[Video]]:
-    """The videos in batches of at most `size` that follow each other and have the same key, such as their shape."""
-    made: list[list[Video]] = []
-    for video in videos:
-        if made and len(made[-1]) < size and keys[made[-1][0]] == keys[video]:
-            made[-1].append(video)
+def batches(items: Sequence[Item], key: Callable[[Item], Any], size: int) -> list[list[Item]]:
+    """Items in batches of at most `size` that follow each other and have the same key, such as a shape."""
+    made: list[list[Item]] = []
+    for item in items:
+        if made and len(made[-1]) < size and key(made[-1][0]) == key(item):
+            made[-1].append(item)
         else:
-            made.append([video])
+            made.append([item])
     return made

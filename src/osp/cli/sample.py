@@ -1,0 +1,239 @@
+"""`osp sample`: prompts -> files of videos."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate, to_absolute_path
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from osp import __version__
+from osp.cli.checks import check_numbers
+from osp.devices import choose_device
+from osp.diffusion import Flow, Solver, Velocity, solvers
+from osp.errors import UsageError
+from osp.sampling import VideoGenerator, default_solver
+from osp.sampling.fingerprint import generator_identity
+from osp.sampling.memory import plan_memory
+from osp.sampling.outputs import SampleFolder
+from osp.sampling.pictures import PictureFiles, joined
+from osp.sampling.progress import shown_progress
+from osp.sampling.requests import Request, Video, batches, list_videos, read_requests
+
+log = logging.getLogger(__name__)
+
+_PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
+_MEMORY = ("normal", "low")
+_SIZE = ("frames", "height", "width")
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Sample as configured; gives how many videos were made, and where they and their list lie.
+
+    Raises UsageError and DataError for what can be known to be wrong before the model is read, and for the rest before
+    the first video is made.
+    """
+    _check(cfg)
+    folder = SampleFolder(Path(to_absolute_path(cfg.output)), cfg.format, cfg.overwrite)
+    videos = list_videos(_requests(cfg), cfg.seed, cfg.videos_per_prompt)
+    pictures = {video: _pictures(cfg, video.request) for video in videos}
+    for files in set(pictures.values()):
+        files.check(cfg.mode)
+    generator = _generator(cfg)
+    solver = _solver(cfg.solver, generator)
+    common = _common_settings(cfg, generator, solver)
+    contents = {files: files.contents() for files in set(pictures.values())}
+    jobs = [
+        Job(
+            video, pictures[video], contents[pictures[video]], _size(cfg, generator, video.request), cfg.negative_prompt
+        )
+        for video in videos
+    ]
+    todo = []
+    kept = 0
+    for batch in batches(jobs, lambda job: (job.size, job.negative_prompt), cfg.batch_size):
+        generator.check(**_arguments(batch, common, solver))
+        made = [folder.is_made(job.video.stem, job.settings(common)) for job in batch]
+        kept += sum(made)
+        # A batch is made again as it was, or its videos might differ in their last bits.
+        if not all(made):
+            todo.append((batch, made))
+    if kept:
+        log.info("%d of %d videos are there already, made with the same settings", kept, len(jobs))
+    if todo:
+        _tell_memory(generator, [batch for batch, _ in todo], low=cfg.memory == "low")
+    with shown_progress("sampling", len(todo)) as show:
+        for done, (batch, made) in enumerate(todo):
+            result = _generate(
+                cfg, generator, _arguments(batch, common, solver), lambda part, done=done: show(done + part)
+            )
+            for job, pixels, is_made in zip(batch, result, made, strict=True):
+                if not is_made:
+                    folder.write(job.video.stem, pixels, job.settings(common))
+    listed = folder.finish()
+    return {"output": str(folder.folder), "videos": len(jobs) - kept, "kept": kept, "list": str(listed)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A video to make, with all that is its own."""
+
+    video: Video
+    pictures: PictureFiles
+    contents: Mapping[str, str]
+    size: tuple[int, int, int]
+    usual_negative: str
+
+    @property
+    def negative_prompt(self) -> str:
+        """What guidance leads away from."""
+        own = self.video.request.negative_prompt
+        return self.usual_negative if own is None else own
+
+    def settings(self, common: Mapping[str, Any]) -> dict[str, Any]:
+        """All that the video depends on, as plain values without paths and dates."""
+        return {
+            "prompt": self.video.request.prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": self.video.seed,
+            **dict(zip(_SIZE, self.size, strict=True)),
+            "mode": self.pictures.mode,
+            "given": dict(self.contents),
+            **common,
+        }
+
+
+def _arguments(batch: Sequence[Job], common: Mapping[str, Any], solver: Solver) -> dict[str, Any]:
+    """What `check` and `generate` are given."""
+    first = batch[0]
+    given = [
+        job.pictures.read(*job.size, common["fps"]) for job in batch if any(other.pictures.files for other in batch)
+    ]
+    return {
+        "prompts": [job.video.request.prompt for job in batch],
+        **dict(zip(_SIZE, first.size, strict=True)),
+        "seeds": [job.video.seed for job in batch],
+        "solver": solver,
+        "guidance": common["guidance"],
+        "rescale": common["rescale"],
+        "negative_prompt": first.negative_prompt,
+        "given": joined(given) if given else None,
+    }
+
+
+def _generate(cfg: DictConfig, generator: VideoGenerator, arguments: Mapping[str, Any], show: Any) -> Tensor:
+    """The batch's videos; `show` is told the part that is done."""
+
+    def progress(call: int, calls: int, state: Tensor) -> None:
+        show(call / calls)
+
+    low, dtype = cfg.memory == "low", _PRECISIONS[cfg.precision]
+    # Where weights come and go, autocast's copies of them would stay.
+    with torch.autocast(generator.device.type, dtype, enabled=dtype is not None, cache_enabled=not low):
+        return generator.generate(**arguments, low_memory=low, progress=progress)
+
+
+def _check(cfg: DictConfig) -> None:
+    """Raise UsageError for settings that make no sense, whatever the model is."""
+    sizes = {f"clip.{key}": 1 for key in _SIZE}
+    least = {"seed": 0, "videos_per_prompt": 1, "batch_size": 1, "keep_frames": 1, "guidance": 0.0, "rescale": 0.0}
+    check_numbers(cfg, {**sizes, **least, "solver.steps": 1, "fps": 0.001}, optional=[*sizes, "solver.steps", "fps"])
+    for key, value, choices in (("precision", cfg.precision, _PRECISIONS), ("memory", cfg.memory, _MEMORY)):
+        if value not in choices:
+            raise UsageError(f"{key}={value} is not known; choose {', '.join(choices)}")
+    names = dict.fromkeys([*solvers(Flow()), *solvers(Velocity())])
+    if cfg.solver.name is not None and cfg.solver.name not in names:
+        raise UsageError(f"solver.name={cfg.solver.name} is not known; choose {', '.join(names)}")
+    choose_device(cfg.device)
+    if cfg.generator.get("path", "") is None:
+        raise UsageError(
+            "give checkpoint=FILE of `osp train`, or generator=opensora_v13 and the like; see conf/generator"
+        )
+    if cfg.checkpoint is not None and not Path(to_absolute_path(cfg.checkpoint)).is_file():
+        raise UsageError(f"checkpoint={cfg.checkpoint}: no such file; give a checkpoint of `osp train`")
+
+
+def _requests(cfg: DictConfig) -> list[Request]:
+    if (cfg.prompt is None) == (cfg.prompts is None):
+        raise UsageError('give a prompt, prompt="a red circle moves left", or a file of them, prompts=FILE (not both)')
+    if cfg.prompts is not None:
+        return read_requests(Path(to_absolute_path(cfg.prompts)))
+    if not str(cfg.prompt).strip():
+        raise UsageError("the prompt is empty; say what the video should show")
+    return [Request(str(cfg.prompt))]
+
+
+def _pictures(cfg: DictConfig, request: Request) -> PictureFiles:
+    """Those of the request itself if it has any, else those of the command."""
+    if request.image or request.last_image or request.video:
+        return PictureFiles(request.image, request.last_image, request.video, cfg.keep_frames)
+    given = OmegaConf.to_container(cfg.given)
+    if not isinstance(given, dict) or not all(type(number) is int for number in given):
+        raise UsageError(f"given={given} makes no sense; give files by the numbers of their frames: '{{0: a.png}}'")
+    numbered = tuple((int(str(number)), Path(to_absolute_path(path))) for number, path in given.items())
+    image, last_image, video = (
+        None if cfg[key] is None else Path(to_absolute_path(cfg[key])) for key in ("image", "last_image", "video")
+    )
+    return PictureFiles(image, last_image, video, cfg.keep_frames, numbered)
+
+
+def _generator(cfg: DictConfig) -> VideoGenerator:
+    generator = instantiate(cfg.generator)
+    if not isinstance(generator, VideoGenerator):
+        raise UsageError(f"generator is a {type(generator).__name__}; choose one of conf/generator")
+    return generator.to(choose_device(cfg.device))
+
+
+def _solver(cfg: DictConfig, generator: VideoGenerator) -> Solver:
+    """The configured one; what is null is the default's."""
+    usual = default_solver(generator.objective)
+    options = OmegaConf.to_container(cfg.options)
+    assert isinstance(options, dict)
+    given = {str(key): value for key, value in options.items()}
+    name, steps = cfg.name or usual.name, usual.steps if cfg.steps is None else cfg.steps
+    return Solver(generator.objective, name, steps, cfg.shift, given)
+
+
+def _size(cfg: DictConfig, generator: VideoGenerator, request: Request) -> tuple[int, int, int]:
+    """Frames, height and width: the request's own, else the command's, else those that the model was trained at."""
+    sizes = []
+    for key in _SIZE:
+        choices = getattr(request, key), cfg.clip[key], (generator.clip or {}).get(key)
+        if (size := next((choice for choice in choices if choice is not None), None)) is None:
+            raise UsageError(f"clip.{key} is not known for this model; give clip.{key}=NUMBER")
+        sizes.append(size)
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _common_settings(cfg: DictConfig, generator: VideoGenerator, solver: Solver) -> dict[str, Any]:
+    """What all the videos depend on."""
+    return {
+        "fps": float(generator.fps if cfg.fps is None else cfg.fps),
+        "solver": {
+            "name": solver.name,
+            "steps": solver.steps,
+            "shift": solver.shift,
+            "options": dict(solver.options),
+        },
+        "guidance": cfg.guidance,
+        "rescale": cfg.rescale,
+        "precision": cfg.precision,
+        "device": generator.device.type,
+        "model": generator_identity(generator),
+        "osp": __version__,
+    }
+
+
+def _tell_memory(generator: VideoGenerator, todo: Sequence[Sequence[Job]], low: bool) -> None:
+    """Log what the largest batch needs, and warn if it is more than there is."""
+    largest = max(todo, key=lambda batch: len(batch) * torch.Size(batch[0].size).numel())
+    plan = plan_memory(generator, *largest[0].size, batch=len(largest), low_memory=low)
+    for line in plan.lines():
+        log.info("memory: %s", line)
+    if not plan.fits:
+        smaller = "a smaller clip" if len(largest) == 1 else "a smaller batch_size or clip"
+        log.warning("this is more than the device has; use %s", smaller if low else f"memory=low, or {smaller}")
