@@ -103,7 +103,7 @@ def test_a_vae_to_evaluate_only_is_what_its_configuration_says(vae: str) -> None
 def test_the_tiny_recipe_builds_its_module_with_and_without_discriminator() -> None:
     for start, discriminates in (("null", False), ("10", True)):
         cfg = composed("train", "experiment=wfvae_tiny", f"module.discriminator_start={start}")
-        module = instantiate(cfg.module, vae=instantiate(cfg.vae))
+        module = instantiate(cfg.module)
         assert isinstance(module, VAEModule)
         assert (module.discriminator is not None) == discriminates
         assert module.batches_per_step(9) == 1

@@ -14,9 +14,10 @@ from osp.data.datamodule import ClipDataModule
 from osp.data.synthetic import SyntheticClips
 from osp.errors import DataError, UsageError
 from osp.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, load_trained_vae
+from osp.training.clipping import DivergedError
 from osp.training.discriminator import PatchDiscriminator3d
 from osp.training.losses import VAELoss
-from osp.training.vae_module import DivergedError, VAEModule
+from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE
 from osp.weights import WeightImportError
 
@@ -135,7 +136,7 @@ def test_mixed_precision_trains(tmp_path: Path) -> None:
 def test_float16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a CPU Lightning turns float16 into bfloat16, so no fit here can show it.
     monkeypatch.setattr(VAEModule, "trainer", SimpleNamespace(precision="16-mixed"))
-    with pytest.raises(UsageError, match="16-mixed does not train a VAE"):
+    with pytest.raises(UsageError, match="16-mixed does not train here"):
         new_module().on_fit_start()
 
 
@@ -216,6 +217,7 @@ import osp, torch, lightning
 from lightning.pytorch.callbacks import Callback
 from osp.data.datamodule import ClipDataModule
 from osp.data.synthetic import SyntheticClips
+from osp.training.clipping import DivergedError
 from osp.training.discriminator import PatchDiscriminator3d
 from osp.training.losses import VAELoss
 from osp.training.vae_module import VAEModule

@@ -61,9 +61,11 @@ class CompareRuns(Callback):
             result | {"run": " ".join(override for override in result["overrides"] if override not in shared)}
             for result in self._results
         ]
-        runs.sort(key=lambda run: -(run["best_val_psnr"] or 0.0))
+        best = next(key for key in runs[0] if key.startswith("best_val_"))
+        sign = -1 if runs[0]["mode"] == "max" else 1
+        runs.sort(key=lambda run: (run[best] is None, sign * (run[best] or 0.0)))
         columns = ["run", *sorted({key for run in runs for key in run if key.startswith("val/")})]
-        columns += ["best_val_psnr", "steps", "parameters", "seconds"]
+        columns += [best, "steps", "parameters", "seconds"]
         return columns, [[_text(run.get(column)) for column in columns] for run in runs]
 
 

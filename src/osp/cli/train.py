@@ -17,12 +17,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from osp.cli.checks import CLIP, build_vae, check_numbers
+from osp.cli.checks import CLIP, check_numbers, codec_of
+from osp.data.datamodule import ClipDataModule
 from osp.data.files import write_whole
+from osp.devices import choose_device, fast_precision
 from osp.errors import UsageError
 from osp.training.callbacks import ClipLogger, ProgressLog
 from osp.training.checkpoints import BEST, LAST, AtomicCheckpointIO, LastCheckpoint
-from osp.vae import WFVAE
+from osp.training.module import TrainingModule
 from osp.weights.files import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ RESULT = "result.json"
 """What a run leaves in its folder, and a sweep's table is made of."""
 
 # What a run cannot change half-way. The rest (steps, devices, intervals) may differ when it is continued.
-_FIXED = ("vae", "module", "data", "clip", "seed")
+_FIXED = ("vae", "module", "latent", "data", "clip", "seed")
 # What of it may: the loader itself refuses another global batch.
 _FREE = ("data.workers", "data.batch_size", "data.val_batch_size")
 
@@ -49,24 +51,23 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     check_numbers(cfg, CLIP | steps | {"seed": 0, "logged_clips": 0})
     lightning.seed_everything(cfg.seed, verbose=False)
 
-    vae = build_vae(cfg.vae)
-    if not isinstance(vae, WFVAE):
-        raise UsageError(f"a {type(vae).__name__} cannot be trained here, only evaluated; choose a WF-VAE as vae")
-    vae.train()  # weights that were read come in eval mode
     for part in ("train", "val"):
         clips = cfg.data[part]
         if clips is None:
             raise UsageError(f"data.{part}=null: training needs clips, and chooses the best checkpoint by validation")
-        check_numbers(cfg, {f"data.{part}.{size}": 1 for size in ("frames", "height", "width")})
-        vae.check_size(clips.frames, clips.height, clips.width)
-    data = instantiate(cfg.data)
-    module = instantiate(cfg.module, vae=vae)
+        check_numbers(cfg, {f"data.{part}.{size}": 1 for size in ("frames", "height", "width") if size in clips})
+    data: ClipDataModule = instantiate(cfg.data)
+    going_on = cfg.resume and (output / "checkpoints" / LAST).exists()
+    module: TrainingModule = instantiate(cfg.module, **codec_of(cfg, data))
+    module.prepare(data)
+    if cfg.start_from is not None and not going_on:
+        module.start_from(cfg.start_from)
 
     best = ModelCheckpoint(
         dirpath=output / "checkpoints",
         filename=BEST.removesuffix(".ckpt"),
-        monitor="val/psnr",
-        mode="max",
+        monitor=module.monitor,
+        mode=module.mode,
         enable_version_counter=False,
     )
     last = LastCheckpoint(output / "checkpoints", cfg.checkpoint_every)
@@ -75,6 +76,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         cfg.trainer,
         # A run shorter than the interval is validated once, or it would have no best checkpoint.
         val_check_interval=min(cfg.trainer.val_check_interval, cfg.trainer.max_steps),
+        precision=_precision(cfg),
         callbacks=callbacks,
         logger=TensorBoardLogger(output, name="", version="tensorboard"),
         plugins=[AtomicCheckpointIO()],
@@ -87,12 +89,14 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if not trainer.is_global_zero:
         return None
+    score = best.best_model_score
     result = {
         "name": cfg.name,
         "output": str(output),
         "steps": trainer.global_step,
-        "parameters": sum(parameter.numel() for parameter in vae.parameters()),
-        "best_val_psnr": float(best.best_model_score) if best.best_model_score is not None else None,
+        "parameters": sum(parameter.numel() for parameter in module.learned.parameters()),
+        "mode": module.mode,
+        f"best_{module.monitor.replace('/', '_')}": None if score is None else float(score),
         **{key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")},
         "seconds": round(time.monotonic() - begun, 1),
         "overrides": list(HydraConfig.get().overrides.task),
@@ -116,6 +120,14 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # Few loader workers are enough where clips are made on the fly, and a value of the user's choice.
     warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
+
+
+def _precision(cfg: DictConfig) -> str:
+    """That of the trainer; `auto` is what is fast on its device."""
+    if cfg.trainer.precision != "auto":
+        return cfg.trainer.precision
+    device = {"gpu": "cuda"}.get(cfg.trainer.accelerator, cfg.trainer.accelerator)
+    return fast_precision(choose_device(device))
 
 
 def _start(cfg: DictConfig, output: Path) -> tuple[Path | None, dict[str, Any] | None]:

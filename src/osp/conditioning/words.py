@@ -68,6 +68,17 @@ class WordText(nn.Module):
         with torch.no_grad():
             self.spelling.weight[_NONE] = 0
 
+    @property
+    def settings(self) -> dict[str, int | None]:
+        """What builds the encoder again, as plain values."""
+        return {
+            "channels": self.channels,
+            "pooled_channels": self.pooled_channels,
+            "layers": len(self.blocks),
+            "heads": self.blocks[0].heads,
+            "max_tokens": self.max_tokens,
+        }
+
     def forward(self, prompts: Sequence[str], strict: bool = False) -> EncodedText:
         """See `TextEncoder.__call__`."""
         spelled = [_spelled(prompt) for prompt in prompts]

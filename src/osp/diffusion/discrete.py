@@ -51,6 +51,15 @@ class Discrete(Objective):
         kept = self.alphas_cumprod
         return 1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
 
+    @property
+    def time_span(self) -> float:
+        """The number of steps."""
+        return float(self.steps)
+
+    def time_at(self, part: Tensor) -> Tensor:
+        """The step that lies there (int64)."""
+        return super().time_at(part).long().clamp(max=self.steps - 1)
+
     def sample_time(self, batch: int, generators: Generators = None, tokens: int | None = None) -> Tensor:
         """Steps, all as likely, `B` (int64)."""
         return draw_integers(self.steps, batch, generators)

@@ -42,6 +42,11 @@ class Flow(Objective):
         if self.low_tokens >= self.high_tokens:
             raise UsageError(f"objective: low_tokens={self.low_tokens} must be below high_tokens={self.high_tokens}")
 
+    @property
+    def time_span(self) -> float:
+        """1000."""
+        return TIME_SCALE
+
     def shift_at(self, tokens: int | None = None) -> float:
         """The shift for frames of so many tokens. Raises UsageError if it depends on them and they are not given."""
         if self.shift is not None:

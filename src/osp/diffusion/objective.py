@@ -17,6 +17,15 @@ class Objective(ABC):
     `B C T H W`; all is computed in float32, and results have the clean (or noisy) latent's type.
     """
 
+    @property
+    @abstractmethod
+    def time_span(self) -> float:
+        """Times lie between 0 and this."""
+
+    def time_at(self, part: Tensor) -> Tensor:
+        """The time that lies at this part of the span, 0 to 1, `B`: to measure at chosen times."""
+        return part * self.time_span
+
     @abstractmethod
     def sample_time(self, batch: int, generators: Generators = None, tokens: int | None = None) -> Tensor:
         """Times to train at, `B`, on the generators' device (else the CPU).

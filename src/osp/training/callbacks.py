@@ -5,19 +5,19 @@ import time
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from osp.data.pictures import animated_gif
-from osp.data.video import to_float, to_uint8
+from osp.data.video import to_uint8
+from osp.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
 
 class ClipLogger(Callback):
-    """Shows the first clips of each validation in TensorBoard: input on the left, reconstruction on the right."""
+    """Shows clips of each validation in TensorBoard: what the module makes of the first batch (`shown_clips`)."""
 
     def __init__(self, clips: int = 4) -> None:
         self.clips = clips
@@ -32,10 +32,13 @@ class ClipLogger(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Log the first batch's clips."""
-        if batch_idx or not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
+        assert isinstance(pl_module, TrainingModule)
+        first = trainer.is_global_zero and not batch_idx
+        if not first or not self.clips or not isinstance(trainer.logger, TensorBoardLogger):
             return
-        pairs = torch.cat([to_float(batch["video"]), outputs], dim=-1)[: self.clips]
-        for index, pair in enumerate(to_uint8(pairs.cpu())):
+        if (clips := pl_module.shown_clips(batch, outputs, self.clips)) is None:
+            return
+        for index, pair in enumerate(to_uint8(clips.cpu())):
             fps = float(batch["fps"][index])
             image = Summary.Image(
                 height=pair.shape[2], width=pair.shape[3], colorspace=3, encoded_image_string=animated_gif(pair, fps)

@@ -1,17 +1,30 @@
 """Training checkpoints: written whole or not at all, and read back as a model."""
 
 import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
-from osp.errors import DataError, UsageError
-from osp.vae import WFVAE
-from osp.weights.files import load_exactly, read_checkpoint
+from osp.conditioning import TextEncoder, WordText
+from osp.denoiser import CrossTransformer, Denoiser, JointTransformer
+from osp.diffusion import Epsilon, Flow, Objective, Velocity
+from osp.errors import DataError, OspError, UsageError
+from osp.sampling import VideoGenerator
+from osp.training.encode_features import text_identities
+from osp.vae import WFVAE, LatentCodec, VideoVAE
+from osp.weights import load_pretrained
+from osp.weights.files import load_exactly, open_checkpoint
+
+_DENOISERS: dict[str, type[Denoiser]] = {kind.__name__: kind for kind in (CrossTransformer, JointTransformer)}
+_OBJECTIVES: dict[str, type[Objective]] = {kind.__name__: kind for kind in (Epsilon, Velocity, Flow)}
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
@@ -71,18 +84,123 @@ class LastCheckpoint(Checkpoint):
         )
 
 
+def averaged_weights(checkpoint: Mapping[str, Any], part: str = "") -> dict[str, Tensor]:
+    """The averaged weights of a training checkpoint, or those of one part of what was trained."""
+    prefix = f"ema.model.{part}"
+    stored = checkpoint["state_dict"]
+    # Copied: those of `open_checkpoint` lie in the file, which may be replaced.
+    return {key.removeprefix(prefix): value.clone() for key, value in stored.items() if key.startswith(prefix)}
+
+
 def load_trained_vae(path: str | Path) -> WFVAE:
     """The VAE of a training checkpoint, with its averaged weights, in eval mode.
 
     Raises WeightImportError for a file that is not a readable checkpoint and DataError for one that holds no VAE.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     settings = checkpoint.get("vae_settings")
     if settings is None:
         raise DataError(f"{path}: holds no VAE trained here; a checkpoint of `osp train` is needed")
     vae = WFVAE(**settings)
-    prefix = "ema.model."
-    averaged = {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
-    load_exactly(vae, averaged, path)
+    load_exactly(vae, averaged_weights(checkpoint), path)
     vae.origin = str(path)
     return vae.eval()
+
+
+def load_vae(origin: str | Path) -> VideoVAE:
+    """The VAE of a training checkpoint (a file) or of `osp import-weights` (a folder), in eval mode.
+
+    Raises WeightImportError or DataError for anything else.
+    """
+    if not Path(origin).is_dir():
+        return load_trained_vae(origin)
+    vae = load_pretrained(origin)
+    if not isinstance(vae, VideoVAE):
+        raise DataError(f"{origin}: holds a {type(vae).__name__}, no VAE")
+    return vae
+
+
+def open_generator(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """A denoiser's training checkpoint, and what it says of its generator.
+
+    Raises WeightImportError for a file that is not a readable checkpoint and DataError for one without a denoiser.
+    """
+    checkpoint = open_checkpoint(path)
+    entry = checkpoint.get("generator")
+    if not isinstance(entry, dict):
+        raise DataError(f"{path}: holds no denoiser trained here; a checkpoint of `osp train` with one is needed")
+    return checkpoint, entry
+
+
+def averaged_denoiser(checkpoint: Mapping[str, Any], path: str | Path) -> Denoiser:
+    """The denoiser of a training checkpoint with its averaged weights, in eval mode."""
+    entry = checkpoint["generator"]["denoiser"]
+    with torch.device("meta"):
+        denoiser = _DENOISERS[entry["model"]](**entry["settings"])
+    load_exactly(denoiser, averaged_weights(checkpoint, "denoiser."), path)
+    return denoiser.eval()
+
+
+def averaged_text(checkpoint: Mapping[str, Any], path: str | Path) -> WordText | None:
+    """The text encoder that was trained along, with its averaged weights, in eval mode; None if there is none."""
+    entry = checkpoint["generator"]["text"]
+    if entry["encoder"] != WordText.__name__:
+        return None
+    text = WordText(**entry["settings"])
+    load_exactly(text, averaged_weights(checkpoint, "text."), path)
+    return text.eval()
+
+
+def load_trained_generator(
+    path: str | Path, vae: VideoVAE | None = None, text: TextEncoder | None = None
+) -> VideoGenerator:
+    """What makes videos by a denoiser's training checkpoint, with averaged weights.
+
+    `vae=None` reads the VAE from where it was read in training; `text=None` needs a text encoder that was trained
+    along. Raises UsageError for a VAE or text encoder that is gone or is another than the one in training, and errors
+    as `open_generator`.
+    """
+    checkpoint, entry = open_generator(path)
+    latent, objective = entry["latent"], entry["objective"]
+    if vae is None:
+        vae = _stored_vae(path, latent["origin"])
+    codec = LatentCodec(vae, latent["shift"], latent["scale"])
+    if codec.fingerprint() != latent["vae_fingerprint"]:
+        raise UsageError(
+            f"{path}: was trained with another VAE ({latent['vae']} of {latent['origin']}) than {vae.origin}; "
+            "give that one"
+        )
+    return VideoGenerator(
+        averaged_denoiser(checkpoint, path),
+        _text(checkpoint, path, text),
+        _OBJECTIVES[objective["name"]](**objective["settings"]),
+        codec,
+        fps=entry["fps"],
+        clip=entry["clip"],
+    )
+
+
+def _stored_vae(path: str | Path, origin: str | None) -> VideoVAE:
+    if origin is None:
+        raise UsageError(f"{path}: does not say where its VAE lies; give it as vae=...")
+    if not Path(origin).exists():
+        raise UsageError(f"{path}: its VAE, {origin}, is gone; give vae=...")
+    try:
+        return load_vae(origin)
+    except OspError as error:
+        raise UsageError(f"{path}: its VAE cannot be read back ({error}); give vae=...") from error
+
+
+def _text(checkpoint: Mapping[str, Any], path: str | Path, text: TextEncoder | None) -> TextEncoder:
+    trained = averaged_text(checkpoint, path)
+    if trained is not None:
+        if text is not None:
+            raise UsageError(f"{path}: brings the text encoder that was trained along; leave text out")
+        return trained
+    made_by = checkpoint["generator"]["text"]["made_by"]
+    names = " and ".join(f"{one['name']} ({one['width']} wide)" for one in made_by if one)
+    if text is None:
+        raise UsageError(f"{path}: was trained with texts of {names}, which it does not bring; give text=...")
+    if [one and asdict(one) for one in text_identities(text)] != made_by:
+        raise UsageError(f"{path}: was trained with texts of {names}, not of this {text.name}; give that encoder")
+    return text

@@ -1,0 +1,524 @@
+"""The LightningModule that trains a denoiser, on encoded clips or on videos."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from osp.conditioning import (
+    EncodedText,
+    GivenFrames,
+    MaskMix,
+    TextEncoder,
+    add_condition_noise,
+    draw_dropped,
+    drop_prompts,
+    find_mix,
+    given_frames,
+    latent_mask,
+    masked_video,
+    spread,
+    with_conditions,
+)
+from osp.data.datamodule import ClipDataModule
+from osp.data.sources import ClipSource, stable_seed
+from osp.data.video import to_float
+from osp.denoiser import Denoiser
+from osp.diffusion import Objective, draw_normal, squared_error
+from osp.errors import UsageError
+from osp.sampling import VideoGenerator
+from osp.training.clipping import AdaptiveClipping, Clipping
+from osp.training.ema import ExponentialMovingAverage
+from osp.training.encode_features import measure_source_scaling, text_identities
+from osp.training.module import Batch, TrainingModule, check_value
+from osp.training.peek import clip_shapes, first_clips
+from osp.training.start import load_start
+from osp.vae import LatentCodec
+
+TIME_PARTS = 4
+"""The loss is also logged for each of so many equal parts of the times, from little noise to much."""
+
+_DEFAULT_FPS = 8.0  # where all clips are images
+
+
+class DenoiserModule(TrainingModule):
+    """Trains a denoiser, and the text encoder if that is one that learns along.
+
+    A batch holds latents (`osp.data.features.FeatureBatch`) or videos (`osp.data.loader.Batch`). Videos go through the
+    codec's frozen VAE, and a sample of their posterior is taken; text is the batch's own embeddings, or captions that
+    the text encoder reads. Neither a VAE nor a text encoder that is frozen is part of the checkpoint.
+
+    All that is random about a sample derives from the seed and the sample's number in the run: a step's loss does not
+    depend on how its samples are split into batches and processes, and a resumed run repeats an uninterrupted one.
+    The loss is the mean over all values of a step's latents, whatever their sizes: the sum of squared errors by the sum
+    of values, both over all batches and processes.
+
+    Validation takes the averaged weights, and noise and times that are the same in every validation: `val/loss` is the
+    mean over the clips, each at one time in every quarter of the times.
+
+    Args:
+        denoiser: one with condition channels learns to go on from given frames, by `masks`.
+        text: the encoder of captions; None where the features hold embeddings.
+        objective: what is predicted.
+        codec: the VAE with its scaling. None for features; where it is given for them, clips are shown.
+        clipping: None: `AdaptiveClipping()`.
+        lr, weight_decay, betas, warmup_steps: of AdamW; the rate is constant after a linear start.
+        accumulate: batches in a step.
+        ema_decay: of the averaged weights.
+        text_dropout: the part of the samples that lose their text; 1 trains without captions.
+        masks: how frames are given: a name in `osp.conditioning.MIXES`, weights by kind, or a `MaskMix`.
+        condition_noise: whether given frames get noise in training.
+        image_text: where given frames are trained, half of the images have this text instead of their caption (v1.3).
+        scaling_clips: the scaling of the codec is not its own but measured at the run's start, on so many clips.
+        recompute_every: gradient checkpointing, see `Denoiser.checkpoint_every`.
+        seed: of all the noise.
+
+    Raises UsageError for parts that do not fit together and values out of range.
+    """
+
+    monitor = "val/loss"
+    mode: Literal["min", "max"] = "min"
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        text: TextEncoder | None,
+        objective: Objective,
+        codec: LatentCodec | None = None,
+        *,
+        clipping: Clipping | None = None,
+        lr: float = 1e-5,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_steps: int = 0,
+        accumulate: int = 1,
+        ema_decay: float = 0.9999,
+        text_dropout: float = 0.1,
+        masks: MaskMix | Mapping[str, float] | str | None = None,
+        condition_noise: bool = True,
+        image_text: str | None = None,
+        scaling_clips: int = 0,
+        recompute_every: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            lr=lr,
+            weight_decay=weight_decay,
+            betas=betas,
+            warmup_steps=warmup_steps,
+            accumulate=accumulate,
+            ema_decay=ema_decay,
+            seed=seed,
+        )
+        check_value("text_dropout", text_dropout)
+        if text_dropout > 1:
+            raise UsageError(f"module.text_dropout={text_dropout} makes no sense; it must lie between 0 and 1")
+        check_value("recompute_every", recompute_every)
+        for name, part, kind in (("denoiser", denoiser, Denoiser), ("objective", objective, Objective)):
+            if not isinstance(part, kind):
+                raise UsageError(f"module=denoiser needs {name}=NAME; choose one of conf/{name}")
+        self.masks = None if masks is None else find_mix(masks)
+        self.objective, self.codec = objective, codec
+        self.text_dropout, self.condition_noise, self.image_text = text_dropout, condition_noise, image_text
+        self.scaling_clips = scaling_clips
+        self.trains_text = text is not None and text.trained
+        self._frozen_text = None if self.trains_text else text
+        parts: dict[str, nn.Module] = {"denoiser": denoiser.train()}
+        if self.trains_text:
+            assert isinstance(text, nn.Module)
+            parts["text"] = text.train()
+        self.model = nn.ModuleDict(parts)
+        self.denoiser.checkpoint_every = recompute_every
+        self.ema = ExponentialMovingAverage(self.model, ema_decay)
+        self.clipping = AdaptiveClipping() if clipping is None else clipping
+        self._check_parts()
+        self._data: ClipDataModule | None = None
+        self._latent: dict[str, Any] = {}  # what latents are made with, as checkpoints say it
+        self._clip: dict[str, int] | None = None
+        self._fps = _DEFAULT_FPS
+        self._no_text: EncodedText | None = None  # the empty text of features
+        self._since = 0.0
+
+    @property
+    def learned(self) -> nn.ModuleDict:
+        """The denoiser, and the text encoder if it is trained."""
+        return self.model
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The one that is trained."""
+        return part(self.model, "denoiser")
+
+    @property
+    def text(self) -> TextEncoder | None:
+        """The text encoder, as far as it has learned if it is trained."""
+        return part(self.model, "text") if self.trains_text else self._frozen_text
+
+    def _check_parts(self) -> None:
+        config, denoiser = self.denoiser.config, self.denoiser
+        if config.channels != config.out_channels:
+            raise UsageError(
+                f"denoiser.channels={config.channels} and out_channels={config.out_channels} differ; "
+                "what is trained here predicts as many channels as it is given"
+            )
+        if self.text is not None:
+            self._check_text(f"text ({self.text.name})", self.text.channels, self.text.pooled_channels)
+        conditions = denoiser.latent_channels - config.channels
+        if bool(conditions) != (self.masks is not None):
+            raise UsageError(
+                f"denoiser.condition_channels={list(config.condition_channels)} are for given frames; "
+                "choose module.masks, such as stage2"
+                if conditions
+                else "module.masks gives frames, and the denoiser has no condition_channels for them; "
+                "choose another denoiser, such as cross_inpaint_tiny, or module.masks=null"
+            )
+        if self.codec is not None:
+            self._check_channels(self.codec.latent_channels, self.codec.time_stride, f"the VAE ({self.codec.name})")
+
+    def _check_text(self, whose: str, channels: int, pooled_channels: int | None) -> None:
+        if channels != self.denoiser.text_channels:
+            raise UsageError(
+                f"{whose} gives tokens {channels} wide, but denoiser.text_channels={self.denoiser.text_channels}; "
+                "set one of them like the other"
+            )
+        if self.denoiser.pooled_channels not in (None, pooled_channels):
+            raise UsageError(
+                f"{whose} gives pooled text {pooled_channels or 'of no'} wide, but denoiser.pooled_channels="
+                f"{self.denoiser.pooled_channels}; set one of them like the other"
+            )
+
+    def _check_channels(self, channels: int, time_stride: int, whose: str) -> None:
+        config = self.denoiser.config
+        if channels != config.channels:
+            raise UsageError(
+                f"latents of {whose} have {channels} channels, but denoiser.channels={config.channels}; "
+                f"set denoiser.channels={channels} denoiser.out_channels={channels}, or use another VAE"
+            )
+        if self.masks is not None and tuple(config.condition_channels) != (channels, time_stride):
+            raise UsageError(
+                f"denoiser.condition_channels={list(config.condition_channels)} are not those of given frames with "
+                f"{whose}; set [{channels},{time_stride}]"
+            )
+
+    def prepare(self, data: ClipDataModule) -> None:
+        """See `TrainingModule`; also keeps what checkpoints say about the data."""
+        self._data = data
+        for source in (data.train_source, data.val_source):
+            if source is None:
+                continue
+            if hasattr(source, "identity"):
+                self._check_features(source)
+            elif self.codec is None:
+                raise UsageError(
+                    "these clips are videos, and there is no VAE to encode them; give vae=trained checkpoint=FILE or "
+                    "vae=pretrained path=FOLDER, or features of `osp cache` by data=features"
+                )
+            for shape in clip_shapes(source):
+                self._check_size(source, shape)
+        if self.text_dropout < 1 and not any(clip["caption"] for clip in first_clips(data.train_source, 8)):
+            raise UsageError(
+                "the clips of data.train have no captions; caption them, or set module.text_dropout=1 to train without"
+            )
+        self._describe(data.train_source, data.val_source)
+
+    def _check_features(self, source: Any) -> None:
+        identity = source.identity
+        self._check_channels(identity.latent_channels, identity.time_stride, f"{source.path} ({identity.vae})")
+        if self.masks is not None:
+            raise UsageError(
+                f"{source.path}: given frames have to be encoded by themselves, which features do not allow; "
+                "train on videos (data=shards, data=buckets), or set module.masks=null"
+            )
+        if self.codec is not None and self.codec.fingerprint() != identity.vae_fingerprint:
+            raise UsageError(
+                f"{source.path}: its features were made with another VAE ({identity.vae} of {source.vae_origin}) than "
+                f"{self.codec.origin or 'the one given'}; give that one, or none"
+            )
+        if self.trains_text:
+            return
+        if identity.text is None:
+            raise UsageError(
+                f"{source.path}: its features hold no text; train with text=words, or run `osp cache` with the text "
+                "encoder that the denoiser is for"
+            )
+        held = identity.text, identity.pooled_text
+        if self.text is not None and text_identities(self.text) != held:
+            names = [" and ".join(one.name for one in pair if one) for pair in (held, text_identities(self.text))]
+            raise UsageError(
+                f"{source.path}: its texts were encoded by {names[0]}, not by this {names[1]}; use that encoder, "
+                "text=null, or other features"
+            )
+        pooled = identity.pooled_text
+        self._check_text(f"{source.path}", identity.text.width, None if pooled is None else pooled.width)
+        if self.text_dropout and not source.empty:
+            raise UsageError(
+                f"{source.path}: holds no embedding of the empty text, which text dropout needs; run `osp cache` "
+                "again, or set module.text_dropout=0"
+            )
+        if source.empty:
+            text, pooled_text = source.empty["text"][None], source.empty.get("pooled_text")
+            mask = torch.ones(text.shape[:2], dtype=torch.bool)
+            self._no_text = EncodedText(text, mask, None if pooled_text is None else pooled_text[None])
+
+    def _check_size(self, source: Any, shape: tuple[int, int, int]) -> None:
+        frames, height, width = shape
+        if self.codec is not None:
+            _, _, rows, columns = self.codec.latent_shape(frames, height, width)
+        else:
+            _, _, rows, columns = source.identity.latent_shape(shape)
+        patch = self.denoiser.patch_size
+        for name, side, pixels in (("height", rows, height), ("width", columns, width)):
+            if side % patch:
+                raise UsageError(
+                    f"{name}={pixels} makes {side} latent pixels, no multiple of the denoiser's patch_size={patch}; "
+                    f"use multiples of {pixels // side * patch}"
+                )
+
+    def _describe(self, train: ClipSource, val: ClipSource | None) -> None:
+        """Keep what a generator needs to know of the clips and their latents."""
+        if clips := first_clips(val) or first_clips(train):
+            (clip,) = clips
+            size = clip["size"] if "size" in clip else clip["video"].shape[1:]
+            self._clip = dict(zip(("frames", "height", "width"), map(int, size), strict=True))
+            self._fps = float(clip["fps"]) or _DEFAULT_FPS
+        if hasattr(train, "identity"):
+            self._latent = {
+                key: value
+                for key, value in train.identity.as_json().items()
+                if key in ("vae", "vae_fingerprint", "time_stride", "space_stride", "latent_channels", "shift", "scale")
+            }
+            origin = getattr(train, "vae_origin", None) if self.codec is None else self.codec.origin
+        else:
+            assert self.codec is not None
+            self._latent, origin = self.codec.identity(), self.codec.origin
+        self._latent["origin"] = None if origin is None else str(Path(origin).absolute())
+
+    def start_from(self, path: str) -> None:
+        """Begin with the averaged weights of another run, or with those of a folder; see `osp.training.start`."""
+        load_start(path, self.denoiser, part(self.model, "text") if self.trains_text else None)
+        self.ema.model.load_state_dict(self.model.state_dict())
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW."""
+        return self.adamw(self.model, self.lr)
+
+    def on_fit_start(self) -> None:
+        """Bring what is frozen to the device, and measure the scaling of the latents if that is asked for."""
+        super().on_fit_start()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self._data is None:
+            self.prepare(data)
+        self._place()
+        if self.scaling_clips and self.codec is not None:
+            # By one process, so that all have the same to the last digit.
+            scaling: Any = None
+            if self.trainer.is_global_zero:
+                vae = self.codec.vae
+                scaling = measure_source_scaling(data.train_source, vae, self.scaling_clips, device=self.device)
+            self._scale(*self.trainer.strategy.broadcast(scaling))
+
+    def _scale(self, shift: Sequence[float], scale: Sequence[float]) -> None:
+        assert self.codec is not None
+        self.codec = LatentCodec(self.codec.vae, shift, scale)
+        self._latent |= {"shift": list(shift), "scale": list(scale)}
+        self.scaling_clips = 0
+
+    def on_validation_start(self) -> None:
+        """Validation may run without a fit."""
+        self._place()
+
+    def _place(self) -> None:
+        for frozen in (self.codec, self._frozen_text):
+            if frozen is not None:
+                frozen.to(self.device)  # type: ignore[union-attr]
+
+    def training_step(self, batches: list[Batch], batch_idx: int) -> None:
+        """One update. Raises DivergedError when the loss or gradients stay without finite values."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr_at(self.global_step)
+        optimizer.zero_grad()
+        generators = [[_generator(self.seed, "train", n) for n in batch["sample"].tolist()] for batch in batches]
+        clean = [self._clean(batch, own) for batch, own in zip(batches, generators, strict=True)]
+        values = self._summed(torch.tensor(float(sum(latent.numel() for latent in clean)), device=self.device))
+        sums = torch.zeros(2, TIME_PARTS, device=self.device)  # errors and values in each part of the times
+        for number, (batch, latent, own) in enumerate(zip(batches, clean, generators, strict=True)):
+            # The processes' gradients are brought together once, with the last batch's.
+            with self._unsynchronised() if number < len(batches) - 1 else nullcontext():
+                errors, counted, parts = self._errors(batch, latent, own)
+                # Their mean is taken, where a sum is meant.
+                self.manual_backward(errors.sum() * (self.trainer.world_size / values))
+            sums[0].index_add_(0, parts, errors.detach())
+            sums[1].index_add_(0, parts, counted)
+        sums = self._summed(sums)
+        loss = sums[0].sum() / sums[1].sum()
+        logs: dict[str, Any] = {"lr": self.lr_at(self.global_step)}
+        logs |= self.take_step(optimizer, loss, {"loss": loss})
+        logs |= {f"loss_time_{i}": sums[0, i] / n for i, n in enumerate(sums[1].tolist()) if n}
+        clips = sum(len(latent) for latent in clean)
+        now = time.monotonic()
+        if self._since:
+            logs["clips_per_second"] = clips * self.trainer.world_size / (now - self._since)
+        self._since = now
+        self.log_step(logs, loss, batches, clips)
+
+    def _errors(self, batch: Batch, clean: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, ...]:
+        """Each sample's weighted squared error, how many values it has, and the part of the times it was drawn in."""
+        patch = self.denoiser.patch_size
+        times = self.objective.sample_time(
+            len(clean), generators, tokens=(clean.shape[3] // patch) * (clean.shape[4] // patch)
+        ).to(clean.device)
+        dropped = draw_dropped(self.text_dropout, generators)
+        noise = draw_normal(clean.shape, generators, clean.device)
+        conditions = self._conditions(batch, clean, generators, training=True)
+        text = self._encoded(batch, self.text, dropped, generators)
+        errors, counted = self._squared_error(self.denoiser, clean, noise, times, text, conditions)
+        return errors, counted, (times.float() / self.objective.time_span * TIME_PARTS).long().clamp(0, TIME_PARTS - 1)
+
+    def _squared_error(
+        self,
+        denoiser: Denoiser,
+        clean: Tensor,
+        noise: Tensor,
+        times: Tensor,
+        text: EncodedText,
+        conditions: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        noisy = self.objective.corrupt(clean, noise, times)
+        if conditions is not None:
+            noisy = with_conditions(noisy, *conditions)
+        pooled = None if denoiser.pooled_channels is None else text.pooled
+        prediction = denoiser(noisy, times, text.text, text_mask=text.mask, pooled_text=pooled)
+        target = self.objective.target(clean, noise, times)
+        return squared_error(prediction, target, self.objective.weight(times))
+
+    def _clean(self, batch: Batch, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """The clean latents, `B C T H W`: the batch's, or those of its videos; without generators the means."""
+        if "latent" in batch:
+            return batch["latent"]
+        assert self.codec is not None
+        return self.codec.encode(to_float(batch["video"]), generators)
+
+    def _conditions(
+        self, batch: Batch, clean: Tensor, generators: Sequence[torch.Generator], training: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """The latent of what is given of the videos, and the mask on its grid."""
+        if self.masks is None or self.codec is None:
+            return None
+        video = to_float(batch["video"])
+        frame_masks, _ = self.masks.draw(video.shape[2], generators)
+        mask = spread(frame_masks.to(video.device), *video.shape[3:])
+        if training and self.condition_noise:
+            video = add_condition_noise(video, mask, generators)
+        masked = self.codec.encode(masked_video(video, mask))
+        return masked, latent_mask(mask, self.codec.time_stride, *clean.shape[3:])
+
+    def _encoded(
+        self,
+        batch: Batch,
+        encoder: TextEncoder | None,
+        dropped: Tensor | None = None,
+        generators: Sequence[torch.Generator] = (),
+    ) -> EncodedText:
+        if "text" in batch and not self.trains_text:
+            text = EncodedText(batch["text"], batch["text_mask"], batch.get("pooled_text"))
+            if dropped is None or not dropped.any():
+                return text
+            assert self._no_text is not None
+            return text.replaced(dropped, self._no_text.to(text.text.device, text.text.dtype))
+        assert encoder is not None
+        captions = list(batch["caption"])
+        if self.masks is not None and self.image_text is not None and batch["video"].shape[2] == 1:
+            default = draw_dropped(0.5, generators).tolist()
+            captions = [self.image_text if use else text for text, use in zip(captions, default, strict=True)]
+        return encoder(captions if dropped is None else drop_prompts(captions, dropped))
+
+    def _summed(self, value: Tensor) -> Tensor:
+        """Over all processes."""
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
+
+    def _unsynchronised(self) -> AbstractContextManager[Any]:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The loss of the averaged weights, at one time in each part of the times."""
+        generators = [_generator(self.seed, "val", key) for key in batch["key"]]
+        model = self.ema.model
+        clean = self._clean(batch, None)
+        places = torch.stack([torch.rand((), generator=g) for g in generators])
+        noise = draw_normal(clean.shape, generators, clean.device)
+        conditions = self._conditions(batch, clean, generators, training=False)
+        text = self._encoded(batch, part(model, "text") if self.trains_text else self.text)
+        scores = {}
+        for number in range(TIME_PARTS):
+            times = self.objective.time_at((number + places) / TIME_PARTS).to(clean.device)
+            errors, counted = self._squared_error(part(model, "denoiser"), clean, noise, times, text, conditions)
+            scores[f"loss_time_{number}"] = errors / counted
+        self.add_scores(batch, {"loss": torch.stack(list(scores.values())).mean(dim=0)} | scores)
+
+    def shown_clips(self, batch: Batch, outputs: Any, clips: int) -> Tensor | None:
+        """The clips on the left; on the right what the averaged weights make of their captions, and of the first frame
+        where frames are given. None where captions cannot be read or latents not decoded."""
+        text = part(self.ema.model, "text") if self.trains_text else self.text
+        chosen = [i for i, caption in enumerate(batch["caption"]) if caption.strip()][:clips]
+        if self.codec is None or text is None or not chosen:
+            return None
+        generator = VideoGenerator(part(self.ema.model, "denoiser"), text, self.objective, self.codec, self._fps)
+        if "video" in batch:
+            real = to_float(batch["video"][chosen])
+            frames, height, width = real.shape[2:]
+        else:
+            frames, height, width = batch["size"][chosen[0]].tolist()
+            real = self.codec.decode(batch["latent"][chosen], frames)
+        prompts = [batch["caption"][i] for i in chosen]
+        seeds = [stable_seed(self.seed, "shown", batch["key"][i]) for i in chosen]
+        given = None
+        if self.masks is not None and frames > 1:
+            first = [given_frames({0: clip[:, 0]}, frames, height, width) for clip in real.cpu()]
+            given = GivenFrames(torch.cat([one.mask for one in first]), torch.cat([one.video for one in first]))
+        made = generator.generate(prompts, frames, height, width, seeds=seeds, given=given)
+        return torch.cat([real.cpu(), made], dim=-1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint says how to build its generator, in plain values."""
+        checkpoint["generator"] = {
+            "denoiser": {"model": type(self.denoiser).__name__, "settings": self.denoiser.settings},
+            "text": self._text_entry(),
+            "objective": {"name": type(self.objective).__name__, "settings": asdict(self.objective)},
+            "latent": self._latent,
+            "fps": self._fps,
+            "clip": self._clip,
+        }
+
+    def _text_entry(self) -> dict[str, Any]:
+        if self.trains_text:
+            text = part(self.model, "text")
+            return {"encoder": type(text).__name__, "settings": text.settings}
+        identities = text_identities(self.text)
+        if self.text is None and self._data is not None:
+            identity = self._data.train_source.identity  # type: ignore[attr-defined]
+            identities = identity.text, identity.pooled_text
+        return {"encoder": None, "settings": {}, "made_by": [one and asdict(one) for one in identities]}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A scaling that was measured stays what it was."""
+        if self.scaling_clips:
+            self._scale(*(checkpoint["generator"]["latent"][name] for name in ("shift", "scale")))
+
+
+def part(model: nn.ModuleDict, name: str) -> Any:
+    """The denoiser or the text encoder of what is trained."""
+    return model[name]
+
+
+def _generator(*parts: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(stable_seed(*parts))

@@ -1,0 +1,159 @@
+"""What the LightningModules here have in common: settings, steps made by hand, averaged weights, validation means."""
+
+from typing import Any, Literal
+
+import lightning
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+
+from osp.data.datamodule import ClipDataModule
+from osp.errors import DataError, UsageError
+from osp.training.clipping import Clipping, DivergedError
+from osp.training.ema import ExponentialMovingAverage
+
+Batch = dict[str, Any]
+
+
+class TrainingModule(lightning.LightningModule):
+    """One training step is one update, on `accumulate` batches; the loader asks `batches_per_step` how many to give.
+
+    Optimisation is by hand, so that only the updates of what is trained count as Lightning's `global_step`. A subclass
+    has the attributes `clipping` and `ema`, and says in `monitor` and `mode` which metric of the validation chooses the
+    best checkpoint, and whether more of it is better (`max`) or less (`min`).
+
+    Raises UsageError for values out of range.
+    """
+
+    monitor: str
+    mode: Literal["min", "max"]
+    clipping: Clipping
+    ema: ExponentialMovingAverage[Any]
+
+    def __init__(
+        self,
+        *,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        warmup_steps: int,
+        accumulate: int,
+        ema_decay: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        check_value("accumulate", accumulate, least=1)
+        check_value("warmup_steps", warmup_steps)
+        check_value("ema_decay", ema_decay, below=1.0)
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            check_value(name, value)
+        self.automatic_optimization = False
+        self.lr, self.weight_decay, self.betas, self.warmup_steps = lr, weight_decay, (betas[0], betas[1]), warmup_steps
+        self.accumulate = accumulate
+        self.seed = seed
+        self._broken = 0  # clips replaced since the process began
+        self._sums: dict[str, Tensor] = {}  # of the validation under way
+
+    @property
+    def learned(self) -> nn.Module:
+        """What is trained, averaged and counted."""
+        raise NotImplementedError
+
+    def prepare(self, data: ClipDataModule) -> None:
+        """Look at the data before anything begins. Raises UsageError or DataError if it does not suit the model."""
+
+    def start_from(self, path: str) -> None:
+        """Take over the weights of another run. Raises UsageError if that cannot be."""
+        raise UsageError(
+            f"start_from={path} is for module=denoiser; a VAE goes on from vae=trained checkpoint=FILE or "
+            "vae=pretrained path=FOLDER"
+        )
+
+    def shown_clips(self, batch: Batch, outputs: Any, clips: int) -> Tensor | None:
+        """What to show of a validation's first batch, `N 3 T H W` in [-1, 1], N up to `clips`; None: nothing."""
+        raise NotImplementedError
+
+    def batches_per_step(self, step: int) -> int:
+        """How many batches a step needs."""
+        return self.accumulate
+
+    def adamw(self, module: nn.Module, lr: float) -> torch.optim.AdamW:
+        """An optimiser of what learns in a module."""
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(parameters, lr, self.betas, weight_decay=self.weight_decay)
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate: constant after a linear start."""
+        return self.lr * min(1.0, (step + 1) / (self.warmup_steps + 1))
+
+    def on_fit_start(self) -> None:
+        """Refuse what would train wrongly.
+
+        Raises UsageError for float16, whose scaled gradients can be neither clipped nor balanced here.
+        """
+        if self.trainer.precision in ("16-mixed", "16-true"):
+            raise UsageError(
+                f"trainer.precision={self.trainer.precision} does not train here; use bf16-mixed or 32-true"
+            )
+
+    def take_step(self, optimizer: LightningOptimizer, loss: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
+        """Clip the gradients and update weights and averages, unless the step is dropped; gives what to log.
+
+        A dropped step counts in `global_step` too, so that steps, batches and validations stay together. Raises
+        DivergedError, naming the terms of the loss, if there is no going on.
+        """
+        step = self.global_step
+        clipped = self.clipping(self.learned.parameters(), loss)
+        if clipped.diverged:
+            listed = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+            often = f" (and {self.clipping.patience - 1} steps before)" if self.clipping.patience > 1 else ""
+            raise DivergedError(
+                f"the loss or its gradients are not finite at step {step}{often} ({listed}); "
+                "continue from the last checkpoint with a lower module.lr or trainer.precision=32-true"
+            )
+        if clipped.dropped:
+            optimizer.zero_grad()  # without gradients AdamW changes nothing, not even its own state
+        optimizer.step()
+        torch.clear_autocast_cache()  # it holds copies of the weights before the step
+        if not clipped.dropped:
+            self.ema.update(self.learned)
+        return {"gradient_norm": clipped.norm} | self.clipping.logs()
+
+    def log_step(self, logs: dict[str, Any], loss: Tensor, batches: list[Batch], clips: int) -> None:
+        """Log `train/...` and the broken clips."""
+        self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=clips)
+        self.log("train/loss", loss, prog_bar=True, logger="total" not in logs, batch_size=clips)
+        self._broken += sum(batch["broken"] for batch in batches)
+        self.log("data/broken", float(self._broken), batch_size=clips)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the means anew."""
+        self._sums = {}
+
+    def add_scores(self, batch: Batch, scores: dict[str, Tensor]) -> None:
+        """Take in scores `B` of clips. What fills up last batches, or stands in for a broken clip, has no weight."""
+        weight = batch["weight"]
+        for name, values in (scores | {"clips": torch.ones_like(weight)}).items():
+            self._sums[name] = self._sums.get(name, 0.0) + (values * weight).sum()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all clips of all processes, and how many clips these are.
+
+        Raises DataError if no clip of the validation could be read.
+        """
+        # Lightning's own weighted mean over processes rounds the weights to whole numbers.
+        sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in self._sums.items()}
+        clips = sums.pop("clips")
+        if not clips:
+            raise DataError("no clip of data.val could be read; give another data.val.path")
+        # Without `step` Lightning would draw the points one step too early.
+        self.log_dict({"step": float(self.global_step), "data/val_clips": clips})
+        for name, total in sums.items():
+            self.log(f"val/{name}", total / clips, prog_bar=f"val/{name}" == self.monitor)
+
+
+def check_value(name: str, value: float, least: float = 0.0, below: float = float("inf")) -> None:
+    """Raise UsageError unless a setting of the module is a number from `least` to less than `below`."""
+    if not isinstance(value, int | float) or not least <= value < below:
+        limit = "" if below == float("inf") else f" and below {below:g}"
+        raise UsageError(f"module.{name}={value} makes no sense; it must be a number of at least {least:g}{limit}")

@@ -1,0 +1,57 @@
+"""Where a new run begins: with the weights of another one."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osp.conditioning import WordText
+from osp.denoiser import Denoiser, restage
+from osp.errors import UsageError
+from osp.training.checkpoints import averaged_denoiser, averaged_text, open_generator
+from osp.weights import load_pretrained
+
+log = logging.getLogger(__name__)
+
+# What leaves the weights as they are, or adds some that start without effect (`osp.denoiser.restage`).
+_MAY_DIFFER = ("stages", "long_skips", "condition_channels", "position_scale")
+
+
+@torch.no_grad()
+def load_start(path: str | Path, denoiser: Denoiser, text: WordText | None) -> None:
+    """Give a denoiser, and a text encoder that learns along, the weights of a run's checkpoint or of a folder.
+
+    A checkpoint of `osp train` (a file) gives its averaged weights; a folder of `osp import-weights` has a denoiser
+    only, and the text encoder stays as it is. The denoiser's schedule, long skips and conditions may be others: new
+    parts start without effect. Raises UsageError if anything else differs, and errors as the files' readers.
+    """
+    old_text = None
+    if Path(path).is_dir():
+        old: Any = load_pretrained(path)
+    else:
+        checkpoint, _ = open_generator(path)
+        old, old_text = averaged_denoiser(checkpoint, path), averaged_text(checkpoint, path)
+    if type(old) is not type(denoiser):
+        raise UsageError(f"start_from={path} holds a {type(old).__name__}, not a {type(denoiser).__name__}")
+    before, now = old.settings, denoiser.settings
+    differing = [key for key in now if before[key] != now[key] and key not in _MAY_DIFFER]
+    if differing:
+        changes = "; ".join(f"denoiser.{key} was {before[key]}, is {now[key]}" for key in differing)
+        raise UsageError(f"start_from={path} does not fit: {changes}")
+    try:
+        started = restage(old, **now)
+    except UsageError as error:
+        raise UsageError(f"start_from={path} does not fit: {error}") from error
+    denoiser.load_state_dict(started.state_dict())
+    if text is None:
+        return
+    if old_text is None:
+        log.info("start_from=%s brings no text encoder; the one trained here begins anew", path)
+        return
+    if old_text.settings != text.settings:
+        raise UsageError(
+            f"start_from={path} does not fit: its text encoder has {old_text.settings}, and text has {text.settings}"
+        )
+    text.load_state_dict(old_text.state_dict())
+    log.info("starting from %s", path)
