@@ -15,11 +15,12 @@ from torch import multiprocessing
 from osp.cli import user_error
 from osp.cli.checks import CLIP, build_vae, check_numbers, check_vae_source
 from osp.data.feature_writer import FeatureWriter, feature_report, folder_lock
-from osp.data.features import load_feature_index, require_feature_index
+from osp.data.features import DTYPES, POSTERIORS, load_feature_index, require_feature_index
 from osp.data.sources import BucketClips, ShardClips
 from osp.devices import choose_device
 from osp.devices.device import backend
 from osp.errors import DataError, OspError, UsageError
+from osp.evaluation.reconstruction import AUTOCAST
 from osp.training.encode_features import (
     FeatureEncoder,
     VideoClips,
@@ -45,6 +46,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     check_numbers(cfg, CLIP | least | {"processes": 1, "part": 0, "parts": 1})
     if cfg.part >= cfg.parts:
         raise UsageError(f"part={cfg.part}, parts={cfg.parts}: the parts are 0 to {cfg.parts - 1}")
+    for key, known in (("posterior", POSTERIORS), ("dtype", DTYPES), ("precision", AUTOCAST)):
+        if cfg[key] not in known:
+            raise UsageError(f"{key}={cfg[key]} is not known; choose {', '.join(known)}")
     check_vae_source(cfg)
     choose_device(cfg.device)
     output = Path(to_absolute_path(cfg.output))
