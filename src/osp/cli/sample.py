@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 _MEMORY = ("normal", "low")
+_PARTS = ("denoiser", "vae", "text")
 _SIZE = ("frames", "height", "width")
 
 
@@ -149,12 +150,25 @@ def _check(cfg: DictConfig) -> None:
     if cfg.solver.name is not None and cfg.solver.name not in names:
         raise UsageError(f"solver.name={cfg.solver.name} is not known; choose {', '.join(names)}")
     choose_device(cfg.device)
+    if missing := [key for part in _PARTS if part in cfg for key in _without_path(cfg[part], part)]:
+        raise UsageError(f"this generator is read from folders; give {' '.join(f'{key}=FOLDER' for key in missing)}")
     if cfg.generator.get("path", "") is None:
         raise UsageError(
             "give checkpoint=FILE of `osp train`, or generator=opensora_v13 and the like; see conf/generator"
         )
     if cfg.checkpoint is not None and not Path(to_absolute_path(cfg.checkpoint)).is_file():
         raise UsageError(f"checkpoint={cfg.checkpoint}: no such file; give a checkpoint of `osp train`")
+
+
+def _without_path(cfg: DictConfig, key: str) -> list[str]:
+    """The settings named `path` in a configuration that say nothing."""
+    found = []
+    for name in map(str, cfg):
+        if name == "path" and (OmegaConf.is_missing(cfg, name) or cfg.path is None):
+            found.append(f"{key}.path")
+        elif not OmegaConf.is_missing(cfg, name) and isinstance(cfg[name], DictConfig):
+            found += _without_path(cfg[name], f"{key}.{name}")
+    return found
 
 
 def _requests(cfg: DictConfig) -> list[Request]:

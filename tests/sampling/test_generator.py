@@ -1,0 +1,225 @@
+"""Prompts to videos: what a video depends on, what the denoiser is given, and what is refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from osp.conditioning import GivenFrames, WordText, given_by_mode, given_frames, latent_mask
+from osp.denoiser import CrossTransformer
+from osp.diffusion import Flow, Solver, Velocity
+from osp.errors import UsageError
+from osp.sampling import VideoGenerator, default_solver
+from osp.sampling.offload import offloaded
+from osp.vae import WFVAE, LatentCodec
+
+Make = Callable[..., VideoGenerator]
+SIZE = (9, 32, 48)
+# Sums are taken in another order where a batch, or a piece of a video, has another size.
+CLOSE = {"rtol": 0, "atol": 2e-4}
+
+
+def short(generator: VideoGenerator, name: str = "euler_ancestral") -> dict[str, Any]:
+    return {"solver": Solver(generator.objective, name, 3), "guidance": 3.0}
+
+
+@pytest.mark.parametrize("kind", ["cross", "inpaint", "joint"])
+@pytest.mark.parametrize("objective", [Flow(), Velocity()])
+def test_a_video_depends_on_its_prompt_and_seed_and_not_on_its_batch(
+    make_generator: Make, kind: str, objective: Any
+) -> None:
+    generator = make_generator(kind, objective)
+    settings = short(generator)
+    together = generator.generate(["a red circle", "two blue squares turn"], *SIZE, seeds=[5, 6], **settings)
+    alone = generator.generate(["two blue squares turn"], *SIZE, seeds=[6], **settings)
+    assert together.shape == (2, 3, *SIZE)
+    assert together.dtype == torch.float32
+    assert together.abs().max() <= 1
+    torch.testing.assert_close(together[1:], alone, **CLOSE)
+    again = generator.generate(["two blue squares turn"], *SIZE, seeds=[6], **settings)
+    assert torch.equal(alone, again)
+    for prompt, seed in (("two blue squares turn", 7), ("a red circle", 6)):
+        other = generator.generate([prompt], *SIZE, seeds=[seed], **settings)
+        assert (other - alone).abs().mean() > 1e-3
+
+
+def test_guidance_leads_away_from_the_negative_prompt(make_generator: Make) -> None:
+    generator = make_generator("joint")
+    settings = short(generator)
+    plain = generator.generate(["a red circle"], *SIZE, seeds=[0], **settings)
+    negative = generator.generate(["a red circle"], *SIZE, seeds=[0], negative_prompt="blue", **settings)
+    same = generator.generate(["a red circle"], *SIZE, seeds=[0], negative_prompt="a red circle", **settings)
+    without = generator.generate(["a red circle"], *SIZE, seeds=[0], solver=settings["solver"], guidance=1.0)
+    assert (plain - negative).abs().mean() > 1e-3
+    assert (plain - without).abs().mean() > 1e-3
+    torch.testing.assert_close(same, without, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["cross", "inpaint", "joint"])
+def test_low_memory_changes_nothing_but_the_last_bits(make_generator: Make, kind: str) -> None:
+    generator = make_generator(kind)
+    prompts = ["a red circle", "two blue squares turn"]
+    normal = generator.generate(prompts, *SIZE, seeds=[1, 2], **short(generator))
+    low = generator.generate(prompts, *SIZE, seeds=[1, 2], **short(generator), low_memory=True)
+    torch.testing.assert_close(low, normal, **CLOSE)
+
+
+def test_offloaded_blocks_compute_the_same_bits_and_come_back(make_generator: Make) -> None:
+    denoiser = make_generator("joint").denoiser
+    inputs = torch.randn(2, 4, 3, 4, 6), torch.rand(2), torch.randn(2, 5, 16), None, torch.randn(2, 16)
+    before = {key: value.clone() for key, value in denoiser.state_dict().items()}
+    copies: list[int] = []
+
+    def count(index: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            # Weights in use are copies; those of the others are at home.
+            copies.append(sum(homes[i] != block.video.qkv.weight.data_ptr() for i, block in enumerate(denoiser.blocks)))
+
+        return hook
+
+    with torch.no_grad():
+        wanted = denoiser(*inputs)
+        homes = [block.video.qkv.weight.data_ptr() for block in denoiser.blocks]
+        hooks = [block.video.qkv.register_forward_hook(count(i)) for i, block in enumerate(denoiser.blocks)]
+        with offloaded(denoiser, torch.device("cpu")):
+            assert torch.equal(denoiser(*inputs), wanted)
+            assert torch.equal(denoiser(*inputs), wanted)
+        for hook in hooks:
+            hook.remove()
+    assert copies == [1] * 2 * len(denoiser.blocks)
+    assert [block.video.qkv.weight.data_ptr() for block in denoiser.blocks] == homes
+    for key, value in denoiser.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in denoiser.blocks)
+
+
+class Watched(CrossTransformer):
+    """Remembers what it was given."""
+
+    seen: list[Tensor]
+
+    def forward(self, latent: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        self.seen.append(latent.clone())
+        return super().forward(latent, *inputs, **named)
+
+
+def watched(generator: VideoGenerator) -> list[Tensor]:
+    generator.denoiser.__class__ = Watched
+    generator.denoiser.seen = []  # type: ignore[assignment]
+    return generator.denoiser.seen  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_given_frames_reach_the_denoiser_beside_the_noise_with_and_without_a_prompt(
+    make_generator: Make, low: bool
+) -> None:
+    generator = make_generator("inpaint")
+    seen = watched(generator)
+    ends = [torch.full((3, *SIZE[1:]), 0.5), torch.full((3, *SIZE[1:]), -0.5)]
+    given = given_by_mode("transition", ends, *SIZE)
+    generator.generate(["a", "b"], *SIZE, seeds=[0, 1], given=given, **short(generator), low_memory=low)
+    assert len(seen) == (6 if low else 3)
+    with torch.no_grad():
+        masked = generator.codec.encode(given.video)
+    mask = latent_mask(given.mask, 4, 4, 6)
+    for latent in seen:
+        assert latent.shape == (2 if low else 4, 12, 3, 4, 6)
+        torch.testing.assert_close(latent[:, 4:8], masked.expand(len(latent), -1, -1, -1, -1))
+        assert torch.equal(latent[:, 8:], mask.expand(len(latent), -1, -1, -1, -1))
+    assert mask[0, :, 0].sum() == 0
+    assert mask[0, :, 1].min() == 1
+    assert mask[0, :3, 2].min() == 1
+    assert mask[0, 3, 2].max() == 0
+
+
+def test_an_inpainting_model_without_given_frames_generates_them_all(make_generator: Make) -> None:
+    generator = make_generator("inpaint")
+    seen = watched(generator)
+    text = generator.generate(["a"], *SIZE, seeds=[0], **short(generator))
+    assert all(latent[:, 8:].min() == 1 for latent in seen)
+    none = generator.generate(["a"], *SIZE, seeds=[0], given=given_frames({}, *SIZE), **short(generator))
+    assert torch.equal(text, none)
+
+
+def test_each_video_of_a_batch_may_have_its_own_given_frames(make_generator: Make) -> None:
+    generator = make_generator("inpaint")
+    given = [given_frames({number: torch.zeros(3, *SIZE[1:])}, *SIZE) for number in (0, 8)]
+    both = GivenFrames(torch.cat([each.mask for each in given]), torch.cat([each.video for each in given]))
+    together = generator.generate(["a", "b"], *SIZE, seeds=[0, 1], given=both, **short(generator))
+    alone = generator.generate(["b"], *SIZE, seeds=[1], given=given[1], **short(generator))
+    torch.testing.assert_close(together[1:], alone, **CLOSE)
+
+
+def test_weights_in_half_precision_leave_the_solver_in_float32(make_generator: Make) -> None:
+    generator = make_generator("joint")
+    generator.denoiser.bfloat16()
+    states: list[Tensor] = []
+    settings = short(generator)
+    video = generator.generate(
+        ["a red circle"], *SIZE, seeds=[0], **settings, progress=lambda done, calls, state: states.append(state)
+    )
+    assert [state.dtype for state in states] == [torch.float32] * 3
+    assert video.isfinite().all()
+
+
+def test_the_solver_is_that_of_the_objective_where_none_is_given(make_generator: Make) -> None:
+    assert (default_solver(Flow()).name, default_solver(Velocity()).name) == ("euler", "dpm++")
+    for objective in (Flow(), Velocity()):
+        calls: list[int] = []
+        generator = make_generator("cross", objective)
+        generator.generate(["a"], 1, 16, 16, seeds=[0], progress=lambda done, of, state, calls=calls: calls.append(of))
+        assert calls == [default_solver(objective).steps] * default_solver(objective).steps
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"frames": 18}, "frames=18: use 17 or 21"),
+        ({"frames": 0}, "frames=0: use 1"),
+        ({"height": 40}, "height=40: use 32 or 48"),
+        ({"width": 8}, "width=8: use 16"),
+        ({"prompts": ["  "]}, "prompt is empty"),
+        ({"prompts": ["a " * 8]}, "has 9 tokens, and words reads 8"),
+        ({"negative_prompt": "a " * 8}, "has 9 tokens, and words reads 8"),
+        ({"seeds": [1, 2]}, "1 prompts and 2 seeds"),
+        ({"seeds": [-1]}, "seed=-1"),
+        ({"guidance": -1.0}, "guidance=-1.0"),
+        ({"rescale": 2.0}, "rescale=2.0"),
+        ({"solver": Solver(Velocity(), "ddim", 10)}, "the denoiser learned Flow"),
+        ({"solver": Solver(Flow(), "euler", 10, options={"colour": 1})}, "has no options.colour"),
+        ({"given": given_frames({}, *SIZE)}, "was not trained with any"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_anything_is_computed(
+    make_generator: Make, changed: dict[str, Any], message: str
+) -> None:
+    generator = make_generator()
+    seen = watched(generator)
+    settings = {"prompts": ["a red circle"], "frames": 9, "height": 32, "width": 48, "seeds": [0], **changed}
+    for function in (generator.check, generator.generate):
+        with pytest.raises(UsageError, match=message):
+            function(**settings)
+    assert not seen
+
+
+def test_given_frames_of_another_size_are_refused(make_generator: Make) -> None:
+    generator = make_generator("inpaint")
+    with pytest.raises(UsageError, match=r"9 x 32 x 32 .* has 9 x 32 x 48"):
+        generator.check(["a"], *SIZE, seeds=[0], given=given_frames({}, 9, 32, 32))
+
+
+def test_parts_that_do_not_fit_together_are_refused(make_generator: Make) -> None:
+    good = make_generator("joint")
+    flows = {"encoder_flow_channels": 4, "decoder_flow_channels": 4, "encoder_blocks": 1, "decoder_blocks": 1}
+    other = LatentCodec(WFVAE(latent_channels=8, base_channels=4, level1="2d", **flows), 0.0, 1.0)
+    with pytest.raises(UsageError, match=r"latents of 4 channels .* have 8"):
+        VideoGenerator(good.denoiser, good.text, good.objective, other)
+    with pytest.raises(UsageError, match=r"text 16 wide, .* gives 8"):
+        VideoGenerator(good.denoiser, WordText(8, 16, 1, 2), good.objective, good.codec)
+    with pytest.raises(UsageError, match=r"pooled text 16 wide, .* gives none"):
+        VideoGenerator(good.denoiser, WordText(16, None, 1, 2), good.objective, good.codec)
+    eight = LatentCodec(WFVAE(latent_channels=4, base_channels=4, level1="3d", **flows), 0.0, 1.0)
+    with pytest.raises(UsageError, match=r"condition_channels=\[4, 4\] .* \[4, 8\]"):
+        VideoGenerator(make_generator("inpaint").denoiser, good.text, good.objective, eight)
