@@ -36,6 +36,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     check_numbers(cfg, {"repeats": 1, "threads": 1}, optional=["threads"])
     if cfg.isolate not in (None, True, False):
         raise UsageError(f"isolate={cfg.isolate} makes no sense; choose true, false or null")
+    if cfg.target not in TARGETS:
+        raise UsageError(f"target={cfg.target} is none of `osp bench`; choose {', '.join(TARGETS)}")
     device, target = choose_device(cfg.device), TARGETS[cfg.target]
     cases, model = target.cases(cfg)
     threads = torch.get_num_threads() if cfg.threads is None else cfg.threads

@@ -1,0 +1,207 @@
+"""What `osp eval target=generation` evaluates: whether generated videos show what their prompts say."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate, to_absolute_path
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from osp.cli.checks import check_numbers
+from osp.cli.eval_input import model_name, read_clips
+from osp.cli.solver import build_solver
+from osp.conditioning import GivenFrames, given_by_mode
+from osp.conditioning.given import frame_numbers
+from osp.data.sources import ShardClips
+from osp.data.video import ClipError, probe, read_clip, to_float
+from osp.devices import choose_device
+from osp.errors import DataError, UsageError
+from osp.evaluation.frechet import video_features
+from osp.evaluation.generation import GeneratedClip, evaluate_generation
+from osp.evaluation.prompt_accuracy import truth
+from osp.evaluation.reconstruction import autocast_dtype
+from osp.sampling import VideoGenerator
+from osp.sampling.outputs import SAMPLES, SampleFolder
+from osp.vae import VideoVAE
+
+log = logging.getLogger(__name__)
+
+_SIZES = ("frames", "height", "width")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Videos to judge, which are made or read one by one, and the real clips that they are compared with."""
+
+    name: str
+    clips: Iterator[GeneratedClip]
+    prompts: Sequence[str]
+    real: ShardClips
+    given: Sequence[int] = ()
+    vae: VideoVAE | None = None
+
+
+def generation(cfg: DictConfig) -> dict[str, Any]:
+    """Generate and judge as configured; gives the rates, the distances and where the results lie.
+
+    Raises UsageError or DataError before any compute for settings that do not fit, clips without captions, and prompts
+    that cannot be judged.
+    """
+    least = {"prompts": 1, "batch_size": 1, "contact_sheet_clips": 0, "save_videos": 0, "seed": 0, "keep_frames": 1}
+    sizes = {f"clip.{name}": 1 for name in _SIZES}
+    check_numbers(cfg, least | sizes | {"clip.stride": 1}, optional=["save_videos", *sizes])
+    if (cfg.checkpoint is None) == (cfg.generated is None):
+        raise UsageError("give checkpoint=FILE of a trained denoiser, or generated=DIR that `osp sample` wrote")
+    device = choose_device(cfg.device)
+    autocast_dtype(cfg.precision)
+    features = video_features("random3d" if cfg.features.path is None else "i3d", cfg.features.path)
+    work = _to_read(cfg) if cfg.checkpoint is None else _to_generate(cfg, device)
+    for prompt in dict.fromkeys([*work.prompts, *_captions(work.real, len(work.prompts))]):
+        truth(prompt)
+    output = HydraConfig.get().runtime.output_dir
+    results = evaluate_generation(
+        work.clips,
+        read_clips(work.real, len(work.real)),
+        output=output,
+        model_name=work.name,
+        features=features,
+        vae=work.vae,
+        given=work.given,
+        device=device,
+        precision=cfg.precision,
+        contact_sheet_clips=cfg.contact_sheet_clips,
+        save_videos=cfg.save_videos,
+        settings=_settings(cfg),
+    )
+    keys = ("model", "counts", "accuracy", "frechet", "given")
+    return {"output": output, **{key: results[key] for key in keys}}
+
+
+def _to_generate(cfg: DictConfig, device: torch.device) -> _Work:
+    generator: VideoGenerator = instantiate(cfg.generator).to(device)
+    real = _real_clips(cfg, generator.clip)
+    prompts = _captions(real, cfg.prompts)
+    if len(prompts) < cfg.prompts:
+        log.warning("prompts=%d, but %s has %d clips: as many prompts", cfg.prompts, cfg.input, len(prompts))
+    count = {"text": 0, "image": 1, "transition": 2}.get(cfg.mode, cfg.keep_frames)
+    if count >= real.shape.frames:
+        raise UsageError(f"keep_frames={count}: the videos have {real.shape.frames} frames; leave one to generate")
+    given = frame_numbers(cfg.mode, count, real.shape.frames)
+    settings = {key: cfg[key] for key in ("guidance", "rescale", "negative_prompt")}
+    settings["solver"] = build_solver(cfg.solver, generator.objective)
+    blank = torch.zeros(3, *real.shape)
+    generator.check(
+        prompts,
+        *real.shape,
+        seeds=range(cfg.seed, cfg.seed + len(prompts)),
+        given=_given(cfg.mode, given, [blank]),
+        **settings,
+    )
+    clips = _generate(generator, real, prompts, given, cfg, settings)
+    return _Work(model_name(cfg), clips, prompts, real, given, generator.codec.vae)
+
+
+def _generate(
+    generator: VideoGenerator,
+    real: ShardClips,
+    prompts: Sequence[str],
+    given: Sequence[int],
+    cfg: DictConfig,
+    settings: Mapping[str, Any],
+) -> Iterator[GeneratedClip]:
+    """A video of each prompt; the prompt of a clip whose frames are needed and cannot be read is left out."""
+    autocast = autocast_dtype(cfg.precision)
+    for start in range(0, len(prompts), cfg.batch_size):
+        numbers = range(start, min(start + cfg.batch_size, len(prompts)))
+        clips = dict.fromkeys(numbers) if not given else _readable(real, numbers)
+        if not clips:
+            continue
+        sources = [to_float(clip) for clip in clips.values() if clip is not None]
+        with torch.autocast(generator.device.type, dtype=autocast, enabled=autocast is not None):
+            videos = generator.generate(
+                [prompts[number] for number in clips],
+                *real.shape,
+                seeds=[cfg.seed + number for number in clips],
+                given=_given(cfg.mode, given, sources),
+                **settings,
+            )
+        for video, (number, clip) in zip(videos, clips.items(), strict=True):
+            seed = cfg.seed + number
+            yield GeneratedClip(real.entries[number].key, prompts[number], video, generator.fps, seed, clip)
+        log.info("%d of %d prompts", numbers.stop, len(prompts))
+
+
+def _readable(real: ShardClips, numbers: Sequence[int]) -> dict[int, Tensor | None]:
+    clips: dict[int, Tensor | None] = {}
+    for number in numbers:
+        try:
+            clips[number] = real.read(number, 0)["video"]
+        except ClipError as error:
+            log.warning("prompt skipped: %s", error)
+    return clips
+
+
+def _given(mode: str, numbers: Sequence[int], clips: Sequence[Tensor]) -> GivenFrames | None:
+    """These frames of each clip `3 T H W`, for a batch of as many videos."""
+    if not numbers:
+        return None
+    each = [given_by_mode(mode, [clip[:, number] for number in numbers], *clip.shape[1:]) for clip in clips]
+    return GivenFrames(torch.cat([one.mask for one in each]), torch.cat([one.video for one in each]))
+
+
+def _to_read(cfg: DictConfig) -> _Work:
+    if cfg.mode != "text":
+        raise UsageError(
+            f"mode={cfg.mode} needs checkpoint=FILE: which frames were given is not known of generated=DIR"
+        )
+    folder = Path(to_absolute_path(cfg.generated))
+    samples = SampleFolder(folder, "mp4").listed
+    if not samples:
+        raise DataError(f"{folder / SAMPLES}: lists no video; give generated=DIR that `osp sample` wrote")
+    info = probe(folder / next(iter(samples)))
+    real = _real_clips(cfg, {"frames": info.frames, "height": info.height, "width": info.width})
+    clips = (
+        GeneratedClip(
+            Path(name).stem,
+            sample["prompt"],
+            read_clip(folder / name, frames=real.shape.frames, size=(real.shape.height, real.shape.width)),
+            info.fps or 1.0,
+            sample.get("seed"),
+        )
+        for name, sample in samples.items()
+    )
+    return _Work(folder.name, clips, [sample["prompt"] for sample in samples.values()], real)
+
+
+def _real_clips(cfg: DictConfig, known: Mapping[str, int] | None) -> ShardClips:
+    """The clips of `input` in the size of `clip`, or where that is null in the one that is known."""
+    size: dict[str, Any] = {
+        name: cfg.clip[name] if cfg.clip[name] is not None else (known or {}).get(name) for name in _SIZES
+    }
+    for name, value in size.items():
+        if value is None:
+            raise UsageError(f"clip.{name} is not known from the checkpoint; give clip.{name}=NUMBER")
+    rate = {"stride": cfg.clip.stride, "fps": cfg.clip.fps}
+    return ShardClips(to_absolute_path(cfg.input), **size, **rate, random_start=False)
+
+
+def _captions(real: ShardClips, count: int) -> list[str]:
+    captions = [str(entry.record.get("caption") or "") for entry in real.entries[:count]]
+    for entry, caption in zip(real.entries, captions, strict=False):
+        if not caption.strip():
+            raise DataError(
+                f"{real.path}: the clip {entry.key} has no caption to be judged by; give input=DIR of procedural "
+                "clips, as `osp shards synthetic.objects=1` makes them"
+            )
+    return captions
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
