@@ -1,5 +1,6 @@
 """What a verb checks of its settings and its model before anything else happens."""
 
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from osp.data.datamodule import ClipDataModule
 from osp.errors import UsageError
 from osp.training.checkpoints import load_vae
 from osp.vae import LatentCodec, VideoVAE
+
+log = logging.getLogger(__name__)
 
 CLIP = {"clip.frames": 1, "clip.height": 1, "clip.width": 1, "clip.stride": 1}
 
@@ -65,9 +68,8 @@ def codec_of(cfg: DictConfig, data: ClipDataModule) -> dict[str, Any]:
     vae = None
     if cfg.vae.get("path", cfg.vae.get("source")) is not None:
         vae = build_vae(cfg.vae)
-    elif features is not None:
-        origin = data.train_source.vae_origin  # type: ignore[attr-defined]
-        vae = load_vae(origin) if origin is not None and Path(origin).exists() and cfg.logged_clips else None
+    elif features is not None and cfg.logged_clips:
+        vae = _vae_of_features(data.train_source)
     if vae is None:
         return {"codec": None}
     if features is not None:
@@ -76,3 +78,18 @@ def codec_of(cfg: DictConfig, data: ClipDataModule) -> dict[str, Any]:
     if scaling == (None, None) and vae.scaling is None:
         return {"codec": LatentCodec(vae, 0.0, 1.0), "scaling_clips": SCALING_CLIPS}
     return {"codec": instantiate(cfg.latent, vae=vae)}
+
+
+def _vae_of_features(source: Any) -> VideoVAE | None:
+    """The VAE that made features, to show clips; None, and a log line, if it is not where it was."""
+    origin = source.vae_origin
+    if origin is None or not Path(origin).exists():
+        log.info(
+            "no clips are shown: the VAE of %s is not at %s; give vae=trained checkpoint=FILE", source.path, origin
+        )
+        return None
+    vae = load_vae(origin)
+    if LatentCodec(vae, 0.0, 1.0).fingerprint() != source.identity.vae_fingerprint:
+        log.warning("no clips are shown: %s holds another VAE than the one that made %s", origin, source.path)
+        return None
+    return vae

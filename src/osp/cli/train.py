@@ -34,8 +34,11 @@ RESULT = "result.json"
 
 # What a run cannot change half-way. The rest (steps, devices, intervals) may differ when it is continued.
 _FIXED = ("vae", "module", "latent", "data", "clip", "seed")
-# What of it may: the loader itself refuses another global batch.
-_FREE = ("data.workers", "data.batch_size", "data.val_batch_size")
+# What of it may: the loader itself refuses another global batch, and a denoiser another VAE.
+_FREE = (
+    *("data.workers", "data.batch_size", "data.batch_tokens", "data.val_batch_size", "data.devices"),
+    *("vae.path", "module.vae.path", "latent.vae.path"),
+)
 
 
 def run(cfg: DictConfig) -> dict[str, Any] | None:

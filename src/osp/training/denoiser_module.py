@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,17 +27,19 @@ from osp.conditioning import (
     with_conditions,
 )
 from osp.data.datamodule import ClipDataModule
-from osp.data.sources import ClipSource, stable_seed
+from osp.data.features import TextIdentity
+from osp.data.sources import stable_seed
 from osp.data.video import to_float
 from osp.denoiser import Denoiser
 from osp.diffusion import Objective, draw_normal, squared_error
 from osp.errors import UsageError
 from osp.sampling import VideoGenerator
 from osp.training.clipping import AdaptiveClipping, Clipping
+from osp.training.denoiser_checks import check_data, check_parts, empty_text, latent_identity
 from osp.training.ema import ExponentialMovingAverage
 from osp.training.encode_features import measure_source_scaling, text_identities
 from osp.training.module import Batch, TrainingModule, check_value
-from osp.training.peek import clip_shapes, first_clips
+from osp.training.peek import first_clips
 from osp.training.start import load_start
 from osp.vae import LatentCodec
 
@@ -138,12 +139,13 @@ class DenoiserModule(TrainingModule):
         self.denoiser.checkpoint_every = recompute_every
         self.ema = ExponentialMovingAverage(self.model, ema_decay)
         self.clipping = AdaptiveClipping() if clipping is None else clipping
-        self._check_parts()
-        self._data: ClipDataModule | None = None
+        check_parts(denoiser, text, codec, self.masks)
+        self._prepared = False
         self._latent: dict[str, Any] = {}  # what latents are made with, as checkpoints say it
         self._clip: dict[str, int] | None = None
         self._fps = _DEFAULT_FPS
         self._no_text: EncodedText | None = None  # the empty text of features
+        self._text_made_by: tuple[TextIdentity | None, TextIdentity | None] = (None, None)
         self._since = 0.0
 
     @property
@@ -161,149 +163,42 @@ class DenoiserModule(TrainingModule):
         """The text encoder, as far as it has learned if it is trained."""
         return part(self.model, "text") if self.trains_text else self._frozen_text
 
-    def _check_parts(self) -> None:
-        config, denoiser = self.denoiser.config, self.denoiser
-        if config.channels != config.out_channels:
-            raise UsageError(
-                f"denoiser.channels={config.channels} and out_channels={config.out_channels} differ; "
-                "what is trained here predicts as many channels as it is given"
-            )
-        if self.text is not None:
-            self._check_text(f"text ({self.text.name})", self.text.channels, self.text.pooled_channels)
-        conditions = denoiser.latent_channels - config.channels
-        if bool(conditions) != (self.masks is not None):
-            raise UsageError(
-                f"denoiser.condition_channels={list(config.condition_channels)} are for given frames; "
-                "choose module.masks, such as stage2"
-                if conditions
-                else "module.masks gives frames, and the denoiser has no condition_channels for them; "
-                "choose another denoiser, such as cross_inpaint_tiny, or module.masks=null"
-            )
-        if self.codec is not None:
-            self._check_channels(self.codec.latent_channels, self.codec.time_stride, f"the VAE ({self.codec.name})")
-
-    def _check_text(self, whose: str, channels: int, pooled_channels: int | None) -> None:
-        if channels != self.denoiser.text_channels:
-            raise UsageError(
-                f"{whose} gives tokens {channels} wide, but denoiser.text_channels={self.denoiser.text_channels}; "
-                "set one of them like the other"
-            )
-        if self.denoiser.pooled_channels not in (None, pooled_channels):
-            raise UsageError(
-                f"{whose} gives pooled text {pooled_channels or 'of no'} wide, but denoiser.pooled_channels="
-                f"{self.denoiser.pooled_channels}; set one of them like the other"
-            )
-
-    def _check_channels(self, channels: int, time_stride: int, whose: str) -> None:
-        config = self.denoiser.config
-        if channels != config.channels:
-            raise UsageError(
-                f"latents of {whose} have {channels} channels, but denoiser.channels={config.channels}; "
-                f"set denoiser.channels={channels} denoiser.out_channels={channels}, or use another VAE"
-            )
-        if self.masks is not None and tuple(config.condition_channels) != (channels, time_stride):
-            raise UsageError(
-                f"denoiser.condition_channels={list(config.condition_channels)} are not those of given frames with "
-                f"{whose}; set [{channels},{time_stride}]"
-            )
-
     def prepare(self, data: ClipDataModule) -> None:
         """See `TrainingModule`; also keeps what checkpoints say about the data."""
-        self._data = data
-        for source in (data.train_source, data.val_source):
-            if source is None:
-                continue
-            if hasattr(source, "identity"):
-                self._check_features(source)
-            elif self.codec is None:
-                raise UsageError(
-                    "these clips are videos, and there is no VAE to encode them; give vae=trained checkpoint=FILE or "
-                    "vae=pretrained path=FOLDER, or features of `osp cache` by data=features"
-                )
-            for shape in clip_shapes(source):
-                self._check_size(source, shape)
-        if self.text_dropout < 1 and not any(clip["caption"] for clip in first_clips(data.train_source, 8)):
-            raise UsageError(
-                "the clips of data.train have no captions; caption them, or set module.text_dropout=1 to train without"
-            )
-        self._describe(data.train_source, data.val_source)
-
-    def _check_features(self, source: Any) -> None:
-        identity = source.identity
-        self._check_channels(identity.latent_channels, identity.time_stride, f"{source.path} ({identity.vae})")
-        if self.masks is not None:
-            raise UsageError(
-                f"{source.path}: given frames have to be encoded by themselves, which features do not allow; "
-                "train on videos (data=shards, data=buckets), or set module.masks=null"
-            )
-        if self.codec is not None and self.codec.fingerprint() != identity.vae_fingerprint:
-            raise UsageError(
-                f"{source.path}: its features were made with another VAE ({identity.vae} of {source.vae_origin}) than "
-                f"{self.codec.origin or 'the one given'}; give that one, or none"
-            )
-        if self.trains_text:
-            return
-        if identity.text is None:
-            raise UsageError(
-                f"{source.path}: its features hold no text; train with text=words, or run `osp cache` with the text "
-                "encoder that the denoiser is for"
-            )
-        held = identity.text, identity.pooled_text
-        if self.text is not None and text_identities(self.text) != held:
-            names = [" and ".join(one.name for one in pair if one) for pair in (held, text_identities(self.text))]
-            raise UsageError(
-                f"{source.path}: its texts were encoded by {names[0]}, not by this {names[1]}; use that encoder, "
-                "text=null, or other features"
-            )
-        pooled = identity.pooled_text
-        self._check_text(f"{source.path}", identity.text.width, None if pooled is None else pooled.width)
-        if self.text_dropout and not source.empty:
-            raise UsageError(
-                f"{source.path}: holds no embedding of the empty text, which text dropout needs; run `osp cache` "
-                "again, or set module.text_dropout=0"
-            )
-        if source.empty:
-            text, pooled_text = source.empty["text"][None], source.empty.get("pooled_text")
-            mask = torch.ones(text.shape[:2], dtype=torch.bool)
-            self._no_text = EncodedText(text, mask, None if pooled_text is None else pooled_text[None])
-
-    def _check_size(self, source: Any, shape: tuple[int, int, int]) -> None:
-        frames, height, width = shape
-        if self.codec is not None:
-            _, _, rows, columns = self.codec.latent_shape(frames, height, width)
-        else:
-            _, _, rows, columns = source.identity.latent_shape(shape)
-        patch = self.denoiser.patch_size
-        for name, side, pixels in (("height", rows, height), ("width", columns, width)):
-            if side % patch:
-                raise UsageError(
-                    f"{name}={pixels} makes {side} latent pixels, no multiple of the denoiser's patch_size={patch}; "
-                    f"use multiples of {pixels // side * patch}"
-                )
-
-    def _describe(self, train: ClipSource, val: ClipSource | None) -> None:
-        """Keep what a generator needs to know of the clips and their latents."""
-        if clips := first_clips(val) or first_clips(train):
-            (clip,) = clips
-            size = clip["size"] if "size" in clip else clip["video"].shape[1:]
+        check_data(data, self.denoiser, self.text, self.codec, self.masks, self.text_dropout)
+        self._prepared = True
+        source: Any = data.train_source
+        self._latent = latent_identity(source, self.codec)
+        self._no_text = empty_text(source)
+        self._text_made_by = text_identities(self.text)
+        if self.text is None:
+            self._text_made_by = source.identity.text, source.identity.pooled_text
+        if clips := first_clips(data.val_source) or first_clips(source):
+            size = clips[0]["size"] if "size" in clips[0] else clips[0]["video"].shape[1:]
             self._clip = dict(zip(("frames", "height", "width"), map(int, size), strict=True))
-            self._fps = float(clip["fps"]) or _DEFAULT_FPS
-        if hasattr(train, "identity"):
-            self._latent = {
-                key: value
-                for key, value in train.identity.as_json().items()
-                if key in ("vae", "vae_fingerprint", "time_stride", "space_stride", "latent_channels", "shift", "scale")
-            }
-            origin = getattr(train, "vae_origin", None) if self.codec is None else self.codec.origin
-        else:
-            assert self.codec is not None
-            self._latent, origin = self.codec.identity(), self.codec.origin
-        self._latent["origin"] = None if origin is None else str(Path(origin).absolute())
+            self._fps = float(clips[0]["fps"]) or _DEFAULT_FPS
 
     def start_from(self, path: str) -> None:
         """Begin with the averaged weights of another run, or with those of a folder; see `osp.training.start`."""
-        load_start(path, self.denoiser, part(self.model, "text") if self.trains_text else None)
+        latent = load_start(path, self.denoiser, part(self.model, "text") if self.trains_text else None)
         self.ema.model.load_state_dict(self.model.state_dict())
+        if latent is None:
+            return
+        if self.scaling_clips:
+            self._scale(latent["shift"], latent["scale"])
+        self._refuse_other_latents(latent, f"start_from={path}")
+
+    def _refuse_other_latents(self, latent: Mapping[str, Any], whose: str) -> None:
+        if latent["vae_fingerprint"] != self._latent["vae_fingerprint"]:
+            raise UsageError(
+                f"{whose} was trained on latents of another VAE ({latent['vae']} of {latent['origin']}) than "
+                f"{self._latent['vae']} of {self._latent['origin']}; use that one"
+            )
+        if any(latent[name] != self._latent[name] for name in ("shift", "scale")):
+            raise UsageError(
+                f"{whose} was trained on latents with another shift and scale; for features take them over by "
+                "`osp cache scaling_from=FOLDER`, for videos by latent.shift and latent.scale"
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW."""
@@ -313,7 +208,7 @@ class DenoiserModule(TrainingModule):
         """Bring what is frozen to the device, and measure the scaling of the latents if that is asked for."""
         super().on_fit_start()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self._data is None:
+        if not self._prepared:
             self.prepare(data)
         self._place()
         if self.scaling_clips and self.codec is not None:
@@ -331,8 +226,9 @@ class DenoiserModule(TrainingModule):
         self.scaling_clips = 0
 
     def on_validation_start(self) -> None:
-        """Validation may run without a fit."""
+        """Validation may run without a fit; its time is not that of a step."""
         self._place()
+        self._since = 0.0
 
     def _place(self) -> None:
         for frozen in (self.codec, self._frozen_text):
@@ -469,24 +365,26 @@ class DenoiserModule(TrainingModule):
         """The clips on the left; on the right what the averaged weights make of their captions, and of the first frame
         where frames are given. None where captions cannot be read or latents not decoded."""
         text = part(self.ema.model, "text") if self.trains_text else self.text
-        chosen = [i for i, caption in enumerate(batch["caption"]) if caption.strip()][:clips]
-        if self.codec is None or text is None or not chosen:
+        if self.codec is None or text is None:
             return None
-        generator = VideoGenerator(part(self.ema.model, "denoiser"), text, self.objective, self.codec, self._fps)
-        if "video" in batch:
-            real = to_float(batch["video"][chosen])
-            frames, height, width = real.shape[2:]
-        else:
-            frames, height, width = batch["size"][chosen[0]].tolist()
-            real = self.codec.decode(batch["latent"][chosen], frames)
-        prompts = [batch["caption"][i] for i in chosen]
-        seeds = [stable_seed(self.seed, "shown", batch["key"][i]) for i in chosen]
+        counts = text.count_tokens(batch["caption"])
+        readable = [i for i, caption in enumerate(batch["caption"]) if caption.strip() and counts[i] <= text.max_tokens]
+        if not (chosen := readable[:clips]):
+            return None
+        generator = VideoGenerator(part(self.ema.model, "denoiser"), text, self.objective, self.codec)
+        real = to_float(batch["video"][chosen]) if "video" in batch else self.codec.decode(batch["latent"][chosen])
+        # As many frames as a latent has room for; the last ones may be beyond the clip's.
+        stride, (held, height, width) = self.codec.time_stride, real.shape[2:]
+        frames = 1 + -(-(held - 1) // stride) * stride
         given = None
         if self.masks is not None and frames > 1:
             first = [given_frames({0: clip[:, 0]}, frames, height, width) for clip in real.cpu()]
             given = GivenFrames(torch.cat([one.mask for one in first]), torch.cat([one.video for one in first]))
-        made = generator.generate(prompts, frames, height, width, seeds=seeds, given=given)
-        return torch.cat([real.cpu(), made], dim=-1)
+        prompts = [batch["caption"][i] for i in chosen]
+        seeds = [stable_seed(self.seed, "shown", batch["key"][i]) for i in chosen]
+        with self.trainer.precision_plugin.forward_context():
+            made = generator.generate(prompts, frames, height, width, seeds=seeds, given=given)
+        return torch.cat([real.cpu(), made[:, :, :held]], dim=-1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint says how to build its generator, in plain values."""
@@ -503,16 +401,19 @@ class DenoiserModule(TrainingModule):
         if self.trains_text:
             text = part(self.model, "text")
             return {"encoder": type(text).__name__, "settings": text.settings}
-        identities = text_identities(self.text)
-        if self.text is None and self._data is not None:
-            identity = self._data.train_source.identity  # type: ignore[attr-defined]
-            identities = identity.text, identity.pooled_text
-        return {"encoder": None, "settings": {}, "made_by": [one and asdict(one) for one in identities]}
+        return {
+            "encoder": None,
+            "settings": {},
+            "made_by": [one and asdict(one) for one in self._text_made_by],
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A scaling that was measured stays what it was."""
+        """A scaling that was measured stays what it was. Raises UsageError if the VAE is another now."""
+        latent = checkpoint["generator"]["latent"]
         if self.scaling_clips:
-            self._scale(*(checkpoint["generator"]["latent"][name] for name in ("shift", "scale")))
+            self._scale(latent["shift"], latent["scale"])
+        if self._prepared:
+            self._refuse_other_latents(latent, "this run")
 
 
 def part(model: nn.ModuleDict, name: str) -> Any:

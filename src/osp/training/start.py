@@ -19,18 +19,20 @@ _MAY_DIFFER = ("stages", "long_skips", "condition_channels", "position_scale")
 
 
 @torch.no_grad()
-def load_start(path: str | Path, denoiser: Denoiser, text: WordText | None) -> None:
+def load_start(path: str | Path, denoiser: Denoiser, text: WordText | None) -> dict[str, Any] | None:
     """Give a denoiser, and a text encoder that learns along, the weights of a run's checkpoint or of a folder.
 
     A checkpoint of `osp train` (a file) gives its averaged weights; a folder of `osp import-weights` has a denoiser
     only, and the text encoder stays as it is. The denoiser's schedule, long skips and conditions may be others: new
-    parts start without effect. Raises UsageError if anything else differs, and errors as the files' readers.
+    parts start without effect. Gives what the checkpoint says of its latents. Raises UsageError if anything else
+    differs, and errors as the files' readers.
     """
-    old_text = None
+    old_text = latent = None
     if Path(path).is_dir():
         old: Any = load_pretrained(path)
     else:
-        checkpoint, _ = open_generator(path)
+        checkpoint, entry = open_generator(path)
+        latent = entry["latent"]
         old, old_text = averaged_denoiser(checkpoint, path), averaged_text(checkpoint, path)
     if type(old) is not type(denoiser):
         raise UsageError(f"start_from={path} holds a {type(old).__name__}, not a {type(denoiser).__name__}")
@@ -44,14 +46,13 @@ def load_start(path: str | Path, denoiser: Denoiser, text: WordText | None) -> N
     except UsageError as error:
         raise UsageError(f"start_from={path} does not fit: {error}") from error
     denoiser.load_state_dict(started.state_dict())
-    if text is None:
-        return
-    if old_text is None:
+    if text is not None and old_text is None:
         log.info("start_from=%s brings no text encoder; the one trained here begins anew", path)
-        return
-    if old_text.settings != text.settings:
-        raise UsageError(
-            f"start_from={path} does not fit: its text encoder has {old_text.settings}, and text has {text.settings}"
-        )
-    text.load_state_dict(old_text.state_dict())
+    elif text is not None and old_text is not None:
+        if old_text.settings != text.settings:
+            raise UsageError(
+                f"start_from={path} does not fit: its text encoder has {old_text.settings}, and text {text.settings}"
+            )
+        text.load_state_dict(old_text.state_dict())
     log.info("starting from %s", path)
+    return latent
