@@ -330,3 +330,15 @@ def test_values_that_are_not_known(codec: LatentCodec) -> None:
     ):
         with pytest.raises(UsageError, match=told):
             FeatureEncoder(codec, **wrong)
+
+
+def test_too_little_memory_is_told_with_what_to_change(tmp_path: Path, source: ShardClips, codec: LatentCodec) -> None:
+    class Small(FeatureEncoder):
+        def __call__(self, clips: Sequence[Mapping[str, Any]]) -> list[Features]:
+            if len(clips) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(clips)
+
+    with pytest.raises(UsageError, match="batch_size=3: the memory of cpu is too small"):
+        write(tmp_path, source, Small(codec), batch_size=3)
+    assert write(tmp_path, source, Small(codec), batch_size=2) == CLIPS
