@@ -13,10 +13,12 @@ from torch import Tensor
 
 from osp import __version__
 from osp.cli.checks import check_numbers
+from osp.cli.solver import build_solver
 from osp.devices import choose_device
 from osp.diffusion import Flow, Solver, Velocity, solvers
 from osp.errors import UsageError
-from osp.sampling import VideoGenerator, default_solver
+from osp.evaluation.reconstruction import autocast_dtype
+from osp.sampling import VideoGenerator
 from osp.sampling.fingerprint import generator_identity
 from osp.sampling.memory import plan_memory
 from osp.sampling.outputs import SampleFolder
@@ -26,7 +28,6 @@ from osp.sampling.requests import Request, Video, batches, list_videos, read_req
 
 log = logging.getLogger(__name__)
 
-_PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 _MEMORY = ("normal", "low")
 _PARTS = ("denoiser", "vae", "text")
 _SIZE = ("frames", "height", "width")
@@ -45,7 +46,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     for files in set(pictures.values()):
         files.check(cfg.mode)
     generator = _generator(cfg)
-    solver = _solver(cfg.solver, generator)
+    solver = build_solver(cfg.solver, generator.objective)
     common = _common_settings(cfg, generator, solver)
     contents = {files: files.contents() for files in set(pictures.values())}
     jobs = [
@@ -132,10 +133,9 @@ def _generate(cfg: DictConfig, generator: VideoGenerator, arguments: Mapping[str
     def progress(call: int, calls: int, state: Tensor) -> None:
         show(call / calls)
 
-    low, dtype = cfg.memory == "low", _PRECISIONS[cfg.precision]
-    # Where weights come and go, autocast's copies of them would stay.
-    with torch.autocast(generator.device.type, dtype, enabled=dtype is not None, cache_enabled=not low):
-        return generator.generate(**arguments, low_memory=low, progress=progress)
+    dtype = autocast_dtype(cfg.precision)
+    with torch.autocast(generator.device.type, dtype, enabled=dtype is not None):
+        return generator.generate(**arguments, low_memory=cfg.memory == "low", progress=progress)
 
 
 def _check(cfg: DictConfig) -> None:
@@ -143,9 +143,9 @@ def _check(cfg: DictConfig) -> None:
     sizes = {f"clip.{key}": 1 for key in _SIZE}
     least = {"seed": 0, "videos_per_prompt": 1, "batch_size": 1, "keep_frames": 1, "guidance": 0.0, "rescale": 0.0}
     check_numbers(cfg, {**sizes, **least, "solver.steps": 1, "fps": 0.001}, optional=[*sizes, "solver.steps", "fps"])
-    for key, value, choices in (("precision", cfg.precision, _PRECISIONS), ("memory", cfg.memory, _MEMORY)):
-        if value not in choices:
-            raise UsageError(f"{key}={value} is not known; choose {', '.join(choices)}")
+    autocast_dtype(cfg.precision)
+    if cfg.memory not in _MEMORY:
+        raise UsageError(f"memory={cfg.memory} is not known; choose {', '.join(_MEMORY)}")
     names = dict.fromkeys([*solvers(Flow()), *solvers(Velocity())])
     if cfg.solver.name is not None and cfg.solver.name not in names:
         raise UsageError(f"solver.name={cfg.solver.name} is not known; choose {', '.join(names)}")
@@ -185,7 +185,7 @@ def _pictures(cfg: DictConfig, request: Request) -> PictureFiles:
     """Those of the request itself if it has any, else those of the command."""
     if request.image or request.last_image or request.video:
         return PictureFiles(request.image, request.last_image, request.video, cfg.keep_frames)
-    given = OmegaConf.to_container(cfg.given)
+    given = OmegaConf.to_container(cfg.given) if isinstance(cfg.given, DictConfig) else cfg.given or {}
     if not isinstance(given, dict) or not all(type(number) is int for number in given):
         raise UsageError(f"given={given} makes no sense; give files by the numbers of their frames: '{{0: a.png}}'")
     numbered = tuple((int(str(number)), Path(to_absolute_path(path))) for number, path in given.items())
@@ -200,16 +200,6 @@ def _generator(cfg: DictConfig) -> VideoGenerator:
     if not isinstance(generator, VideoGenerator):
         raise UsageError(f"generator is a {type(generator).__name__}; choose one of conf/generator")
     return generator.to(choose_device(cfg.device))
-
-
-def _solver(cfg: DictConfig, generator: VideoGenerator) -> Solver:
-    """The configured one; what is null is the default's."""
-    usual = default_solver(generator.objective)
-    options = OmegaConf.to_container(cfg.options)
-    assert isinstance(options, dict)
-    given = {str(key): value for key, value in options.items()}
-    name, steps = cfg.name or usual.name, usual.steps if cfg.steps is None else cfg.steps
-    return Solver(generator.objective, name, steps, cfg.shift, given)
 
 
 def _size(cfg: DictConfig, generator: VideoGenerator, request: Request) -> tuple[int, int, int]:

@@ -76,23 +76,26 @@ def plan_memory(
         "one call of the denoiser": call_bytes(denoiser, (rows, *shape[1:]), generator.text.max_tokens),
         "latents": _LATENTS * latent,
         "VAE": _bytes(codec.vae),
-        "decoding": decoded * working_bytes(codec.vae, "decoder", height, width, vae_dtype),
+        "VAE decoder at work": decoded * working_bytes(codec.vae, "decoder", height, width, vae_dtype),
         "video": video,
     }
+    if generator.takes_frames:
+        parts["VAE encoder at work"] = batch * working_bytes(codec.vae, "encoder", height, width, vae_dtype)
     text, vae = parts["text encoder"], parts["VAE"]
     offloads = low_memory and generator.device.type != "cpu"
     if offloads:
         blocks = sorted(map(_bytes, denoiser.blocks), reverse=True)
         parts["denoiser"] += sum(blocks[:BLOCKS_ON_DEVICE]) - sum(blocks)
         parts["video"] = 0  # it is in the CPU's memory
-    weights = parts["denoiser"]
-    stays = 0 if offloads else text + weights + vae
-    calls, decoding = parts["one call of the denoiser"], parts["decoding"] + parts["video"]
+    stays = 0 if offloads else text + parts["denoiser"] + vae
     phases = {
         "text": stays or text,
-        "denoising": (stays or weights) + calls + parts["latents"],
-        "decoding": (stays or vae) + decoding + latent,
+        "given frames": (stays or vae) + parts.get("VAE encoder at work", 0) + video // 2,
+        "denoising": (stays or parts["denoiser"]) + parts["one call of the denoiser"] + parts["latents"],
+        "decoding": (stays or vae) + parts["VAE decoder at work"] + parts["video"] + latent,
     }
+    if not generator.takes_frames:
+        del phases["given frames"]
     free = available_memory(generator.device)
     if free is not None:
         free += sum(_bytes(module, on=generator.device) for module in _modules(generator))
