@@ -127,7 +127,8 @@ class DenoiserModule(TrainingModule):
                 raise UsageError(f"module=denoiser needs {name}=NAME; choose one of conf/{name}")
         self.masks = None if masks is None else find_mix(masks)
         self.objective, self.codec = objective, codec
-        self.text_dropout, self.condition_noise, self.image_text = text_dropout, condition_noise, image_text
+        self.text_dropout, self.condition_noise = text_dropout, condition_noise
+        self.image_text = image_text if self.masks is not None else None
         self.scaling_clips = scaling_clips
         self.trains_text = text is not None and text.trained
         self._frozen_text = None if self.trains_text else text
@@ -332,7 +333,7 @@ class DenoiserModule(TrainingModule):
             return text.replaced(dropped, self._no_text.to(text.text.device, text.text.dtype))
         assert encoder is not None
         captions = list(batch["caption"])
-        if self.masks is not None and self.image_text is not None and batch["video"].shape[2] == 1:
+        if generators and self.image_text is not None and batch["video"].shape[2] == 1:
             default = draw_dropped(0.5, generators).tolist()
             captions = [self.image_text if use else text for text, use in zip(captions, default, strict=True)]
         return encoder(captions if dropped is None else drop_prompts(captions, dropped))
