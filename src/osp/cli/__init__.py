@@ -16,8 +16,9 @@ VERBS = {
     "shards": "cut a folder of videos and images into WebDataset shards",
     "cache": "encode clips once with a VAE and a text encoder, for training on features",
     "train": "train what an experiment composes",
-    "eval": "encode and decode videos with a VAE and measure what comes back",
+    "eval": "measure what a VAE keeps of videos, or how well a denoiser follows prompts",
     "sample": "make videos of prompts",
+    "page": "put what runs left on one HTML page, videos included",
     "bench": "measure speed and memory of a part, as one table and one plot",
     "import-weights": "turn published weights into a folder of ours",
     "export-weights": "turn a model of ours into a folder for the published code",
@@ -113,7 +114,7 @@ def _one_line(error: BaseException) -> str:
     hidden = ("full_key:", "object_type=", "See https", "To append to your")
     shown = [line.rstrip(".") for line in lines if line and not line.startswith(hidden)]
     if shown and shown[0].startswith("Could not override"):
-        shown.append("--help lists the settings; those of `osp bench` depend on target=...")
+        shown.append("--help lists the settings; those of `osp bench` and `osp eval` depend on target=...")
     return "; ".join(shown).replace(":;", ":")
 
 
