@@ -60,7 +60,7 @@ def main() -> None:
     """Measure both and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = {"batch": 1, "frames": 17, "height": 128, "width": 128, "heads": 8, "blocks": 8, "checkpoint_every": 0}
-    defaults |= {"text_width": 1024, "text_layers": 12, "text_tokens": 128, "repeats": 3}
+    defaults |= {"text_width": 1024, "text_layers": 12, "text_tokens": 128, "repeats": 10}
     defaults["threads"] = torch.get_num_threads()
     parser.add_argument("--device", default="auto")
     for name, value in defaults.items():
