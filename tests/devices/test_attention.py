@@ -54,6 +54,19 @@ def test_it_is_the_formula(n: int, m: int, dim: int) -> None:
         torch.testing.assert_close(out.double(), formula(q, k, v, padding), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_training_in_half_precision_with_few_keys(padded: bool) -> None:
+    q, k, v = (x.requires_grad_() for x in drawn(3, 40, 30, 2, 16))
+    padding = holes(3, 30) if padded else None
+    expected = torch.autograd.grad(formula(q, k, v, padding).square().sum(), (q, k, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v, padding)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), formula(q, k, v, padding), atol=0.03, rtol=0.03)
+    for ours, theirs in zip(torch.autograd.grad(out.float().square().sum(), (q, k, v)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.1, rtol=0.1)
+
+
 def test_slices_of_a_fused_projection() -> None:
     q, k, v = torch.randn(2, 50, 3, 4, 24, generator=torch.Generator().manual_seed(0)).unbind(2)
     out = attention(q, k, v, holes(2, 50))
