@@ -165,7 +165,7 @@ def test_flex_attention_gives_the_same() -> None:
 @pytest.mark.parametrize("path", ["_sdpa", "_cudnn", "_flex"])
 def test_a_compiled_model_has_one_graph(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(module, "_backend", lambda q, padded: getattr(module, path))
+    monkeypatch.setattr(module, "_backend", lambda q, keys, padded: getattr(module, path))
     graphs = []
 
     def count(graph: Any, inputs: Any) -> Callable[..., Any]:
@@ -209,7 +209,7 @@ def test_the_backend_on_cuda(
     monkeypatch.setattr(module, "HAS_TRITON", triton)
     monkeypatch.setattr(module, "_compiled_flex", lambda: "_compiled_flex")
     with FakeTensorMode():
-        chosen = module._backend(torch.empty(1, 4, 2, dim, dtype=dtype, device="cuda"), padded)
+        chosen = module._backend(torch.empty(1, 4, 2, dim, dtype=dtype, device="cuda"), 4, padded)
     assert chosen == (wanted if wanted == "_compiled_flex" else getattr(module, wanted))
 
 
