@@ -178,14 +178,18 @@ def test_a_file_of_prompts_goes_on_where_it_was_cut_off(sample: Run, tmp_path: P
     assert made(tmp_path / "out")["000_a_seed0/0000.png"] != before["000_a_seed0/0000.png"]
 
 
-def test_low_memory_and_half_precision(sample: Run, tmp_path: Path) -> None:
+def test_low_memory_and_half_precision(sample: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("osp.cli.sample.fast_precision", lambda device: "bf16-mixed")
     clips = {}
-    for name, more in {"normal": [], "low": ["memory=low"], "half": ["precision=bf16-mixed", "memory=low"]}.items():
+    for name, more in {"normal": [], "low": ["memory=low"], "half": ["precision=auto", "memory=low"]}.items():
         code, _, err = sample("checkpoint=MODELS/inpaint.ckpt", "prompt=a", f"output={name}", "format=png", *more)
         assert code == 0, err
         frames = sorted((tmp_path / name / "000_a_seed0").iterdir())
         clips[name] = torch.cat([read_clip(frame, frames=1).float() for frame in frames])
     assert (clips["low"] - clips["normal"]).abs().max() <= 1
+    settings = read_settings(tmp_path / "half" / "000_a_seed0")
+    assert settings is not None
+    assert settings["precision"] == "bf16-mixed"
     assert 0 < (clips["half"] - clips["normal"]).abs().mean() < 20
 
 

@@ -1,7 +1,7 @@
 """`osp sample`: prompts -> files of videos."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from osp import __version__
 from osp.cli.checks import check_numbers
 from osp.cli.solver import build_solver
-from osp.devices import choose_device
+from osp.devices import choose_device, fast_precision
 from osp.diffusion import Flow, Solver, Velocity, solvers
 from osp.errors import UsageError
 from osp.evaluation.reconstruction import autocast_dtype
@@ -47,93 +47,106 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         files.check(cfg.mode)
     generator = _generator(cfg)
     solver = build_solver(cfg.solver, generator.objective)
-    common = _common_settings(cfg, generator, solver)
-    contents = {files: files.contents() for files in set(pictures.values())}
-    jobs = [
-        Job(
-            video, pictures[video], contents[pictures[video]], _size(cfg, generator, video.request), cfg.negative_prompt
-        )
-        for video in videos
-    ]
+    jobs = _jobs(cfg, generator, solver, pictures)
     todo = []
-    kept = 0
     for batch in batches(jobs, lambda job: (job.size, job.negative_prompt), cfg.batch_size):
-        generator.check(**_arguments(batch, common, solver))
-        made = [folder.is_made(job.video.stem, job.settings(common)) for job in batch]
-        kept += sum(made)
+        generator.check(**_arguments(cfg, batch, solver))
         # A batch is made again as it was, or its videos might differ in their last bits.
-        if not all(made):
-            todo.append((batch, made))
+        if missing := [job for job in batch if not folder.is_made(job.stem, job.settings)]:
+            todo.append((batch, missing))
+    count = sum(len(missing) for _, missing in todo)
+    kept = len(jobs) - count
     if kept:
         log.info("%d of %d videos are there already, made with the same settings", kept, len(jobs))
     if todo:
         _tell_memory(generator, [batch for batch, _ in todo], low=cfg.memory == "low")
     with shown_progress("sampling", len(todo)) as show:
-        for done, (batch, made) in enumerate(todo):
-            result = _generate(
-                cfg, generator, _arguments(batch, common, solver), lambda part, done=done: show(done + part)
-            )
-            for job, pixels, is_made in zip(batch, result, made, strict=True):
-                if not is_made:
-                    folder.write(job.video.stem, pixels, job.settings(common))
-    listed = folder.finish()
-    return {"output": str(folder.folder), "videos": len(jobs) - kept, "kept": kept, "list": str(listed)}
+        for done, (batch, missing) in enumerate(todo):
+            made = _generate(cfg, generator, _arguments(cfg, batch, solver), show, done)
+            for job, video in zip(batch, made, strict=True):
+                if job in missing:
+                    folder.write(job.stem, video, job.settings)
+    return {"output": str(folder.folder), "videos": count, "kept": kept, "list": str(folder.finish())}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A video to make, with all that is its own."""
+    """A video to make; `settings` is all that it depends on, as plain values without paths and dates."""
 
-    video: Video
+    stem: str
     pictures: PictureFiles
-    contents: Mapping[str, str]
-    size: tuple[int, int, int]
-    usual_negative: str
+    settings: Mapping[str, Any]
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width."""
+        return self.settings["frames"], self.settings["height"], self.settings["width"]
 
     @property
     def negative_prompt(self) -> str:
         """What guidance leads away from."""
-        own = self.video.request.negative_prompt
-        return self.usual_negative if own is None else own
+        return self.settings["negative_prompt"]
 
-    def settings(self, common: Mapping[str, Any]) -> dict[str, Any]:
-        """All that the video depends on, as plain values without paths and dates."""
-        return {
-            "prompt": self.video.request.prompt,
-            "negative_prompt": self.negative_prompt,
-            "seed": self.video.seed,
-            **dict(zip(_SIZE, self.size, strict=True)),
-            "mode": self.pictures.mode,
-            "given": dict(self.contents),
-            **common,
+
+def _jobs(
+    cfg: DictConfig, generator: VideoGenerator, solver: Solver, pictures: Mapping[Video, PictureFiles]
+) -> list[Job]:
+    contents = {files: files.contents() for files in set(pictures.values())}
+    common = {
+        "fps": float(generator.fps if cfg.fps is None else cfg.fps),
+        "solver": {
+            "name": solver.name,
+            "steps": solver.steps,
+            "shift": solver.shift,
+            "options": dict(solver.options),
+        },
+        "guidance": cfg.guidance,
+        "rescale": cfg.rescale,
+        "precision": _precision(cfg),
+        "device": generator.device.type,
+        "model": generator_identity(generator),
+        "osp": __version__,
+    }
+    jobs = []
+    for video, files in pictures.items():
+        request = video.request
+        own = {
+            "prompt": request.prompt,
+            "negative_prompt": cfg.negative_prompt if request.negative_prompt is None else request.negative_prompt,
+            "seed": video.seed,
+            **_size(cfg, generator, request),
+            "mode": files.mode,
+            "given": contents[files],
         }
+        jobs.append(Job(video.stem, files, own | common))
+    return jobs
 
 
-def _arguments(batch: Sequence[Job], common: Mapping[str, Any], solver: Solver) -> dict[str, Any]:
-    """What `check` and `generate` are given."""
-    first = batch[0]
-    given = [
-        job.pictures.read(*job.size, common["fps"]) for job in batch if any(other.pictures.files for other in batch)
-    ]
+def _arguments(cfg: DictConfig, batch: Sequence[Job], solver: Solver) -> dict[str, Any]:
+    """What `check` and `generate` are given for a batch of one size."""
+    with_pictures = batch if any(job.pictures.files for job in batch) else []
+    given = [job.pictures.read(*job.size, job.settings["fps"]) for job in with_pictures]
     return {
-        "prompts": [job.video.request.prompt for job in batch],
-        **dict(zip(_SIZE, first.size, strict=True)),
-        "seeds": [job.video.seed for job in batch],
+        "prompts": [job.settings["prompt"] for job in batch],
+        **dict(zip(_SIZE, batch[0].size, strict=True)),
+        "seeds": [job.settings["seed"] for job in batch],
         "solver": solver,
-        "guidance": common["guidance"],
-        "rescale": common["rescale"],
-        "negative_prompt": first.negative_prompt,
+        "guidance": cfg.guidance,
+        "rescale": cfg.rescale,
+        "negative_prompt": batch[0].negative_prompt,
         "given": joined(given) if given else None,
     }
 
 
-def _generate(cfg: DictConfig, generator: VideoGenerator, arguments: Mapping[str, Any], show: Any) -> Tensor:
-    """The batch's videos; `show` is told the part that is done."""
+def _generate(
+    cfg: DictConfig, generator: VideoGenerator, arguments: Mapping[str, Any], show: Callable[[float], None], before: int
+) -> Tensor:
+    """The batch's videos; `show` is told how many batches are done, with the `before` that came first."""
 
     def progress(call: int, calls: int, state: Tensor) -> None:
-        show(call / calls)
+        show(before + call / calls)
 
-    dtype = autocast_dtype(cfg.precision)
+    dtype = autocast_dtype(_precision(cfg))
     with torch.autocast(generator.device.type, dtype, enabled=dtype is not None):
         return generator.generate(**arguments, low_memory=cfg.memory == "low", progress=progress)
 
@@ -143,13 +156,13 @@ def _check(cfg: DictConfig) -> None:
     sizes = {f"clip.{key}": 1 for key in _SIZE}
     least = {"seed": 0, "videos_per_prompt": 1, "batch_size": 1, "keep_frames": 1, "guidance": 0.0, "rescale": 0.0}
     check_numbers(cfg, {**sizes, **least, "solver.steps": 1, "fps": 0.001}, optional=[*sizes, "solver.steps", "fps"])
-    autocast_dtype(cfg.precision)
+    choose_device(cfg.device)
+    autocast_dtype(_precision(cfg))
     if cfg.memory not in _MEMORY:
         raise UsageError(f"memory={cfg.memory} is not known; choose {', '.join(_MEMORY)}")
     names = dict.fromkeys([*solvers(Flow()), *solvers(Velocity())])
     if cfg.solver.name is not None and cfg.solver.name not in names:
         raise UsageError(f"solver.name={cfg.solver.name} is not known; choose {', '.join(names)}")
-    choose_device(cfg.device)
     if missing := [key for part in _PARTS if part in cfg for key in _without_path(cfg[part], part)]:
         raise UsageError(f"this generator is read from folders; give {' '.join(f'{key}=FOLDER' for key in missing)}")
     if cfg.generator.get("path", "") is None:
@@ -158,6 +171,11 @@ def _check(cfg: DictConfig) -> None:
         )
     if cfg.checkpoint is not None and not Path(to_absolute_path(cfg.checkpoint)).is_file():
         raise UsageError(f"checkpoint={cfg.checkpoint}: no such file; give a checkpoint of `osp train`")
+
+
+def _precision(cfg: DictConfig) -> str:
+    """The configured one; `auto` is what is fast on the device."""
+    return fast_precision(choose_device(cfg.device)) if cfg.precision == "auto" else cfg.precision
 
 
 def _without_path(cfg: DictConfig, key: str) -> list[str]:
@@ -202,34 +220,16 @@ def _generator(cfg: DictConfig) -> VideoGenerator:
     return generator.to(choose_device(cfg.device))
 
 
-def _size(cfg: DictConfig, generator: VideoGenerator, request: Request) -> tuple[int, int, int]:
+def _size(cfg: DictConfig, generator: VideoGenerator, request: Request) -> dict[str, int]:
     """Frames, height and width: the request's own, else the command's, else those that the model was trained at."""
-    sizes = []
+    size: dict[str, int] = {}
     for key in _SIZE:
         choices = getattr(request, key), cfg.clip[key], (generator.clip or {}).get(key)
-        if (size := next((choice for choice in choices if choice is not None), None)) is None:
+        chosen = next((choice for choice in choices if choice is not None), None)
+        if chosen is None:
             raise UsageError(f"clip.{key} is not known for this model; give clip.{key}=NUMBER")
-        sizes.append(size)
-    return sizes[0], sizes[1], sizes[2]
-
-
-def _common_settings(cfg: DictConfig, generator: VideoGenerator, solver: Solver) -> dict[str, Any]:
-    """What all the videos depend on."""
-    return {
-        "fps": float(generator.fps if cfg.fps is None else cfg.fps),
-        "solver": {
-            "name": solver.name,
-            "steps": solver.steps,
-            "shift": solver.shift,
-            "options": dict(solver.options),
-        },
-        "guidance": cfg.guidance,
-        "rescale": cfg.rescale,
-        "precision": cfg.precision,
-        "device": generator.device.type,
-        "model": generator_identity(generator),
-        "osp": __version__,
-    }
+        size[key] = chosen
+    return size
 
 
 def _tell_memory(generator: VideoGenerator, todo: Sequence[Sequence[Job]], low: bool) -> None:
