@@ -124,7 +124,8 @@ def test_a_generator_that_follows_its_prompts_is_right(
     assert metrics["accuracy"]["vae"]["all"]["count"] == 6  # the generator's own
     assert metrics["counts"] == {"generated": 6, "not_finite": 0, "real": 6, "further_real": 6, "skipped": 0}
     assert metrics["model"] == "best"
-    assert metrics["settings"]["solver"]["steps"] == 2
+    assert metrics["settings"]["solver"] == {"name": "euler", "steps": 2, "shift": None}
+    assert metrics["settings"]["clip"] == {"frames": 9, "height": 64, "width": 64, "stride": 1, "fps": None}
     assert metrics["settings"]["features"] == "frechet_random3d"
     assert metrics["frechet"]["floor"] > 0
     with (tmp_path / "metrics.csv").open(newline="") as file:
@@ -187,7 +188,9 @@ def test_a_folder_of_samples_is_judged_by_its_own_prompts(
     assert {part: rates[part]["right"] for part in rates} == {"all": 2, "colour": 2, "shape": 2, "motion": 2}
     assert summary["accuracy"]["real"]["all"]["right"] == 3
     assert "vae" not in summary["accuracy"]
-    clips = json.loads((tmp_path / "eval" / "metrics.json").read_text())["clips"]
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert "guidance" not in metrics["settings"]  # not known of a folder
+    clips = metrics["clips"]
     assert [clip["prompt"] for clip in clips] == prompts
     assert clips[1]["read"] == {"colour": "red", "shape": "star", "motion": "up"}
 

@@ -20,6 +20,7 @@ from osp.conditioning.given import frame_numbers
 from osp.data.sources import ShardClips
 from osp.data.video import ClipError, probe, read_clip, to_float
 from osp.devices import choose_device
+from osp.diffusion import Solver
 from osp.errors import DataError, UsageError
 from osp.evaluation.frechet import video_features
 from osp.evaluation.generation import GeneratedClip, evaluate_generation
@@ -32,6 +33,7 @@ from osp.vae import VideoVAE
 log = logging.getLogger(__name__)
 
 _SIZES = ("frames", "height", "width")
+_MAKING = ("prompts", "seed", "guidance", "rescale", "negative_prompt", "solver", "generator", "mode", "keep_frames")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class _Work:
     real: ShardClips
     given: Sequence[int] = ()
     vae: VideoVAE | None = None
+    solver: Solver | None = None
 
 
 def generation(cfg: DictConfig) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def generation(cfg: DictConfig) -> dict[str, Any]:
         precision=cfg.precision,
         contact_sheet_clips=cfg.contact_sheet_clips,
         save_videos=cfg.save_videos,
-        settings=_settings(cfg),
+        settings=_settings(cfg, work),
     )
     keys = ("model", "counts", "accuracy", "frechet", "given")
     return {"output": output, **{key: results[key] for key in keys}}
@@ -103,7 +106,7 @@ def _to_generate(cfg: DictConfig, device: torch.device) -> _Work:
         **settings,
     )
     clips = _generate(generator, real, prompts, given, cfg, settings)
-    return _Work(model_name(cfg), clips, prompts, real, given, generator.codec.vae)
+    return _Work(model_name(cfg), clips, prompts, real, given, generator.codec.vae, settings["solver"])
 
 
 def _generate(
@@ -201,7 +204,12 @@ def _captions(real: ShardClips, count: int) -> list[str]:
     return captions
 
 
-def _settings(cfg: DictConfig) -> dict[str, Any]:
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(settings, dict)
-    return {str(key): value for key, value in settings.items()}
+def _settings(cfg: DictConfig, work: _Work) -> dict[str, Any]:
+    """What was used: sizes and solver as they are known now, and of a folder nothing about how it was made."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    settings = {str(key): value for key, value in plain.items()}
+    settings["clip"] = {**settings["clip"], **work.real.shape._asdict()}
+    if work.solver is not None:
+        return settings | {"solver": {key: getattr(work.solver, key) for key in ("name", "steps", "shift")}}
+    return {key: value for key, value in settings.items() if key not in _MAKING}

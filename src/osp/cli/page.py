@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _LARGE = 20_000_000  # bytes; mail servers refuse more
 _FOLDERS = ("vae_run", "reconstruction", "denoiser_run", "generation", "samples")
+_CURVES = ("val/psnr", "val/loss", "train/loss", "train/total", "train/pixel", "train/gradient_norm")
 _SETS = {
     "generated": "generated videos",
     "vae": "real clips as the VAE reconstructs them",
@@ -157,7 +158,7 @@ def _about(metrics: Mapping[str, Any]) -> str:
         "precision": settings.get("precision"),
         "device": settings.get("device"),
     }
-    return "<br>" + table([], [[key, str(value)] for key, value in about.items() if value is not None])
+    return table([], [[key, str(value)] for key, value in about.items() if value is not None])
 
 
 def _sampled(folder: Path, most: int) -> str:
@@ -172,7 +173,7 @@ def _sampled(folder: Path, most: int) -> str:
         )
         for name, settings in list(listed.items())[:most]
     ]
-    return section(f"Samples: {folder.name}", "Videos of prompts from the command line.", clips(shown))
+    return section("Samples", f"Videos of other prompts ({folder.name}).", clips(shown))
 
 
 def _pairs(folder: Path, metrics: Mapping[str, Any], most: int) -> str:
@@ -182,17 +183,19 @@ def _pairs(folder: Path, metrics: Mapping[str, Any], most: int) -> str:
     ]
     means = [[name, f"{value:.4g}"] for name, value in metrics["mean"].items() if value is not None]
     text = f"{metrics['counts']['clips']} held-out clips: on the left the clip, on the right what the VAE keeps of it."
-    return section("Reconstruction", text, clips(shown, wide=True), "<br>" + table(["", "mean"], means))
+    return section("Reconstruction", text, clips(shown, wide=True), table(["", "mean"], means))
 
 
 def _training(folder: Path, result: Mapping[str, Any], called: str) -> str:
-    curves = {
-        name: curve
-        for name, curve in sorted(read_curves(folder).items(), key=lambda entry: not entry[0].startswith("val/"))
-        if name.startswith(("val/", "train/")) and len(curve) > 1
-    }
+    logged = read_curves(folder)
+    curves = {name: logged[name] for name in _CURVES if len(logged.get(name, [])) > 1}
+    took = result["seconds"]
     about = f"{result['name']}: {result['steps']} steps of {result['parameters']:,} parameters"
-    return section(f"Training of the {called}", f"{about}, {result['seconds'] / 60:.0f} minutes.", charts(curves))
+    return section(
+        f"Training of the {called}",
+        f"{about}, {took / 60:.0f} minutes." if took >= 60 else f"{about}, {took:.0f} seconds.",
+        charts(curves),
+    )
 
 
 def _percent(rate: float) -> str:

@@ -81,11 +81,17 @@ def _chart(curve: Sequence[tuple[int, float]]) -> str:
     for part in (0.0, 0.5, 1.0):
         level = _TOP + part * (_HEIGHT - _TOP - _BOTTOM)
         lines.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}"/>')
-        lines.append(f'<text x="{_LEFT - 6}" y="{level + 3:.1f}" text-anchor="end">{high - part * spread:.3g}</text>')
+        lines.append(
+            f'<text x="{_LEFT - 6}" y="{level + 3:.1f}" text-anchor="end">{_short(high - part * spread)}</text>'
+        )
     lines.append(f'<text x="{_LEFT}" y="{_HEIGHT - 5}">0</text>')
     lines.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 5}" text-anchor="end">step {curve[-1][0]}</text>')
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(lines)}<polyline points="{path}"/></svg>'
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _media(shown: Shown) -> str:
