@@ -231,7 +231,7 @@ def test_frames_are_given_by_files(sample: Run, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "image": "light.png"}\n{"prompt": "b"}\n')
     code, _, err = sample("checkpoint=MODELS/inpaint.ckpt", "prompts=prompts.jsonl", "batch_size=2", "output=mixed")
     assert code == 0, err
-    modes = [read_settings(file)["mode"] for file in sorted((tmp_path / "mixed").glob("*.mp4"))]  # type: ignore[index]
+    modes = [read_settings(file)["mode"] for file in sorted((tmp_path / "mixed").glob("*.mp4"))]
     assert modes == ["image", "text"]
 
 
