@@ -13,7 +13,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from osp.cli import VERBS, config_folder
+from osp.diffusion import Epsilon, Flow, Objective, Velocity
+from osp.training.clipping import AbnormalDrop, AdaptiveClipping, Clipping, NormClipping
+from osp.training.denoiser_module import DenoiserModule
 from osp.training.vae_module import VAEModule
+from osp.vae import LatentCodec
 
 ROOT = Path(__file__).parents[2]
 SHARDS = ["data.train.path=shards", "data.val.path=shards"]
@@ -28,8 +32,11 @@ def composed(verb: str, *overrides: str) -> DictConfig:
         return compose(verb, list(overrides))
 
 
-@pytest.mark.parametrize("experiment", names("experiment"))
-def test_every_experiment_builds_its_model(experiment: str) -> None:
+VAES = ["wfvae_large_16ch", "wfvae_tiny", "wfvae_v13_4ch", "wfvae_v13_8ch", "wfvae_v15_32ch"]
+
+
+@pytest.mark.parametrize("experiment", VAES)
+def test_every_experiment_with_a_vae_builds_its_model(experiment: str) -> None:
     cfg = composed("train", f"experiment={experiment}", "perceptual.download=false")
     with torch.device("meta"):
         vae = instantiate(cfg.vae)
@@ -43,16 +50,50 @@ def test_every_experiment_builds_its_model(experiment: str) -> None:
     )
 
 
-@pytest.mark.parametrize("group", ["vae", "data", "module", "trainer", "perceptual", "debug"])
+@pytest.mark.parametrize("experiment", sorted({*names("experiment")} - {*VAES}))
+def test_every_experiment_with_a_denoiser_builds_its_module(experiment: str) -> None:
+    cfg = composed("train", f"experiment={experiment}", "vae=wfvae_tiny")
+    assert cfg.name == experiment
+    codec = LatentCodec(instantiate(cfg.vae), 0.0, 1.0)
+    with torch.device("meta"):
+        module = instantiate(cfg.module, codec=codec)
+    assert isinstance(module, DenoiserModule)
+    assert (module.masks is None) == (module.denoiser.latent_channels == cfg.denoiser.channels)
+
+
+@pytest.mark.parametrize(
+    "group", ["vae", "data", "module", "trainer", "perceptual", "debug", "clipping", "objective", "latent"]
+)
 def test_every_choice_of_every_group_composes(group: str) -> None:
     for name in names(group):
         verb = "eval" if name in ("trained", "published", "pretrained", "causalvae_v11", "odvae_v12") else "train"
-        overrides = (
-            SHARDS if name == "shards" else ["vae.kind=wfvae_v13", "vae.source=x"] if name == "published" else []
-        )
+        overrides = {
+            "shards": SHARDS,
+            "features": SHARDS,
+            "buckets": [*SHARDS, "data.train.rule.max_tokens=100"],
+            "published": ["vae.kind=wfvae_v13", "vae.source=x"],
+        }.get(name, [])
         overrides += ["input=x"] if verb == "eval" else []
         cfg = composed(verb, f"{group}={name}", *overrides)
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adaptive", AdaptiveClipping()), ("abnormal", AbnormalDrop()), ("norm", NormClipping())],
+)
+def test_clippings_have_the_defaults_of_their_classes(name: str, kind: Clipping) -> None:
+    made = instantiate(composed("train", f"clipping={name}").clipping)
+    assert type(made) is type(kind)
+    assert str(vars(made)) == str(vars(kind))
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("flow", Flow()), ("flow_tiny", Flow(shift=1.0)), ("velocity_v13", Velocity()), ("epsilon", Epsilon())],
+)
+def test_objectives_are_the_published_ones(name: str, published: Objective) -> None:
+    assert instantiate(composed("train", f"objective={name}").objective) == published
 
 
 def test_the_benchmark_takes_every_vae() -> None:
