@@ -15,6 +15,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from osp.cli import main
+from osp.cli.page_parts import charts
 from osp.data.synthetic import SyntheticClips
 from osp.data.video import encode_video, to_float
 from osp.evaluation.frechet import Random3D
@@ -142,6 +143,17 @@ def test_the_page_holds_everything_and_needs_nothing(
         assert clip["prompt"] in read.text
     assert "1000 steps of 1,234,567 parameters, 2 minutes" in read.text
     assert "dB over lowest band" in read.text
+
+
+def test_a_chart_shows_the_curve() -> None:
+    drawn = charts({"a loss": [(step, 4 - 3 * step / 1000) for step in range(0, 1001, 2)]})
+    (found,) = re.findall(r'points="([^"]*)"', drawn)
+    points = [tuple(map(float, point.split(","))) for point in found.split()]
+    assert len(points) == 200
+    assert points == sorted(points)  # to the right, and down
+    assert (points[0][1], points[-1][1]) == (12.0, 150.0)
+    assert re.findall(r"<text[^>]*>([^<]*)", drawn) == ["3.99", "2.5", "1", "0", "step 1000"]  # of means
+    assert "nan" not in charts({"constant": [(0, 1.0), (5, 1.0)]})
 
 
 def test_videos_play_in_browsers(
