@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from osp.devices import PeakMemory, choose_device, count_flops, describe_device, matmul_peak, measure
+from osp.devices import (
+    PeakMemory,
+    choose_device,
+    count_flops,
+    describe_device,
+    fast_precision,
+    matmul_peak,
+    measure,
+)
 from osp.errors import UsageError
 from osp.vae.layers import CausalConv3d, FrameAttention
 
@@ -23,6 +31,14 @@ def test_a_device_by_its_name() -> None:
     assert choose_device("cpu") == CPU
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert f"{torch.get_num_threads()} thread" in describe_device(CPU)
+
+
+@pytest.mark.parametrize(("has_amx", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_a_cpu_is_fast_in_bfloat16_if_it_has_tiles(
+    has_amx: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx})
+    assert fast_precision(CPU) == precision
 
 
 @pytest.mark.parametrize("resets", [True, False])

@@ -28,6 +28,17 @@ def pairs(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tenso
 
 
 @OBJECTIVES
+def test_times_can_be_chosen_along_their_span(objective: Objective) -> None:
+    drawn = objective.sample_time(1000, torch.Generator().manual_seed(3), TOKENS)
+    chosen = objective.time_at(torch.tensor([0.0, 0.25, 0.5, 0.9999999, 1.0]))
+    assert chosen.dtype == drawn.dtype
+    assert objective.time_span == 1000
+    assert 0 <= drawn.min() < drawn.max() <= chosen[-1]
+    assert chosen[:3].tolist() == [0, 250, 500]
+    objective.levels(chosen)
+
+
+@OBJECTIVES
 def test_a_perfect_prediction_gives_clean_and_noise_back(objective: Objective) -> None:
     time = objective.sample_time(64, torch.Generator().manual_seed(3), TOKENS)
     clean, noise = pairs(64)

@@ -20,7 +20,7 @@ from osp.data.datamodule import ClipDataModule
 from osp.data.feature_writer import FeatureWriter
 from osp.data.features import FeatureClips, FeatureIdentity, Features, TextIdentity
 from osp.data.shards import write_rendered
-from osp.data.sources import BucketClips, stable_seed
+from osp.data.sources import BucketClips, JoinedClips, stable_seed
 from osp.data.synthetic import SyntheticClips
 from osp.denoiser import CrossTransformer, JointTransformer
 from osp.diffusion import Flow, Velocity
@@ -28,6 +28,7 @@ from osp.errors import DataError, UsageError
 from osp.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, load_trained_generator
 from osp.training.clipping import AbnormalDrop, AdaptiveClipping, DivergedError, NormClipping
 from osp.training.denoiser_module import DenoiserModule
+from osp.training.peek import has_captions
 from osp.vae import WFVAE, LatentCodec
 
 STAGES = [{"blocks": 2}]
@@ -443,6 +444,14 @@ def test_what_cannot_begin_with_those_weights_is_refused(tmp_path: Path, one_siz
         start(new_module(), write_features(tmp_path / "v", SHAPES[:1], vae_fingerprint="y"))
     with pytest.raises(UsageError, match="another shift and scale"):
         start(new_module(), write_features(tmp_path / "s", SHAPES[:1], scale=[1.0] * 4))
+
+
+def test_a_caption_anywhere_counts(tmp_path: Path, one_size: Path, shards: Path) -> None:
+    silent = FeatureClips(write_features(tmp_path / "silent", SHAPES[:1], captions=False))
+    assert not has_captions(silent)
+    assert has_captions(JoinedClips([silent, FeatureClips(one_size)]))
+    assert has_captions(BucketClips(shards, TokenRule(4, 8, size_stride=16, max_tokens=40)))
+    assert has_captions(SyntheticClips(3, 1, 16, 16))
 
 
 def refused(match: str, data: ClipDataModule, **settings: Any) -> None:

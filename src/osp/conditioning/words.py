@@ -53,6 +53,7 @@ class WordText(nn.Module):
         if channels % heads:
             raise UsageError(f"{self.name}: channels={channels} cannot be split into heads={heads}")
         self.channels, self.pooled_channels, self.max_tokens = channels, pooled_channels, max_tokens
+        self.heads = heads
         self.check_length = LengthCheck(self.name, max_tokens)
         self.spelling = nn.EmbeddingBag(_BYTES + 256 * WORD_BYTES, channels, mode="sum", padding_idx=_NONE)
         self.word_norm = nn.LayerNorm(channels)
@@ -75,7 +76,7 @@ class WordText(nn.Module):
             "channels": self.channels,
             "pooled_channels": self.pooled_channels,
             "layers": len(self.blocks),
-            "heads": self.blocks[0].heads,
+            "heads": self.heads,
             "max_tokens": self.max_tokens,
         }
 
@@ -104,7 +105,7 @@ class WordText(nn.Module):
 
     def fingerprint(self) -> str:
         """Of its settings and its weights as they are now."""
-        content = hashlib.sha256(f"{self.name} {self.max_tokens} {self.blocks[0].heads}".encode())
+        content = hashlib.sha256(f"{self.name} {self.max_tokens} {self.heads}".encode())
         for key, value in self.state_dict().items():
             content.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

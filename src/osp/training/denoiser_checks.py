@@ -10,10 +10,8 @@ from osp.data.datamodule import ClipDataModule
 from osp.denoiser import Denoiser
 from osp.errors import UsageError
 from osp.training.encode_features import text_identities
-from osp.training.peek import clip_shapes, first_clips
+from osp.training.peek import clip_shapes, has_captions
 from osp.vae import LatentCodec
-
-_CAPTIONED = 8  # clips of which one has a caption at least
 
 
 def check_parts(denoiser: Denoiser, text: TextEncoder | None, codec: LatentCodec | None, masks: MaskMix | None) -> None:
@@ -70,7 +68,7 @@ def check_data(
             "data.train and data.val are not encoded alike: one holds videos, or features of another VAE, scaling or "
             "text encoder; write those of data.val with `osp cache scaling_from=FOLDER` and the same encoders"
         )
-    if text_dropout < 1 and not any(clip["caption"] for clip in first_clips(train, _CAPTIONED)):
+    if text_dropout < 1 and not has_captions(train):
         raise UsageError(
             "the clips of data.train have no captions; caption them, or set module.text_dropout=1 to train without"
         )
@@ -167,7 +165,7 @@ def _check_features(
     if text is not None and text_identities(text) != (identity.text, pooled):
         raise UsageError(
             f"{path}: its texts were encoded by {identity.text.name} {identity.text.width} wide, not by this "
-            f"{text.name}; use that encoder with the same weights, text=null, or other features"
+            f"{text.name}; use that encoder with the same weights, none (~text), or other features"
         )
     _check_text(denoiser, str(path), identity.text.width, None if pooled is None else pooled.width)
 

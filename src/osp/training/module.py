@@ -89,9 +89,10 @@ class TrainingModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Refuse what would train wrongly.
 
-        Raises UsageError for float16, whose scaled gradients can be neither clipped nor balanced here.
+        Raises UsageError for float16, whose scaled gradients can be neither clipped nor balanced here, and for weights
+        in half precision, which are too coarse for small steps and for averages.
         """
-        if self.trainer.precision in ("16-mixed", "16-true"):
+        if self.trainer.precision in ("16-mixed", "16-true", "bf16-true"):
             raise UsageError(
                 f"trainer.precision={self.trainer.precision} does not train here; use bf16-mixed or 32-true"
             )

@@ -26,6 +26,16 @@ def _readable(source: ClipSource) -> Any:
             continue
 
 
+def has_captions(source: Any) -> bool:
+    """Whether any clip has a caption: of all that are listed, else of the first few."""
+    if hasattr(source, "sources"):
+        return any(map(has_captions, source.sources))
+    if not hasattr(source, "entries"):
+        return any(clip["caption"] for clip in first_clips(source, _TRIED))
+    records = (entry.record for entry in source.entries)
+    return any(record.get("caption") or any(record.get("captions", ())) for record in records)
+
+
 def clip_shapes(source: ClipSource | None) -> list[Shape]:
     """The sizes in which the source's clips are read, as far as that is known without reading all of them."""
     if source is None:
