@@ -33,7 +33,7 @@ RESULT = "result.json"
 """What a run leaves in its folder, and a sweep's table is made of."""
 
 # What a run cannot change half-way. The rest (steps, devices, intervals) may differ when it is continued.
-_FIXED = ("vae", "module", "latent", "data", "clip", "seed")
+_FIXED = ("vae", "module", "latent", "data", "clip", "seed", "global_batch")
 # What of it may: the loader itself refuses another global batch, and a denoiser another VAE.
 _FREE = (
     *("data.workers", "data.batch_size", "data.batch_tokens", "data.val_batch_size", "data.devices"),
@@ -51,16 +51,22 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     output = Path(HydraConfig.get().runtime.output_dir)
     begun = time.monotonic()
     steps = {"checkpoint_every": 1, "trainer.max_steps": 1, "trainer.val_check_interval": 1}
-    check_numbers(cfg, CLIP | steps | {"seed": 0, "logged_clips": 0})
+    check_numbers(cfg, CLIP | steps | {"seed": 0, "logged_clips": 0, "global_batch": 1}, optional=["global_batch"])
     lightning.seed_everything(cfg.seed, verbose=False)
 
+    going_on = cfg.resume and (output / "checkpoints" / LAST).exists()
+    if cfg.after is not None and cfg.start_from is None and not going_on:
+        raise UsageError(
+            f"{cfg.name} begins with the weights of {cfg.after}: give start_from=CHECKPOINT of it, or after=null"
+        )
     for part in ("train", "val"):
         clips = cfg.data[part]
         if clips is None:
             raise UsageError(f"data.{part}=null: training needs clips, and chooses the best checkpoint by validation")
         check_numbers(cfg, {f"data.{part}.{size}": 1 for size in ("frames", "height", "width") if size in clips})
+        if "rule" in clips and clips.rule is None:
+            raise UsageError("data=buckets needs a rule for the clips' shapes: choose buckets=tokens or buckets=shapes")
     data: ClipDataModule = instantiate(cfg.data)
-    going_on = cfg.resume and (output / "checkpoints" / LAST).exists()
     module: TrainingModule = instantiate(cfg.module, **codec_of(cfg, data))
     module.prepare(data)
     if cfg.start_from is not None and not going_on:
@@ -86,6 +92,8 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         enable_progress_bar=sys.stderr.isatty(),
         default_root_dir=output,
     )
+    if cfg.global_batch is not None:
+        module.accumulate = _accumulate(cfg, trainer.num_devices * trainer.num_nodes)
     checkpoint, done = _start(cfg, output)
     if done is not None:
         return done if trainer.is_global_zero else None
@@ -121,6 +129,8 @@ def _quiet() -> None:
     # Steps are logged across epochs, however short these are.
     warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # What is logged of a validation is summed over the processes before.
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
     # Few loader workers are enough where clips are made on the fly, and a value of the user's choice.
     warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
 
@@ -131,6 +141,23 @@ def _precision(cfg: DictConfig) -> str:
         return cfg.trainer.precision
     device = {"gpu": "cuda"}.get(cfg.trainer.accelerator, cfg.trainer.accelerator)
     return fast_precision(choose_device(device))
+
+
+def _accumulate(cfg: DictConfig, devices: int) -> int:
+    """Batches of each device in a step that make up the global batch.
+
+    Raises UsageError if it cannot be split so, or accumulation is set as well.
+    """
+    if cfg.module.accumulate != 1 or cfg.data.batch_size is None:
+        raise UsageError("global_batch counts clips and sets module.accumulate; give only data.batch_size with it")
+    at_once = cfg.data.batch_size * (cfg.data.get("devices") or devices)
+    if cfg.global_batch % at_once:
+        nearest = max(1, round(cfg.global_batch / at_once)) * at_once
+        raise UsageError(
+            f"global_batch={cfg.global_batch} is no multiple of the {at_once} clips that data.batch_size="
+            f"{cfg.data.batch_size} makes on all devices; choose another data.batch_size, or global_batch={nearest}"
+        )
+    return cfg.global_batch // at_once
 
 
 def _start(cfg: DictConfig, output: Path) -> tuple[Path | None, dict[str, Any] | None]:
