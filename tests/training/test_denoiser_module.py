@@ -30,6 +30,7 @@ from osp.training.clipping import AbnormalDrop, AdaptiveClipping, DivergedError,
 from osp.training.denoiser_module import DenoiserModule
 from osp.training.peek import has_captions
 from osp.vae import WFVAE, LatentCodec
+from osp.weights.pretrained import save_pretrained
 
 STAGES = [{"blocks": 2}]
 SHAPES = (Shape(9, 32, 32), Shape(5, 32, 48))
@@ -421,6 +422,20 @@ def test_a_dense_joint_transformer_becomes_sparse_with_skips(tmp_path: Path, one
     assert all(torch.equal(value, same[key]) for key, value in first.ema.model["denoiser"].state_dict().items())
     assert sum("skips" in key for key in same) == 4
     fit(tmp_path / "second", second, feature_data(one_size), 2)
+
+
+def test_a_run_begins_with_a_folder_of_weights(tmp_path: Path, one_size: Path) -> None:
+    torch.manual_seed(8)
+    published = CrossTransformer(stages=STAGES, **CROSS)
+    save_pretrained(published, tmp_path / "ours")
+    module = new_module(denoiser=new_denoiser(position_scale=[1.0, 2.0, 2.0]))
+    text = {key: value.clone() for key, value in module.model["text"].state_dict().items()}
+    module.prepare(feature_data(one_size))
+    module.start_from(str(tmp_path / "ours"))
+    for model in (module.model, module.ema.model):
+        for key, value in model["denoiser"].state_dict().items():
+            assert torch.equal(value, published.state_dict()[key]), key
+        assert all(torch.equal(value, text[key]) for key, value in model["text"].state_dict().items())
 
 
 def test_what_cannot_begin_with_those_weights_is_refused(tmp_path: Path, one_size: Path, features: Path) -> None:

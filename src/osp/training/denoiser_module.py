@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from osp.conditioning import (
     EncodedText,
-    GivenFrames,
     MaskMix,
     TextEncoder,
     add_condition_noise,
@@ -142,6 +141,7 @@ class DenoiserModule(TrainingModule):
         self.clipping = AdaptiveClipping() if clipping is None else clipping
         check_parts(denoiser, text, codec, self.masks)
         self._prepared = False
+        self._encodes = False  # whether batches are videos
         self._latent: dict[str, Any] = {}  # what latents are made with, as checkpoints say it
         self._clip: dict[str, int] | None = None
         self._fps = _DEFAULT_FPS
@@ -169,6 +169,7 @@ class DenoiserModule(TrainingModule):
         check_data(data, self.denoiser, self.text, self.codec, self.masks, self.text_dropout)
         self._prepared = True
         source: Any = data.train_source
+        self._encodes = not hasattr(source, "identity")
         self._latent = latent_identity(source, self.codec)
         self._no_text = empty_text(source)
         self._text_made_by = text_identities(self.text)
@@ -232,9 +233,10 @@ class DenoiserModule(TrainingModule):
         self._since = 0.0
 
     def _place(self) -> None:
-        for frozen in (self.codec, self._frozen_text):
-            if frozen is not None:
-                frozen.to(self.device)  # type: ignore[union-attr]
+        if self._frozen_text is not None:
+            self._frozen_text.to(self.device)  # type: ignore[attr-defined]
+        if self.codec is not None and self._encodes:
+            self.codec.to(self.device)
 
     def training_step(self, batches: list[Batch], batch_idx: int) -> None:
         """One update. Raises DivergedError when the loss or gradients stay without finite values."""
@@ -373,19 +375,24 @@ class DenoiserModule(TrainingModule):
         if not (chosen := readable[:clips]):
             return None
         generator = VideoGenerator(part(self.ema.model, "denoiser"), text, self.objective, self.codec)
-        real = to_float(batch["video"][chosen]) if "video" in batch else self.codec.decode(batch["latent"][chosen])
+        # One by one: what trains leaves little memory.
+        pairs = [self._shown(generator, batch, index) for index in chosen]
+        if not self._encodes:
+            self.codec.to("cpu")  # it is not needed until the next validation
+        return torch.stack(pairs)
+
+    def _shown(self, generator: VideoGenerator, batch: Batch, index: int) -> Tensor:
+        """A clip and what is made of its caption, side by side, `3 T H 2W`."""
+        codec = generator.codec.to(self.device)
+        real = to_float(batch["video"][index]) if "video" in batch else codec.decode(batch["latent"][index, None])[0]
         # As many frames as a latent has room for; the last ones may be beyond the clip's.
-        stride, (held, height, width) = self.codec.time_stride, real.shape[2:]
-        frames = 1 + -(-(held - 1) // stride) * stride
-        given = None
-        if self.masks is not None and frames > 1:
-            first = [given_frames({0: clip[:, 0]}, frames, height, width) for clip in real.cpu()]
-            given = GivenFrames(torch.cat([one.mask for one in first]), torch.cat([one.video for one in first]))
-        prompts = [batch["caption"][i] for i in chosen]
-        seeds = [stable_seed(self.seed, "shown", batch["key"][i]) for i in chosen]
+        stride, (held, height, width) = codec.time_stride, real.shape[1:]
+        size = 1 + -(-(held - 1) // stride) * stride, height, width
+        given = given_frames({0: real[:, 0].cpu()}, *size) if self.masks is not None and held > 1 else None
+        seed = stable_seed(self.seed, "shown", batch["key"][index])
         with self.trainer.precision_plugin.forward_context():
-            made = generator.generate(prompts, frames, height, width, seeds=seeds, given=given)
-        return torch.cat([real.cpu(), made[:, :, :held]], dim=-1)
+            made = generator.generate([batch["caption"][index]], *size, seeds=[seed], given=given)[0]
+        return torch.cat([real.cpu(), made[:, :held]], dim=-1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint says how to build its generator, in plain values."""
