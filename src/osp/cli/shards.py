@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import to_absolute_path
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from osp.cli.checks import check_numbers
@@ -40,8 +40,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _draw(cfg: DictConfig, output: Path) -> ShardReport:
-    drawn = {key: cfg.synthetic[key] for key in ("frames", "height", "width", "fps", "seed", "objects", "plain")}
-    clips = SyntheticClips(cfg.synthetic.clips, **drawn)
+    drawn: Any = OmegaConf.to_container(cfg.synthetic, resolve=True)
+    clips = SyntheticClips(**drawn)
+    del drawn["clips"]
 
     def rendered() -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
         for index in range(len(clips)):

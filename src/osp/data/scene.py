@@ -104,7 +104,7 @@ def backgrounds_for(colours: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in BACKGROUND_COLOURS if all(contrast(c, name) >= CONTRAST for c in colours))
 
 
-def _check_word(kind: str, word: str, words: Sequence[str]) -> None:
+def check_word(kind: str, word: str, words: Sequence[str]) -> None:
     if word not in words:
         raise UsageError(f"unknown {kind} {word!r}: use one of {', '.join(words)}")
 
@@ -120,11 +120,11 @@ class SceneObject:
     texture: str = "plain"
 
     def __post_init__(self) -> None:
-        _check_word("shape", self.shape, SHAPES)
-        _check_word("colour", self.colour, COLOURS)
-        _check_word("motion", self.motion, MOTIONS)
-        _check_word("size", self.size, SIZES)
-        _check_word("object texture", self.texture, OBJECT_TEXTURES)
+        check_word("shape", self.shape, SHAPES)
+        check_word("colour", self.colour, COLOURS)
+        check_word("motion", self.motion, MOTIONS)
+        check_word("size", self.size, SIZES)
+        check_word("object texture", self.texture, OBJECT_TEXTURES)
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ class Scene:
     variation: int = 0
 
     def __post_init__(self) -> None:
-        _check_word("background", self.background, BACKGROUND_COLOURS)
-        _check_word("background texture", self.texture, BACKGROUND_TEXTURES)
+        check_word("background", self.background, BACKGROUND_COLOURS)
+        check_word("background texture", self.texture, BACKGROUND_TEXTURES)
         if len(self.objects) not in (1, 2):
             raise UsageError(f"a scene has 1 or 2 objects, not {len(self.objects)}")
         colours = [item.colour for item in self.objects]
@@ -158,15 +158,25 @@ class Scene:
 
 
 def scene_for(
-    seed: int, index: int, *, objects: int | None = None, motions: Sequence[str] = MOTIONS, plain: bool = False
+    seed: int,
+    index: int,
+    *,
+    objects: int | None = None,
+    motions: Sequence[str] = MOTIONS,
+    plain: bool = False,
+    sizes: Sequence[str] = SIZES,
 ) -> Scene:
     """The scene of clip `index` in the endless series `seed`.
 
     `objects` is 1 or 2; None draws two objects for one clip in five. Motions are drawn evenly from `motions`, shapes
-    and colours evenly from all. `plain` leaves out all textures, and changes nothing else.
+    and colours evenly from all, sizes evenly from `sizes`, without large ones where there are two objects. `plain` leaves
+    out all textures, and changes nothing else. Raises UsageError if no size is left.
     """
     draws = Draws("scene", seed, index)
     count = objects if objects is not None else (2 if draws.uniform("count") < 0.2 else 1)
+    fitting = [size for size in sizes if count == 1 or size != "large"]
+    if not fitting:
+        raise UsageError(f"sizes={list(sizes)} leave none for {count} objects; two of them are small or medium")
     drawn: list[SceneObject] = []
     for number in range(count):
         taken = {item.colour for item in drawn}
@@ -175,7 +185,7 @@ def scene_for(
                 shape=draws.pick(f"shape {number}", SHAPES),
                 colour=draws.pick(f"colour {number}", [name for name in COLOURS if name not in taken]),
                 motion=draws.pick(f"motion {number}", motions),
-                size=draws.pick(f"size {number}", SIZES if count == 1 else SIZES[:2]),
+                size=draws.pick(f"size {number}", fitting),
                 texture="plain" if plain else draws.pick(f"texture {number}", ("plain", *OBJECT_TEXTURES)),
             )
         )

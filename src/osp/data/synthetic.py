@@ -5,6 +5,7 @@ Every clip follows from (seed, index) alone. Lengths below are in units of the f
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
@@ -21,10 +22,12 @@ from osp.data.scene import (
     MOTIONS,
     OBJECT_TONE,
     PALETTE,
+    SIZES,
     Draws,
     Scene,
     SceneObject,
     caption,
+    check_word,
     scene_for,
     second_tone,
 )
@@ -262,6 +265,7 @@ class SyntheticClips:
         seed: another seed, other clips.
         objects: 1 or 2 objects in every clip; None mixes four clips of one with one clip of two.
         plain: no textures, on objects and background.
+        sizes: of the objects, some of small, medium and large; None: all.
 
     Raises UsageError for values outside these.
     """
@@ -276,6 +280,7 @@ class SyntheticClips:
         seed: int = 0,
         objects: int | None = None,
         plain: bool = False,
+        sizes: Sequence[str] | None = None,
     ) -> None:
         for name, value, least in (
             ("clips", clips, 1),
@@ -297,6 +302,11 @@ class SyntheticClips:
         self.seed = seed
         self.objects = objects
         self.plain = plain
+        self.sizes = list(SIZES if sizes is None else sizes)
+        for size in self.sizes:
+            check_word("size", size, SIZES)
+        if objects != 1 and set(self.sizes) <= {"large"}:
+            raise UsageError(f"synthetic clips: sizes={self.sizes} leave none for two objects: use objects=1")
 
     def __len__(self) -> int:
         return self.clips
@@ -310,7 +320,14 @@ class SyntheticClips:
         """The truth about clip `index`."""
         if not 0 <= index < self.clips:
             raise IndexError(f"clip {index} of {self.clips}")
-        return scene_for(self.seed, index, objects=self.objects, motions=_motions(self.frames), plain=self.plain)
+        return scene_for(
+            self.seed,
+            index,
+            objects=self.objects,
+            motions=_motions(self.frames),
+            plain=self.plain,
+            sizes=self.sizes,
+        )
 
     def read(self, index: int, draw: int) -> dict[str, Any]:
         """Clip `index` as video (uint8 `C T H W`), caption, key and fps; `draw` changes nothing."""
