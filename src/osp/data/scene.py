@@ -169,8 +169,8 @@ def scene_for(
     """The scene of clip `index` in the endless series `seed`.
 
     `objects` is 1 or 2; None draws two objects for one clip in five. Motions are drawn evenly from `motions`, shapes
-    and colours evenly from all, sizes evenly from `sizes`, without large ones where there are two objects. `plain` leaves
-    out all textures, and changes nothing else. Raises UsageError if no size is left.
+    and colours evenly from all, sizes evenly from `sizes`, without large ones where there are two objects. `plain`
+    leaves out all textures, and changes nothing else. Raises UsageError if no size is left.
     """
     draws = Draws("scene", seed, index)
     count = objects if objects is not None else (2 if draws.uniform("count") < 0.2 else 1)
