@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,7 @@ class CompareRuns(Callback):
         result = Path(config.hydra.runtime.output_dir) / RESULT
         if result.exists():
             self._results.append(json.loads(result.read_text()))
-            columns, rows = self._rows()
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-            write_whole(self._path(config), text.getvalue())
+            write_table(self._path(config), *self._rows())
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the runs, best first."""
@@ -46,10 +44,7 @@ class CompareRuns(Callback):
             log.warning("%s: no run of the sweep left a result", path.parent)
             return
         columns, rows = self._rows()
-        table = Table(*columns, title=f"{len(rows)} runs in {path.parent}")
-        for row in rows:
-            table.add_row(*row)
-        Console(stderr=True, width=None if Console(stderr=True).is_terminal else 140).print(table)
+        print_table(f"{len(rows)} runs in {path.parent}", columns, rows)
         print(json.dumps({"runs": len(rows), "comparison": str(path)}))
 
     def _path(self, config: DictConfig) -> Path:
@@ -66,8 +61,24 @@ class CompareRuns(Callback):
         runs.sort(key=lambda run: (run[best] is None, sign * (run[best] or 0.0)))
         columns = ["run", *sorted({key for run in runs for key in run if key.startswith("val/")})]
         columns += [best, "steps", "parameters", "seconds"]
-        return columns, [[_text(run.get(column)) for column in columns] for run in runs]
+        return columns, [[text_of(run.get(column)) for column in columns] for run in runs]
 
 
-def _text(value: Any) -> str:
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a table as a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_whole(path, text.getvalue())
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table for people to stderr."""
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console(stderr=True, width=None if Console(stderr=True).is_terminal else 140).print(table)
+
+
+def text_of(value: Any) -> str:
+    """A cell of a table."""
     return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)

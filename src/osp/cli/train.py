@@ -174,8 +174,10 @@ def _start(cfg: DictConfig, output: Path) -> tuple[Path | None, dict[str, Any] |
     going_on = cfg.resume and last.exists()
     done = None
     if going_on:
-        if settings.exists():
-            _refuse_other_settings(OmegaConf.load(settings), cfg, output)
+        if settings.exists() and (other := other_setting(OmegaConf.load(settings), cfg)):
+            raise UsageError(
+                f"{output} holds a run with {other}; choose another output=DIR, or resume=false to start over"
+            )
         step = read_checkpoint(last)["global_step"]
         log.info("continuing from step %d of %s", step, last)
         if step >= cfg.trainer.max_steps:
@@ -192,15 +194,14 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _refuse_other_settings(before: Any, cfg: DictConfig, output: Path) -> None:
+def other_setting(before: Any, cfg: DictConfig) -> str | None:
+    """Why a run with settings `before` cannot go on with those of `cfg`: "KEY=BEFORE, not NOW"; None if it can."""
     for part in _FIXED:
         old, new = (_flat(_plain(config).get(part), part) for config in (before, cfg))
         for key in sorted(old.keys() | new.keys()):
             if key not in _FREE and old.get(key) != new.get(key):
-                raise UsageError(
-                    f"{output} holds a run with {key}={old.get(key)}, not {new.get(key)}; "
-                    "choose another output=DIR, or resume=false to start over"
-                )
+                return f"{key}={old.get(key)}, not {new.get(key)}"
+    return None
 
 
 def _plain(config: Any) -> dict[str, Any]:
