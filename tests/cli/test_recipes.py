@@ -1,5 +1,6 @@
 """The published recipes compose to the published numbers, build their models, and lead to each other."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +83,30 @@ def test_a_recipe_has_the_published_numbers(name: str) -> None:
     assert type(instantiate(cfg.clipping)).__name__ == clipping
     tokens = cfg.text if name[:3] == "v13" else cfg.text.tokens
     assert (tokens.max_tokens, cfg.denoiser.text_channels) == (512, tokens.channels)
+
+
+def test_the_page_of_recipes_says_the_same() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `v1") and line.count("|") > 8}
+    assert list(rows) == list(RECIPES)
+    for name, ((frames, height, width), fps, steps, lr, batch, masks, _, _) in RECIPES.items():
+        cells = [cell.strip() for cell in rows[name].split("|")]
+        assert f"{steps:,}" in rows[name]
+        if masks is None:
+            size = f"{frames}x{height}x{width}".removeprefix("1x" if name in ("v15_image1", "v15_image2") else "")
+            assert size in rows[name]
+            rate = f"{lr:.0e}".replace("e-0", "e-")
+            assert {str(batch), rate} <= {cell.rstrip("*").split(",")[0] for cell in cells}
+            assert fps is None or str(fps) in {cell.rstrip("*") for cell in cells}
+        else:
+            shares = dict(
+                zip(("text", "continuation", "random", "clear", "first", "transition"), cells[2:8], strict=True)
+            )
+            said = {kind: float(share.rstrip(" %")) for kind, share in shares.items() if share}
+            assert said == dict(MIXES[masks].weights)
+            kept = cells[8].rstrip(" %")
+            assert (0.0 if kept == "any" else float(kept) / 100) == MIXES[masks].least_kept
+            assert cells[9] == f"{SAMPLES[masks]} M"
 
 
 @pytest.mark.parametrize("name", RECIPES)

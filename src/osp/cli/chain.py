@@ -161,7 +161,7 @@ def _composed(name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def _missing(value: Any, key: str) -> Iterator[str]:
-    """The keys of settings that have to be given, those that others are taken from among them only once."""
+    """The keys of settings that have to be given; references to them are not followed, so each comes once."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _missing(inner, f"{key}.{name}" if key else name)
