@@ -69,7 +69,10 @@ class DenoiserModule(TrainingModule):
         objective: what is predicted.
         codec: the VAE with its scaling. None for features; where it is given for them, clips are shown.
         clipping: None: `AdaptiveClipping()`.
-        lr, weight_decay, betas, warmup_steps: of AdamW; the rate is constant after a linear start.
+        lr, weight_decay, betas: of AdamW.
+        warmup_steps, decay_until: the rates rise linearly, and are constant then, or fall to 0 until that step.
+        muon_lr: the matrices inside the blocks learn by Muon (Jordan et al., 2024) at this rate, scaled to steps as
+            large as AdamW's (arXiv:2502.16982); None: by AdamW like the rest.
         accumulate: batches in a step.
         ema_decay: of the averaged weights.
         text_dropout: the part of the samples that lose their text; 1 trains without captions.
@@ -98,6 +101,8 @@ class DenoiserModule(TrainingModule):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         warmup_steps: int = 0,
+        decay_until: int | None = None,
+        muon_lr: float | None = None,
         accumulate: int = 1,
         ema_decay: float = 0.9999,
         text_dropout: float = 0.1,
@@ -113,6 +118,7 @@ class DenoiserModule(TrainingModule):
             weight_decay=weight_decay,
             betas=betas,
             warmup_steps=warmup_steps,
+            decay_until=decay_until,
             accumulate=accumulate,
             ema_decay=ema_decay,
             seed=seed,
@@ -121,6 +127,9 @@ class DenoiserModule(TrainingModule):
         if text_dropout > 1:
             raise UsageError(f"module.text_dropout={text_dropout} makes no sense; it must lie between 0 and 1")
         check_value("recompute_every", recompute_every)
+        if muon_lr is not None:
+            check_value("muon_lr", muon_lr)
+        self.muon_lr = muon_lr
         for name, part, kind in (("denoiser", denoiser, Denoiser), ("objective", objective, Objective)):
             if not isinstance(part, kind):
                 raise UsageError(f"module=denoiser needs {name}=NAME; choose one of conf/{name}")
@@ -203,8 +212,16 @@ class DenoiserModule(TrainingModule):
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW."""
-        return self.adamw(self.model, self.lr)
+        """AdamW, and Muon for the matrices inside the blocks if that is asked for."""
+        if self.muon_lr is None:
+            return self.adamw(self.model.parameters(), self.lr)
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            inside = parameter.ndim == 2 and ".blocks." in name and name.endswith("weight")
+            (matrices if inside else rest).append(parameter)
+        muon = torch.optim.Muon(matrices, self.muon_lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw")
+        return [self.adamw(rest, self.lr), muon]
 
     def on_fit_start(self) -> None:
         """Bring what is frozen to the device, and measure the scaling of the latents if that is asked for."""
@@ -240,11 +257,11 @@ class DenoiserModule(TrainingModule):
 
     def training_step(self, batches: list[Batch], batch_idx: int) -> None:
         """One update. Raises DivergedError when the loss or gradients stay without finite values."""
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        for group in optimizer.param_groups:
-            group["lr"] = self.lr_at(self.global_step)
-        optimizer.zero_grad()
+        these = self.optimizers()
+        optimizers = these if isinstance(these, list) else [these]
+        self.set_rates(optimizers)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         generators = [[_generator(self.seed, "train", n) for n in batch["sample"].tolist()] for batch in batches]
         clean = [self._clean(batch, own) for batch, own in zip(batches, generators, strict=True)]
         values = self._summed(torch.tensor(float(sum(latent.numel() for latent in clean)), device=self.device))
@@ -259,8 +276,8 @@ class DenoiserModule(TrainingModule):
             sums[1].index_add_(0, parts, counted)
         sums = self._summed(sums)
         loss = sums[0].sum() / sums[1].sum()
-        logs: dict[str, Any] = {"lr": self.lr_at(self.global_step)}
-        logs |= self.take_step(optimizer, loss, {"loss": loss})
+        logs: dict[str, Any] = {"lr": self.lr * self.rate_at(self.global_step)}
+        logs |= self.take_step(optimizers, loss, {"loss": loss})
         logs |= {f"loss_time_{i}": sums[0, i] / n for i, n in enumerate(sums[1].tolist()) if n}
         clips = sum(len(latent) for latent in clean)
         now = time.monotonic()

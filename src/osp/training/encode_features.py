@@ -19,8 +19,8 @@ from osp.data.features import FeatureIdentity, Features, TextIdentity, require_f
 from osp.data.loader import GIVE_UP_AFTER, source_buckets
 from osp.data.sources import BucketClips, ShardClips, stable_seed
 from osp.data.video import ClipError, to_float
+from osp.devices import autocast_dtype
 from osp.errors import DataError, UsageError
-from osp.evaluation.reconstruction import AUTOCAST
 from osp.vae import LatentCodec, VideoVAE, measure_scaling
 
 log = logging.getLogger(__name__)
@@ -266,9 +266,7 @@ def measure_source_scaling(
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    if precision not in AUTOCAST:
-        raise UsageError(f"precision={precision}: choose one of {', '.join(AUTOCAST)}")
-    dtype = AUTOCAST[precision]
+    dtype = autocast_dtype(precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 

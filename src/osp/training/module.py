@@ -1,5 +1,7 @@
 """What the LightningModules here have in common: settings, steps made by hand, averaged weights, validation means."""
 
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning
@@ -37,6 +39,7 @@ class TrainingModule(lightning.LightningModule):
         weight_decay: float,
         betas: tuple[float, float],
         warmup_steps: int,
+        decay_until: int | None,
         accumulate: int,
         ema_decay: float,
         seed: int,
@@ -44,11 +47,14 @@ class TrainingModule(lightning.LightningModule):
         super().__init__()
         check_value("accumulate", accumulate, least=1)
         check_value("warmup_steps", warmup_steps)
+        if decay_until is not None:
+            check_value("decay_until", decay_until, least=1)
         check_value("ema_decay", ema_decay, below=1.0)
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             check_value(name, value)
         self.automatic_optimization = False
         self.lr, self.weight_decay, self.betas, self.warmup_steps = lr, weight_decay, (betas[0], betas[1]), warmup_steps
+        self.decay_until = decay_until
         self.accumulate = accumulate
         self.seed = seed
         self._broken = 0  # clips replaced since the process began
@@ -77,14 +83,23 @@ class TrainingModule(lightning.LightningModule):
         """How many batches a step needs."""
         return self.accumulate
 
-    def adamw(self, module: nn.Module, lr: float) -> torch.optim.AdamW:
-        """An optimiser of what learns in a module."""
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(parameters, lr, self.betas, weight_decay=self.weight_decay)
+    def adamw(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
+        """An optimiser of those that learn."""
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        return torch.optim.AdamW(learning, lr, self.betas, weight_decay=self.weight_decay)
 
-    def lr_at(self, step: int) -> float:
-        """The learning rate: constant after a linear start."""
-        return self.lr * min(1.0, (step + 1) / (self.warmup_steps + 1))
+    def rate_at(self, step: int) -> float:
+        """The learning rate as a part of its highest: a linear start, then constant or half a cosine down to 0."""
+        rising = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        if self.decay_until is None:
+            return rising
+        return rising * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.decay_until)))
+
+    def set_rates(self, optimizers: Sequence[LightningOptimizer]) -> None:
+        """Give each optimiser its rate for this step."""
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * self.rate_at(self.global_step)
 
     def on_fit_start(self) -> None:
         """Refuse what would train wrongly.
@@ -97,7 +112,9 @@ class TrainingModule(lightning.LightningModule):
                 f"trainer.precision={self.trainer.precision} does not train here; use bf16-mixed or 32-true"
             )
 
-    def take_step(self, optimizer: LightningOptimizer, loss: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
+    def take_step(
+        self, optimizers: Sequence[LightningOptimizer], loss: Tensor, terms: dict[str, Tensor]
+    ) -> dict[str, float]:
         """Clip the gradients and update weights and averages, unless the step is dropped; gives what to log.
 
         A dropped step counts in `global_step` too, so that steps, batches and validations stay together. Raises
@@ -112,9 +129,12 @@ class TrainingModule(lightning.LightningModule):
                 f"the loss or its gradients are not finite at step {step}{often} ({listed}); "
                 "continue from the last checkpoint with a lower module.lr or trainer.precision=32-true"
             )
-        if clipped.dropped:
-            optimizer.zero_grad()  # without gradients AdamW changes nothing, not even its own state
-        optimizer.step()
+        if clipped.dropped:  # without gradients optimisers change nothing, not even their own state
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+        for number, optimizer in enumerate(optimizers):
+            # Lightning would count every optimiser's step as a global step; one of them is enough.
+            (optimizer if number == 0 else optimizer.optimizer).step()
         torch.clear_autocast_cache()  # it holds copies of the weights before the step
         if not clipped.dropped:
             self.ema.update(self.learned)

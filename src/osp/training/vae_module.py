@@ -43,6 +43,7 @@ class VAEModule(TrainingModule):
         weight_decay: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         warmup_steps: int = 0,
+        decay_until: int | None = None,
         accumulate: int = 1,
         gradient_clip: float = 1e5,
         ema_decay: float = 0.999,
@@ -57,6 +58,7 @@ class VAEModule(TrainingModule):
             weight_decay=weight_decay,
             betas=betas,
             warmup_steps=warmup_steps,
+            decay_until=decay_until,
             accumulate=accumulate,
             ema_decay=ema_decay,
             seed=seed,
@@ -97,9 +99,9 @@ class VAEModule(TrainingModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW for the VAE, and a second one for the discriminator if there is one."""
-        optimizers = [self.adamw(self.vae, self.lr)]
+        optimizers = [self.adamw(self.vae.parameters(), self.lr)]
         if self.discriminator is not None:
-            optimizers.append(self.adamw(self.discriminator, self.discriminator_lr))
+            optimizers.append(self.adamw(self.discriminator.parameters(), self.discriminator_lr))
         return optimizers
 
     def on_fit_start(self) -> None:
@@ -121,15 +123,14 @@ class VAEModule(TrainingModule):
         optimizers = self.optimizers()
         vae_optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
 
-        for group in vae_optimizer.param_groups:
-            group["lr"] = self.lr_at(step)
+        self.set_rates([vae_optimizer])
         vae_optimizer.zero_grad()
         logs: dict[str, Tensor] = {}
         for batch in batches[: self.accumulate]:
             for name, value in self._vae_backward(to_float(batch["video"]), step).items():
                 logs[name] = logs.get(name, 0.0) + value / self.accumulate
         loss = logs["total"]
-        taken = self.take_step(vae_optimizer, loss, logs)
+        taken = self.take_step([vae_optimizer], loss, logs)
 
         if self.discriminating(step):
             # Its gradients of the VAE's backward pass are not its own. Lightning would count its step as another
