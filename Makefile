@@ -18,18 +18,41 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: setup  ## shards, a trained tiny VAE, an evaluation: outputs/demo, in under 10 minutes on 4 cores
-	$(OSP) shards output=$(OUT)/demo/shards/train synthetic.clips=1024 synthetic.frames=33 synthetic.seed=0
-	$(OSP) shards output=$(OUT)/demo/shards/heldout synthetic.clips=32 synthetic.frames=33 synthetic.seed=1
-	$(OSP) train experiment=wfvae_tiny output=$(OUT)/demo/train data=shards data.val.frames=33 \
-		data.train.path=$(OUT)/demo/shards/train data.val.path=$(OUT)/demo/shards/heldout
-	$(OSP) eval checkpoint=$(OUT)/demo/train/checkpoints/best.ckpt input=$(OUT)/demo/shards/heldout output=$(OUT)/demo \
-		clip.frames=33 perceptual.download=false
+# Four processes of one thread each: a model so small gains little from several threads. DEMO_VAE and DEMO_DENOISER are
+# steps; PROMPTS held-out captions are judged.
+DEMO := $(OUT)/demo
+DEMO_CLIPS := synthetic.frames=9 synthetic.objects=1 synthetic.plain=true 'synthetic.sizes=[large]'
+PROCESSES := trainer=ddp_cpu trainer.devices=4 data.workers=0
+DEMO_VAE ?= 900
+DEMO_DENOISER ?= 2000
+PROMPTS ?= 64
+
+demo: setup  ## from nothing to videos of sentences: outputs/demo/index.html, in under 15 minutes on 4 cores
+	$(OSP) shards output=$(DEMO)/shards/train synthetic.clips=4096 synthetic.seed=0 $(DEMO_CLIPS)
+	$(OSP) shards output=$(DEMO)/shards/heldout synthetic.clips=256 synthetic.seed=1 $(DEMO_CLIPS)
+	$(OSP) train experiment=wfvae_tiny output=$(DEMO)/vae data=shards data.batch_size=4 data.val_clips=32 \
+		data.train.path=$(DEMO)/shards/train data.val.path=$(DEMO)/shards/heldout \
+		trainer.max_steps=$(DEMO_VAE) trainer.val_check_interval=300 $(PROCESSES)
+	$(OSP) eval checkpoint=$(DEMO)/vae/checkpoints/last.ckpt input=$(DEMO)/shards/heldout output=$(DEMO)/reconstruction \
+		clip.frames=9 max_clips=64 perceptual.download=false
+	$(OSP) cache checkpoint=$(DEMO)/vae/checkpoints/last.ckpt input=$(DEMO)/shards/train output=$(DEMO)/features/train \
+		clip.frames=9 batch_size=16 processes=4
+	$(OSP) cache checkpoint=$(DEMO)/vae/checkpoints/last.ckpt input=$(DEMO)/shards/heldout \
+		output=$(DEMO)/features/heldout scaling_from=$(DEMO)/features/train clip.frames=9 batch_size=16
+	$(OSP) train experiment=t2v_tiny output=$(DEMO)/denoiser data.batch_size=8 data.val_clips=64 \
+		data.train.path=$(DEMO)/features/train data.val.path=$(DEMO)/features/heldout \
+		trainer.max_steps=$(DEMO_DENOISER) $(PROCESSES)
+	$(OSP) sample checkpoint=$(DEMO)/denoiser/checkpoints/last.ckpt prompts=tools/demo_prompts.txt output=$(DEMO)/samples \
+		precision=auto batch_size=4
+	$(OSP) eval target=generation checkpoint=$(DEMO)/denoiser/checkpoints/last.ckpt input=$(DEMO)/shards/heldout \
+		prompts=$(PROMPTS) output=$(DEMO)/generation precision=auto batch_size=16
+	$(OSP) page vae_run=$(DEMO)/vae reconstruction=$(DEMO)/reconstruction denoiser_run=$(DEMO)/denoiser \
+		generation=$(DEMO)/generation samples=$(DEMO)/samples output=$(DEMO)/index.html
 	@echo
-	@echo "input and reconstruction side by side  $(OUT)/demo/reconstructions/"
-	@echo "contact sheet                          $(OUT)/demo/contact_sheet.png"
-	@echo "numbers                                $(OUT)/demo/metrics.json, metrics.csv"
-	@echo "TensorBoard log                        $(BIN)/tensorboard --logdir $(OUT)/demo/train"
+	@echo "everything on one page   $(DEMO)/index.html"
+	@echo "four sampled prompts     $(DEMO)/samples/"
+	@echo "numbers                  $(DEMO)/generation/metrics.json, $(DEMO)/reconstruction/metrics.json"
+	@echo "TensorBoard log          $(BIN)/tensorboard --logdir $(DEMO)"
 
 test: lint  ## every check: lint, types, import contract, tests, notebooks
 	$(BIN)/pytest
