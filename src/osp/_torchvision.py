@@ -3,8 +3,12 @@
 The torchvision wheel on PyPI is built for CUDA. Beside a CPU build of torch its operators cannot load, and its
 Python side then fails on two missing operator schemas ("operator torchvision::nms does not exist"). lightning,
 torchmetrics and lpips all import torchvision, and none of them needs those operators here, so declaring the two
-schemas is enough. Nothing is done where the plain import works.
+schemas is enough. Nothing is done where the operators load. torchvision itself is not imported: that takes a second,
+which commands that need none of it would pay too.
 """
+
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -12,14 +16,17 @@ _library: torch.library.Library | None = None  # torch drops the schemas when th
 
 
 def ensure_importable() -> None:
-    """Import torchvision, declaring the missing schemas first if the plain import fails for want of them."""
+    """Load torchvision's operators as its import would, declaring the schemas it insists on if they do not load."""
     global _library
+    spec = find_spec("torchvision")
+    if spec is None or spec.origin is None or hasattr(torch.ops.torchvision, "nms"):
+        return
     try:
-        import torchvision
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
+        for compiled in Path(spec.origin).parent.glob("_C.*"):
+            torch.ops.load_library(compiled)
+    except OSError:
+        pass
+    if not hasattr(torch.ops.torchvision, "nms"):
         _library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401

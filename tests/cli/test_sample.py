@@ -179,7 +179,7 @@ def test_a_file_of_prompts_goes_on_where_it_was_cut_off(sample: Run, tmp_path: P
 
 
 def test_low_memory_and_half_precision(sample: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("osp.cli.sample.fast_precision", lambda device: "bf16-mixed")
+    monkeypatch.setattr("osp.devices.precision.fast_precision", lambda device: "bf16-mixed")
     clips = {}
     for name, more in {"normal": [], "low": ["memory=low"], "half": ["precision=auto", "memory=low"]}.items():
         code, _, err = sample("checkpoint=MODELS/inpaint.ckpt", "prompt=a", f"output={name}", "format=png", *more)

@@ -25,10 +25,11 @@ from osp.data.synthetic import SyntheticClips
 from osp.denoiser import CrossTransformer, JointTransformer
 from osp.diffusion import Flow, Velocity
 from osp.errors import DataError, UsageError
-from osp.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, load_trained_generator
+from osp.training.checkpoints import load_trained_generator
 from osp.training.clipping import AbnormalDrop, AdaptiveClipping, DivergedError, NormClipping
 from osp.training.denoiser_module import DenoiserModule
 from osp.training.peek import has_captions
+from osp.training.saving import AtomicCheckpointIO, LastCheckpoint
 from osp.vae import WFVAE, LatentCodec
 from osp.weights.pretrained import save_pretrained
 

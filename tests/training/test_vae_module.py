@@ -13,10 +13,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from osp.data.datamodule import ClipDataModule
 from osp.data.synthetic import SyntheticClips
 from osp.errors import DataError, UsageError
-from osp.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, load_trained_vae
+from osp.training.checkpoints import load_trained_vae
 from osp.training.clipping import DivergedError
 from osp.training.discriminator import PatchDiscriminator3d
 from osp.training.losses import VAELoss
+from osp.training.saving import AtomicCheckpointIO, LastCheckpoint
 from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE
 from osp.weights import WeightImportError
@@ -155,7 +156,7 @@ def test_checkpoint_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.M
     def dies(source: str, target: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("osp.training.checkpoints.os.replace", dies)
+    monkeypatch.setattr("osp.training.saving.os.replace", dies)
     with pytest.raises(KeyboardInterrupt):
         AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}

@@ -89,14 +89,14 @@ def _run(verb: str, overrides: list[str]) -> list[OspError]:
 def user_error(error: BaseException) -> OspError | None:
     """The error to show in one line, if the user can mend it; None for a bug."""
     from hydra.errors import HydraException, InstantiationException
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, OspError):
         return error
     if isinstance(error, OSError) and error.filename is not None:
         return DataError(f"{error.filename}: {error.strerror}")
-    if isinstance(error, MisconfigurationException):
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # only what is loaded can have raised
+    if lightning is not None and isinstance(error, lightning.MisconfigurationException):
         return UsageError(f"Lightning refuses the settings of trainer: {_one_line(error)}")
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         # What a constructor raises about its arguments; anything else is a bug in it.

@@ -17,10 +17,9 @@ from osp.cli.checks import CLIP, build_vae, check_numbers, check_vae_source
 from osp.data.feature_writer import FeatureWriter, feature_report, folder_lock
 from osp.data.features import DTYPES, POSTERIORS, load_feature_index, require_feature_index
 from osp.data.sources import BucketClips, ShardClips
-from osp.devices import choose_device
+from osp.devices import choose_device, choose_precision
 from osp.devices.device import backend
 from osp.errors import DataError, OspError, UsageError
-from osp.evaluation.reconstruction import AUTOCAST
 from osp.training.encode_features import (
     FeatureEncoder,
     VideoClips,
@@ -46,11 +45,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     check_numbers(cfg, CLIP | least | {"processes": 1, "part": 0, "parts": 1})
     if cfg.part >= cfg.parts:
         raise UsageError(f"part={cfg.part}, parts={cfg.parts}: the parts are 0 to {cfg.parts - 1}")
-    for key, known in (("posterior", POSTERIORS), ("dtype", DTYPES), ("precision", AUTOCAST)):
+    for key, known in (("posterior", POSTERIORS), ("dtype", DTYPES)):
         if cfg[key] not in known:
             raise UsageError(f"{key}={cfg[key]} is not known; choose {', '.join(known)}")
     check_vae_source(cfg)
-    choose_device(cfg.device)
+    cfg.precision = choose_precision(cfg.precision, choose_device(cfg.device))  # which goes into the folder
     output = Path(to_absolute_path(cfg.output))
     load_feature_index(output)  # another folder is refused before any model is read
     runs = [_encode(cfg)] if cfg.processes == 1 else _encode_in_processes(cfg)

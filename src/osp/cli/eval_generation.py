@@ -19,13 +19,12 @@ from osp.conditioning import GivenFrames, given_by_mode
 from osp.conditioning.given import frame_numbers
 from osp.data.sources import ShardClips
 from osp.data.video import ClipError, probe, read_clip, to_float
-from osp.devices import choose_device
+from osp.devices import autocast_dtype, choose_device, choose_precision
 from osp.diffusion import Solver
 from osp.errors import DataError, UsageError
 from osp.evaluation.frechet import video_features
 from osp.evaluation.generation import GeneratedClip, evaluate_generation
 from osp.evaluation.prompt_accuracy import truth
-from osp.evaluation.reconstruction import autocast_dtype
 from osp.sampling import VideoGenerator
 from osp.sampling.outputs import SAMPLES, SampleFolder
 from osp.vae import VideoVAE
@@ -61,7 +60,7 @@ def generation(cfg: DictConfig) -> dict[str, Any]:
     if (cfg.checkpoint is None) == (cfg.generated is None):
         raise UsageError("give checkpoint=FILE of a trained denoiser, or generated=DIR that `osp sample` wrote")
     device = choose_device(cfg.device)
-    autocast_dtype(cfg.precision)
+    cfg.precision = choose_precision(cfg.precision, device)
     features = video_features("random3d" if cfg.features.path is None else "i3d", cfg.features.path)
     work = _to_read(cfg) if cfg.checkpoint is None else _to_generate(cfg, device)
     for prompt in dict.fromkeys([*work.prompts, *_captions(work.real, len(work.prompts))]):

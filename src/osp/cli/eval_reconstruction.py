@@ -12,7 +12,7 @@ from osp.cli.checks import CLIP, build_vae, check_numbers, check_vae_source
 from osp.cli.curves import read_curves
 from osp.cli.eval_input import model_name, read_clips
 from osp.data.sources import ShardClips
-from osp.devices import choose_device
+from osp.devices import choose_device, choose_precision
 from osp.evaluation.frechet import video_features
 from osp.evaluation.reconstruction import evaluate_reconstruction
 from osp.vae import fit_tiling
@@ -30,6 +30,7 @@ def reconstruction(cfg: DictConfig) -> dict[str, Any]:
     check_numbers(cfg, CLIP | least, optional=["max_clips"])
     check_vae_source(cfg)
     device = choose_device(cfg.device)
+    precision = choose_precision(cfg.precision, device)
     output = Path(HydraConfig.get().runtime.output_dir)
     vae = build_vae(cfg.vae)
     vae.check_size(cfg.clip.frames, cfg.clip.height, cfg.clip.width)
@@ -44,7 +45,7 @@ def reconstruction(cfg: DictConfig) -> dict[str, Any]:
         output=output,
         model_name=model_name(cfg),
         device=device,
-        precision=cfg.precision,
+        precision=precision,
         batch_size=cfg.batch_size,
         perceptual=instantiate(cfg.perceptual),
         features=features,

@@ -14,10 +14,9 @@ from torch import Tensor
 from osp import __version__
 from osp.cli.checks import check_numbers
 from osp.cli.solver import build_solver
-from osp.devices import choose_device, fast_precision
+from osp.devices import autocast_dtype, choose_device, choose_precision
 from osp.diffusion import Flow, Solver, Velocity, solvers
 from osp.errors import UsageError
-from osp.evaluation.reconstruction import autocast_dtype
 from osp.sampling import VideoGenerator
 from osp.sampling.fingerprint import generator_identity
 from osp.sampling.memory import plan_memory
@@ -157,7 +156,7 @@ def _check(cfg: DictConfig) -> None:
     least = {"seed": 0, "videos_per_prompt": 1, "batch_size": 1, "keep_frames": 1, "guidance": 0.0, "rescale": 0.0}
     check_numbers(cfg, {**sizes, **least, "solver.steps": 1, "fps": 0.001}, optional=[*sizes, "solver.steps", "fps"])
     choose_device(cfg.device)
-    autocast_dtype(_precision(cfg))
+    _precision(cfg)
     if cfg.memory not in _MEMORY:
         raise UsageError(f"memory={cfg.memory} is not known; choose {', '.join(_MEMORY)}")
     names = dict.fromkeys([*solvers(Flow()), *solvers(Velocity())])
@@ -175,7 +174,7 @@ def _check(cfg: DictConfig) -> None:
 
 def _precision(cfg: DictConfig) -> str:
     """The configured one; `auto` is what is fast on the device."""
-    return fast_precision(choose_device(cfg.device)) if cfg.precision == "auto" else cfg.precision
+    return choose_precision(cfg.precision, choose_device(cfg.device))
 
 
 def _without_path(cfg: DictConfig, key: str) -> list[str]:

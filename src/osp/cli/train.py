@@ -17,14 +17,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from osp.cli.checks import CLIP, check_numbers, codec_of
+from osp.cli.checks import CLIP, check_numbers
+from osp.cli.latents import codec_of
 from osp.data.datamodule import ClipDataModule
 from osp.data.files import write_whole
-from osp.devices import choose_device, fast_precision
+from osp.devices import choose_device, choose_precision
 from osp.errors import UsageError
 from osp.training.callbacks import ClipLogger, ProgressLog
-from osp.training.checkpoints import BEST, LAST, AtomicCheckpointIO, LastCheckpoint
+from osp.training.checkpoints import BEST, LAST
 from osp.training.module import TrainingModule
+from osp.training.saving import AtomicCheckpointIO, LastCheckpoint
 from osp.weights.files import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -140,7 +142,7 @@ def _precision(cfg: DictConfig) -> str:
     if cfg.trainer.precision != "auto":
         return cfg.trainer.precision
     device = {"gpu": "cuda"}.get(cfg.trainer.accelerator, cfg.trainer.accelerator)
-    return fast_precision(choose_device(device))
+    return choose_precision("auto", choose_device(device))
 
 
 def _accumulate(cfg: DictConfig, devices: int) -> int:

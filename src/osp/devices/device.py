@@ -59,15 +59,6 @@ def free_unused(device: torch.device) -> None:
         trim(0)  # glibc keeps what was freed between blocks still in use
 
 
-def fast_precision(device: torch.device) -> str:
-    """`bf16-mixed` where the device multiplies bfloat16 in hardware, as GPUs and CPUs with AMX do, else `32-true`."""
-    if device.type == "cuda":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    if device.type == "cpu":
-        return "bf16-mixed" if torch.cpu.get_capabilities().get("amx_bf16") else "32-true"
-    return "bf16-mixed"
-
-
 def describe_device(device: torch.device) -> str:
     """The accelerator's name, or the processor's with the number of threads that torch runs there."""
     if device.type != "cpu":

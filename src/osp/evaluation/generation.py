@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from osp.data.oracle import UNKNOWN, Reading
 from osp.data.video import ClipError, to_float, to_uint8
+from osp.devices import autocast_dtype
 from osp.errors import DataError, UsageError
 from osp.evaluation.contact_sheet import SheetClip, draw_contact_sheet
 from osp.evaluation.frechet import FrechetDistance, VideoFeatures, frechet_record
 from osp.evaluation.metrics import psnr
 from osp.evaluation.output import begin, save_clip, write_results
 from osp.evaluation.prompt_accuracy import CHANCE, PARTS, Judgement, accuracy, judge, shuffled_accuracy, truth
-from osp.evaluation.reconstruction import NO_SETTINGS, VideoAutoencoder, autocast_dtype, reconstruct
+from osp.evaluation.reconstruction import NO_SETTINGS, VideoAutoencoder, reconstruct
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from osp.data.video import ClipError, to_float, to_uint8
+from osp.devices import autocast_dtype
 from osp.errors import DataError, UsageError
 from osp.evaluation.contact_sheet import SheetClip, draw_contact_sheet
 from osp.evaluation.frechet import FrechetDistance, VideoFeatures, frechet_record
@@ -24,8 +25,6 @@ from osp.evaluation.output import begin, save_clip, write_results
 
 logger = logging.getLogger(__name__)
 
-# Lightning's names, so that evaluation and training share the setting
-AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 PAIRS = "reconstructions"
 NO_BASELINES: Mapping[str, "VideoAutoencoder"] = MappingProxyType({})
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
@@ -55,13 +54,6 @@ class VideoAutoencoder(Protocol):
     def decode(self, latent: Tensor) -> Tensor:
         """Latent -> video `B C T H W`."""
         ...
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What one of AUTOCAST computes in; None for float32. Raises UsageError for another name."""
-    if precision not in AUTOCAST:
-        raise UsageError(f"precision={precision}: choose one of {', '.join(AUTOCAST)}")
-    return AUTOCAST[precision]
 
 
 def reconstruct(vae: VideoAutoencoder, video: Tensor, autocast: torch.dtype | None = None) -> Tensor:

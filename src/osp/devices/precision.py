@@ -1,0 +1,32 @@
+"""The number formats of compute, by Lightning's names, so that evaluation, sampling and training share the setting."""
+
+from collections.abc import Mapping
+
+import torch
+
+from osp.errors import UsageError
+
+AUTOCAST: Mapping[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What one of AUTOCAST computes in; None for float32. Raises UsageError for another name."""
+    if precision not in AUTOCAST:
+        raise UsageError(f"precision={precision}: choose one of {', '.join(AUTOCAST)}, auto")
+    return AUTOCAST[precision]
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """One of AUTOCAST: that of the name, for `auto` what is fast on the device. Raises UsageError for another name."""
+    chosen = fast_precision(device) if precision == "auto" else precision
+    autocast_dtype(chosen)
+    return chosen
+
+
+def fast_precision(device: torch.device) -> str:
+    """`bf16-mixed` where the device multiplies bfloat16 in hardware, as GPUs and CPUs with AMX do, else `32-true`."""
+    if device.type == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    if device.type == "cpu":
+        return "bf16-mixed" if torch.cpu.get_capabilities().get("amx_bf16") else "32-true"
+    return "bf16-mixed"
