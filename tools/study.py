@@ -314,7 +314,7 @@ def run_all(runs: Sequence[Run], jobs: int, threads: int) -> None:
                 children.add(child)
                 code = child.wait()
                 children.remove(child)
-            if code:
+            if code or not run.trained():  # a training that is told to stop ends well, but early
                 last = log.read_text(errors="replace").strip().splitlines()[-1:]
                 return f"{run.name}: osp {command[0]} ended with exit code {code} ({log}): {''.join(last)}"
         print(f"{run.name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
