@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from osp.cli.overrides import check_choices, with_quoted_prompts
 from osp.errors import DataError, OspError, UsageError
 
 VERBS = {
@@ -40,7 +41,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if (mended := user_error(error)) is None:
+        if (mended := user_error(error, verb)) is None:
             raise
         failures = [mended]
     for failure in failures:
@@ -70,7 +71,7 @@ def _run(verb: str, overrides: list[str]) -> list[OspError]:
         try:
             result = importlib.import_module(f"osp.cli.{verb.replace('-', '_')}").run(cfg)
         except Exception as error:
-            if (mended := user_error(error)) is None:
+            if (mended := user_error(error, verb)) is None:
                 raise
             failures.append(mended)  # raised here, Hydra would put a line of its own before it
             return None
@@ -78,6 +79,11 @@ def _run(verb: str, overrides: list[str]) -> list[OspError]:
             print(json.dumps(result), flush=True)
         return result
 
+    check_choices(overrides, config_folder())
+    if verb in ("sample", "eval"):
+        overrides, given = with_quoted_prompts(overrides), overrides
+        if {"-m", "--multirun"} & {*given} and any("," in one for one in {*given} - {*overrides}):
+            print(f"osp {verb}: commas in a prompt make no sweep; for several use prompts=FILE", file=sys.stderr)
     sys.argv = [argv[0], *overrides]  # Hydra reads its overrides from there
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(task)()
@@ -86,8 +92,8 @@ def _run(verb: str, overrides: list[str]) -> list[OspError]:
     return failures
 
 
-def user_error(error: BaseException) -> OspError | None:
-    """The error to show in one line, if the user can mend it; None for a bug."""
+def user_error(error: BaseException, verb: str) -> OspError | None:
+    """The error of a verb to show in one line, if the user can mend it; None for a bug."""
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -97,25 +103,26 @@ def user_error(error: BaseException) -> OspError | None:
         return DataError(f"{error.filename}: {error.strerror}")
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # only what is loaded can have raised
     if lightning is not None and isinstance(error, lightning.MisconfigurationException):
-        return UsageError(f"Lightning refuses the settings of trainer: {_one_line(error)}")
+        return UsageError(f"Lightning refuses the settings of trainer: {_one_line(error, verb)}")
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         # What a constructor raises about its arguments; anything else is a bug in it.
         about_arguments = (TypeError, ValueError, ImportError)
-        return user_error(error.__cause__) or (
-            UsageError(_one_line(error)) if isinstance(error.__cause__, about_arguments) else None
+        return user_error(error.__cause__, verb) or (
+            UsageError(_one_line(error, verb)) if isinstance(error.__cause__, about_arguments) else None
         )
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return UsageError(_one_line(error))
+        return UsageError(_one_line(error, verb))
     return None
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException, verb: str) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     # A setting that is not there would have no effect if it were appended.
     hidden = ("full_key:", "object_type=", "See https", "To append to your")
     shown = [line.rstrip(".") for line in lines if line and not line.startswith(hidden)]
     if shown and shown[0].startswith("Could not override"):
-        shown.append("--help lists the settings; those of `osp bench` and `osp eval` depend on target=...")
+        by_target = f"; those of `osp {verb}` depend on target=..." if verb in ("bench", "eval") else ""
+        shown.append(f"--help lists the settings{by_target}")
     return "; ".join(shown).replace(":;", ":")
 
 
@@ -124,5 +131,5 @@ def _help() -> str:
     return (
         f"osp VERB key=value ...\n\n{verbs}\n\n"
         "osp VERB --help lists a verb's settings, osp VERB --cfg job prints them composed,\n"
-        "osp VERB --multirun key=a,b runs every combination."
+        "osp VERB --multirun key=a,b runs every combination. A prompt=... is one prompt, whatever is in it."
     )

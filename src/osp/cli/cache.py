@@ -170,7 +170,7 @@ def _one_process(process: int, cfg: dict[str, Any], threads: int, logging_config
     try:
         queue.put(_encode(OmegaConf.create(cfg), process))
     except Exception as error:
-        if (mended := user_error(error)) is None:
+        if (mended := user_error(error, "cache")) is None:
             raise
         queue.put(mended)
         raise SystemExit(mended.exit_code) from error

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import logging
-import re
 import shlex
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from osp.cli import config_folder, user_error
 from osp.cli.checks import check_numbers
 from osp.cli.compare import print_table, text_of, write_table
+from osp.cli.overrides import check_choices, quoted
 from osp.cli.train import RESULT, other_setting
 from osp.errors import DataError, OspError, UsageError
 from osp.training.checkpoints import LAST
@@ -129,9 +129,9 @@ def _stages(cfg: DictConfig) -> list[Stage]:
         folder = output / name
         overrides = [f"experiment={said.experiment}", *cfg.shared, *said.overrides]
         overrides += [] if said.steps is None else [f"trainer.max_steps={said.steps}"]
-        overrides += [] if said.data is None else [f"data.train.path={_quoted(said.data)}"]
-        overrides += [*cfg.overrides, f"output={_quoted(folder)}"]
-        overrides += [] if before is None else [f"start_from={_quoted(before)}"]
+        overrides += [] if said.data is None else [f"data.train.path={quoted(said.data)}"]
+        overrides += [*cfg.overrides, f"output={quoted(folder)}"]
+        overrides += [] if before is None else [f"start_from={quoted(before)}"]
         settings = _composed(name, overrides)
         missing = sorted(_missing(OmegaConf.to_container(settings), ""))
         if missing and not cfg.dry_run:
@@ -149,10 +149,11 @@ def _composed(name: str, overrides: Sequence[str]) -> DictConfig:
     """The configuration of `osp train` with these overrides. Raises UsageError naming the stage."""
     loader = GlobalHydra.instance().config_loader()
     try:
+        check_choices(overrides, config_folder())
         settings = loader.load_configuration("train", overrides=list(overrides), run_mode=RunMode.RUN)
         check_numbers(settings, {"trainer.max_steps": 1})
     except Exception as error:
-        if (mended := user_error(error)) is None:
+        if (mended := user_error(error, "train")) is None:
             raise
         raise UsageError(f"stage {name}: {mended}") from error
     OmegaConf.set_struct(settings, False)
@@ -167,13 +168,6 @@ def _missing(value: Any, key: str) -> Iterator[str]:
             yield from _missing(inner, f"{key}.{name}" if key else name)
     elif value == "???":
         yield key
-
-
-def _quoted(value: object) -> str:
-    """A value as Hydra reads it back, whatever characters it has."""
-    if re.fullmatch(r"[\w./-]+", str(value), re.ASCII):
-        return str(value)
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _first_to_run(stages: Sequence[Stage]) -> int:

@@ -1,0 +1,42 @@
+"""The overrides of a command line, before Hydra reads them."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from osp.errors import UsageError
+
+# Whatever these are, they are text: Hydra's own grammar takes `null` and `1` for values, and commas for a sweep.
+_TEXTS = ("prompt", "negative_prompt")
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+
+
+def quoted(value: object) -> str:
+    """A value as Hydra and OmegaConf read it back, whatever characters it has."""
+    if re.fullmatch(r"[\w./-]+", str(value), re.ASCII):
+        return str(value)
+    return _in_quotes(str(value))
+
+
+def with_quoted_prompts(overrides: Sequence[str]) -> list[str]:
+    """The overrides with prompts in quotes, unless they are in quotes already."""
+    prepared = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        is_bare = equals and key in _TEXTS and not _QUOTED.fullmatch(value.strip())
+        prepared.append(f"{key}={_in_quotes(value)}" if is_bare else override)
+    return prepared
+
+
+def check_choices(overrides: Sequence[str], configs: Path) -> None:
+    """Raise UsageError for a choice of a group in `configs` that is set to null, which Hydra does not take."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if value == "null" and (configs / key.partition("@")[0].lstrip("+/")).is_dir():
+            raise UsageError(f"{override}: a choice is left out by '~{key.lstrip('+')}', in quotes")
+
+
+def _in_quotes(text: str) -> str:
+    text = text.replace("${", "\\${")  # no interpolation
+    # In quotes a backslash is itself, except before a quote and at the end.
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
