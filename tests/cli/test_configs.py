@@ -64,6 +64,13 @@ def test_every_tiny_experiment_with_a_denoiser_builds_its_module(experiment: str
     assert (module.masks is None) == (module.denoiser.latent_channels == cfg.denoiser.channels)
 
 
+def test_the_tiny_denoiser_with_frames_takes_shards_instead() -> None:
+    cfg = composed("train", "experiment=i2v_tiny", "data=shards", *SHARDS, "data.train.flip=false")
+    assert "objects" not in cfg.data.train
+    plain = composed("train", "experiment=i2v_tiny").data
+    assert (plain.train.objects, plain.train.plain, plain.val.plain, plain.val.clips) == (1, True, True, 64)
+
+
 @pytest.mark.parametrize(
     "group", ["vae", "data", "module", "trainer", "perceptual", "debug", "clipping", "objective", "latent"]
 )

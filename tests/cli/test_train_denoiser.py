@@ -112,7 +112,8 @@ def test_features_to_a_generator_and_on_to_given_frames(world: Path, osp: Osp, t
 
 
 def test_a_sweep_of_denoisers_is_sorted_by_its_loss(world: Path, osp: Osp) -> None:
-    clips = ["data=shards", f"data.train.path={world / 'shards'}", *SIZE, "vae=pretrained", f"path={world / 'vae'}"]
+    clips = ["data=shards", f"data.train.path={world / 'shards'}", "data.train.flip=false", *SIZE]
+    clips += ["vae=pretrained", f"path={world / 'vae'}"]
     verb, *settings = [*T2V, *clips]
     code, _, said = osp(verb, "--multirun", *settings, "trainer.max_steps=2", "module.lr=0,0.1", "output=sweep")
     assert code == 0, said
@@ -124,18 +125,36 @@ def test_a_sweep_of_denoisers_is_sorted_by_its_loss(world: Path, osp: Osp) -> No
 WRONG = [
     (["data.train.path={world}/none"], 1, "none: no folder of features"),
     ([], 2, r"data\.train\.path"),
-    (["data.train.path={world}/shards"], 1, "shards.*not an index of features"),
+    (["data.train.path={world}/shards"], 1, "shards.*not an index of features.*make one with `osp cache`"),
     (["data=synthetic"], 2, "there is no VAE to encode them; give vae=trained checkpoint=FILE"),
-    (["data=synthetic", "checkpoint={world}/none.ckpt"], 1, r"none\.ckpt: no such file"),
+    (["data=synthetic", "checkpoint={world}/none.ckpt"], 1, r"checkpoint=\S*none\.ckpt: no such file; give a checkp"),
     (["data=synthetic", "vae=pretrained", "path={world}/wide"], 2, r"have 8 channels, but denoiser\.channels=4; set"),
     (["data=synthetic", "vae=pretrained", "path={world}/vae", "clip.height=24"], 2, "height=24 makes 3 latent pixels"),
     (["data=synthetic", "vae=pretrained", "path={world}/vae", "clip.width=20"], 2, "width=20 does not fit this VAE"),
     (
-        ["data=shards", "data.train.path={world}/silent", "vae=pretrained", "path={world}/vae", *SIZE],
+        [
+            "data=shards",
+            "data.train.path={world}/silent",
+            "data.train.flip=false",
+            "vae=pretrained",
+            "path={world}/vae",
+            *SIZE,
+        ],
         2,
         r"data\.train have no captions",
     ),
-    (["data=synthetic", "vae=pretrained", "path={world}/vae", "start_from=none.ckpt"], 1, r"none\.ckpt: no such file"),
+    (
+        ["data=shards", "data.train.path={world}/shards", "vae=pretrained", "path={world}/vae", *SIZE],
+        2,
+        r"captions say left and right; set data\.train\.flip=false",
+    ),
+    (["text=null"], 2, "text=null: a choice is left out by '~text'"),
+    (["module.speed=1"], 2, r"Could not override 'module\.speed'.*--help lists the settings$"),
+    (
+        ["data=synthetic", "vae=pretrained", "path={world}/vae", "start_from=none.ckpt"],
+        1,
+        r"start_from=none\.ckpt: no such file",
+    ),
     (
         ["data=synthetic", "vae=pretrained", "path={world}/vae", "start_from={world}/vae"],
         2,

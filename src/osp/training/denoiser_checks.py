@@ -72,11 +72,24 @@ def check_data(
         raise UsageError(
             "the clips of data.train have no captions; caption them, or set module.text_dropout=1 to train without"
         )
+    if text_dropout < 1 and _mirrors(train):
+        raise UsageError(
+            "data.train mirrors half of the clips, and captions say left and right; set data.train.flip=false, or "
+            "module.text_dropout=1 to train without captions"
+        )
     if text_dropout and uses_embeddings(train, text) and not train.empty:
         raise UsageError(
             f"{train.path}: holds no embedding of the empty text, which text dropout needs; run `osp cache` again, "
             "or set module.text_dropout=0"
         )
+
+
+def _mirrors(source: Any) -> bool:
+    """Whether clips are read mirrored."""
+    if hasattr(source, "sources"):
+        return any(map(_mirrors, source.sources))
+    decoding = getattr(source, "decoding", None)
+    return decoding is not None and decoding.flip
 
 
 def _made_with(source: Any) -> tuple[Any, ...]:
