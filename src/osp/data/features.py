@@ -341,7 +341,9 @@ def load_feature_index(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable index ({error})") from error
     if not isinstance(index, dict) or index.get("format") != FEATURES_FORMAT:
-        raise DataError(f"{path}: not an index of features (format {FEATURES_FORMAT!r} expected)")
+        raise DataError(
+            f"{path}: not an index of features (format {FEATURES_FORMAT!r} expected); make one with `osp cache`"
+        )
     if index.get("version") != FEATURES_VERSION:
         raise DataError(
             f"{path}: version {index.get('version')!r}, this OSP reads version {FEATURES_VERSION}; write it anew"

@@ -21,6 +21,9 @@ from osp.weights.files import load_exactly, open_checkpoint
 _DENOISERS: dict[str, type[Denoiser]] = {kind.__name__: kind for kind in (CrossTransformer, JointTransformer)}
 _OBJECTIVES: dict[str, type[Objective]] = {kind.__name__: kind for kind in (Epsilon, Velocity, Flow)}
 
+_GIVE_VAE = "vae=trained vae.path=CHECKPOINT, or vae=pretrained vae.path=FOLDER"
+_GIVE_TEXT = "text=NAME text.path=FOLDER"
+
 LAST = "last.ckpt"
 BEST = "best.ckpt"
 
@@ -41,6 +44,11 @@ def load_trained_vae(path: str | Path) -> WFVAE:
     checkpoint = open_checkpoint(path)
     settings = checkpoint.get("vae_settings")
     if settings is None:
+        if isinstance(checkpoint.get("generator"), dict):
+            raise DataError(
+                f"{path}: holds a denoiser, where a VAE is wanted; make videos with it by `osp sample`, or judge it by "
+                "`osp eval target=generation`"
+            )
         raise DataError(f"{path}: holds no VAE trained here; a checkpoint of `osp train` is needed")
     vae = WFVAE(**settings)
     load_exactly(vae, averaged_weights(checkpoint), path)
@@ -69,6 +77,11 @@ def open_generator(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any]]
     checkpoint = open_checkpoint(path)
     entry = checkpoint.get("generator")
     if not isinstance(entry, dict):
+        if "vae_settings" in checkpoint:
+            raise DataError(
+                f"{path}: holds a VAE, where a denoiser is wanted; measure it by `osp eval`, or train a "
+                "denoiser with it by `osp train module=denoiser`"
+            )
         raise DataError(f"{path}: holds no denoiser trained here; a checkpoint of `osp train` with one is needed")
     return checkpoint, entry
 
@@ -109,7 +122,7 @@ def load_trained_generator(
     if codec.fingerprint() != latent["vae_fingerprint"]:
         raise UsageError(
             f"{path}: was trained with another VAE ({latent['vae']} of {latent['origin']}) than {vae.origin}; "
-            "give that one"
+            f"give that one: {_GIVE_VAE}"
         )
     return VideoGenerator(
         averaged_denoiser(checkpoint, path),
@@ -123,13 +136,13 @@ def load_trained_generator(
 
 def _stored_vae(path: str | Path, origin: str | None) -> VideoVAE:
     if origin is None:
-        raise UsageError(f"{path}: does not say where its VAE lies; give it as vae=...")
+        raise UsageError(f"{path}: does not say where its VAE lies; give {_GIVE_VAE}")
     if not Path(origin).exists():
-        raise UsageError(f"{path}: its VAE, {origin}, is gone; give vae=...")
+        raise UsageError(f"{path}: its VAE, {origin}, is gone; give {_GIVE_VAE}")
     try:
         return load_vae(origin)
     except OspError as error:
-        raise UsageError(f"{path}: its VAE cannot be read back ({error}); give vae=...") from error
+        raise UsageError(f"{path}: its VAE cannot be read back ({error}); give {_GIVE_VAE}") from error
 
 
 def _text(checkpoint: Mapping[str, Any], path: str | Path, text: TextEncoder | None) -> TextEncoder:
@@ -141,7 +154,9 @@ def _text(checkpoint: Mapping[str, Any], path: str | Path, text: TextEncoder | N
     made_by = checkpoint["generator"]["text"]["made_by"]
     names = " and ".join(f"{one['name']} ({one['width']} wide)" for one in made_by if one)
     if text is None:
-        raise UsageError(f"{path}: was trained with texts of {names}, which it does not bring; give text=...")
+        raise UsageError(f"{path}: was trained with texts of {names}, which it does not bring; give {_GIVE_TEXT}")
     if [one and asdict(one) for one in text_identities(text)] != made_by:
-        raise UsageError(f"{path}: was trained with texts of {names}, not of this {text.name}; give that encoder")
+        raise UsageError(
+            f"{path}: was trained with texts of {names}, not of this {text.name}; give that encoder: {_GIVE_TEXT}"
+        )
     return text
