@@ -128,7 +128,8 @@ def test_several_processes_share_the_work(cache: Cache) -> None:
     assert (code, said) == (2, f"osp cache: {Path('several').absolute()}: was begun otherwise: " + DTYPE)
 
 
-def test_a_folder_goes_on_only_as_it_was_begun(world: Path, cache: Cache) -> None:
+def test_a_folder_goes_on_only_as_it_was_begun(world: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("osp.devices.precision.fast_precision", lambda device: "16-mixed")
     cache("output=a", "parts=2", "latent.scale=0.5")
     for change, told in (
         (["dtype=bfloat16"], "dtype was float16, is bfloat16"),
@@ -136,6 +137,7 @@ def test_a_folder_goes_on_only_as_it_was_begun(world: Path, cache: Cache) -> Non
         ([f"path={world / 'other'}"], f"made with another VAE .WFVAE of {world / 'vae'}. than {world / 'other'}"),
         (["clip.frames=5"], "the source was shards 9x32x32 .*, is shards 5x32x32"),
         (["precision=bf16-mixed"], "precision=32-true, is .*precision=bf16-mixed"),
+        (["precision=auto"], "precision=32-true, is .*precision=16-mixed"),
         (["shard_clips=4"], "shard_clips was 3, is 4"),
     ):
         code, _, said = cache.call("output=a", *change)

@@ -130,7 +130,9 @@ def test_a_chain_that_is_ended_goes_on_and_stages_begin_with_averaged_weights(
 def test_a_stage_that_fails_ends_the_chain_with_its_line_and_code(osp: Osp) -> None:
     code, out, err = osp("chain=tiny", "checkpoint=none.ckpt", "output=runs")
     assert code == 1
-    assert err.splitlines()[-1] == "osp chain: stage images: none.ckpt: no such file"
+    assert err.splitlines()[-1] == (
+        "osp chain: stage images: checkpoint=none.ckpt: no such file; give a checkpoint of `osp train`"
+    )
     assert "Traceback" not in err
     assert not out
     assert not Path("runs/videos").exists()
@@ -141,6 +143,7 @@ WRONG = [
     (["chain=tiny"], "checkpoint"),
     (["chain=v13_inpaint"], "start_from"),
     (["chain=tiny", "checkpoint=x", "stages.i2v.overrides=['module.speed=1']"], "stage i2v: Could not.*module.speed"),
+    (["chain=tiny", "checkpoint=x", "overrides=['text=null']"], "text=null: a choice is left out by '~text'"),
     (["chain=tiny", "checkpoint=x", "stages.sparse.steps=0"], r"stage sparse: trainer\.max_steps=0 makes no sense"),
     (["chain=v13"], r"stage stage1 needs data\.train\.path, text\.path: give overrides=\['data\.train\.path=\.\.\.'"),
 ]

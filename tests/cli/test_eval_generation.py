@@ -30,7 +30,7 @@ from osp.vae.lowest_band import LowestBand
 SIZE = {"frames": 9, "height": 32, "width": 32}
 
 
-def random_generator(path: str | None, takes_frames: bool = False) -> VideoGenerator:
+def random_generator(path: str | None, takes_frames: bool = False, **_: None) -> VideoGenerator:
     """Parts that fit together, with random weights."""
     torch.manual_seed(0)
     codec = LatentCodec(LowestBand(4), 0.0, 1.0)
@@ -71,14 +71,18 @@ class Artist(VideoGenerator):
         return video if given is None else torch.where(given.mask[:, None] == 0, given.video, video)
 
 
-def artist(path: str, takes_frames: bool = False) -> VideoGenerator:
+def artist(path: str, takes_frames: bool = False, **_: None) -> VideoGenerator:
     parts = random_generator(path, takes_frames)
     return Artist(parts.denoiser, parts.text, parts.objective, parts.codec, parts.fps, parts.clip)
 
 
 @pytest.fixture(autouse=True)
-def generators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `generator._target_=fake.NAME` finds."""
+def generators(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What `generator._target_=fake.NAME` finds, and the files that it is said to be read from."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/name/checkpoints").mkdir(parents=True)
+    for name in ("x", "x.ckpt", "runs/name/checkpoints/best.ckpt"):
+        (tmp_path / name).touch()
     module = ModuleType("fake")
     module.artist, module.random_generator = artist, random_generator  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake", module)
@@ -170,10 +174,11 @@ def test_a_generator_that_knows_nothing_is_wrong(
     assert summary["given"]["loss"] > 1
 
 
+@pytest.mark.parametrize("kind", ["mp4", "png"])
 def test_a_folder_of_samples_is_judged_by_its_own_prompts(
-    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = SampleFolder(tmp_path / "samples", "mp4")
+    folder = SampleFolder(tmp_path / "samples", kind)
     prompts = ["a large red star moves up", "a large blue ring grows", "a large green circle slides left"]
     for number, prompt in enumerate(prompts):
         asked = read_caption(prompts[0] if number == 1 else prompt)  # the second is drawn wrong
@@ -194,12 +199,32 @@ def test_a_folder_of_samples_is_judged_by_its_own_prompts(
     assert [clip["prompt"] for clip in clips] == prompts
     assert clips[1]["read"] == {"colour": "red", "shape": "star", "motion": "up"}
 
+    def refused(*more: str) -> tuple[int, str]:
+        got, _, said = call(capsys, monkeypatch, *arguments, *more)
+        assert "\n" not in said
+        return got, said
+
+    assert refused("clip.frames=10")[1].endswith("samples have 9; ask for no more")
+    assert refused("input=none") == (1, "osp eval: input=none: no such folder; give shards of procedural clips")
+    missing = next((tmp_path / "samples").glob("002*"))
+    missing.rename(tmp_path / missing.name)
+    got, said = refused()
+    assert (got, f"{missing}: no such file, but samples.jsonl beside it lists it" in said) == (1, True)
+    small = to_float(render(Scene((read_caption(prompts[2]),), "black", variation=2), 9, 32, 32))
+    folder.write("002", small, {"prompt": prompts[2], "seed": 2, "fps": 8.0, "frames": 9})
+    got, said = refused()
+    assert got == 1
+    assert re.search(r"is 9x64x64 and 002\S* 9x32x32; videos of one size", said)
+
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "give checkpoint=FILE of a trained denoiser, or generated=DIR"),
-        (["checkpoint=x", "generated=y"], 2, "give checkpoint=FILE of a trained denoiser, or generated=DIR"),
+        ([], 2, "give checkpoint=FILE of `osp train`, or generator=opensora_v13"),
+        (["checkpoint=x", "generated=y"], 2, "checkpoint=FILE and generated=DIR exclude each other"),
+        (["checkpoint=none.ckpt"], 1, "checkpoint=none.ckpt: no such file; give a checkpoint of `osp train`"),
+        (["checkpoint=x", "input=none"], 1, "input=none: no such folder"),
+        (["generator=opensora_v13"], 2, r"give denoiser\.path=FOLDER vae\.path=FOLDER text\.path=FOLDER"),
         (["generated=none"], 1, r"none/samples\.jsonl: lists no video"),
         (["generated=none", "mode=image"], 2, "mode=image needs checkpoint=FILE"),
         (["checkpoint=x", "prompts=0"], 2, "prompts=0 makes no sense"),
@@ -224,7 +249,6 @@ def test_what_cannot_be_evaluated_is_said_at_once(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "ramp.mp4").write_bytes(encode_video(torch.zeros(3, 9, 32, 32), 8.0))
     (tmp_path / "videos" / "captions.jsonl").write_text('{"path": "ramp.mp4", "caption": "a cat"}')

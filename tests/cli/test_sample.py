@@ -277,7 +277,10 @@ EARLY = [
     (["checkpoint=MODELS/joint.ckpt", "prompts=none.txt"], 1, "none.txt: cannot be read"),
     (["checkpoint=MODELS/joint.ckpt", "prompts=bad.jsonl"], 1, "bad.jsonl, line 2: is no JSON"),
     (["prompt=a"], 2, "give checkpoint=FILE"),
-    (["prompt=a", "checkpoint=none.ckpt"], 2, "checkpoint=none.ckpt: no such file"),
+    (["prompt=a", "checkpoint=none.ckpt"], 1, "checkpoint=none.ckpt: no such file; give a checkpoint of `osp train`"),
+    (["prompt=a", "checkpoint=x", "generator=opensora_v13", *PUBLISHED[:3], "text.path=x"], 2, "x is not read by this"),
+    (["prompt=a", "checkpoint=x", "text=null"], 2, "text=null: a choice is left out by '~text'"),
+    (["prompt=a", "checkpoint=x", "colour=red"], 2, "Could not override 'colour'; --help lists the settings"),
     (
         ["prompt=a", "generator=suv_v15", "vae.path=x"],
         2,
@@ -317,11 +320,9 @@ LATE = [
     (["solver.name=ddim"], "solver: name=ddim cannot integrate Flow"),
     (["solver.options.colour=1"], "Could not override"),
     (["image=light.png"], "this denoiser was not trained with any"),
-    (["vae@generator.vae=pretrained", "generator.vae.path=MODELS/other_vae"], "was trained with another VAE"),
-    (
-        ["vae@generator.vae=pretrained", "generator.vae.path=MODELS/large_vae"],
-        "latent.shift has 4 values; 8 are needed",
-    ),
+    (["vae=pretrained", "vae.path=MODELS/other_vae"], "give that one: vae=trained vae.path=CHECKPOINT"),
+    (["vae=pretrained", "vae.path=MODELS/large_vae"], "latent.shift has 4 values; 8 are needed"),
+    (["text=words"], "brings the text encoder that was trained along; leave text out"),
 ]
 
 
@@ -333,6 +334,65 @@ def test_what_only_the_model_knows_is_told_before_sampling(
     (tmp_path / "light.png").write_bytes(encode_png(torch.full((3, 40, 40), 255, dtype=torch.uint8)))
     found, _, err = sample("checkpoint=MODELS/joint.ckpt", "prompt=a", *arguments)
     assert (found, message in err, err.count("\n")) == (2, True, 0), err
+
+
+def test_the_vae_that_has_moved_and_a_checkpoint_of_the_wrong_kind(sample: Run, models: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "vae_settings": {}}, tmp_path / "vae.ckpt")
+    code, _, err = sample("checkpoint=vae.ckpt", "prompt=a")
+    assert (code, "vae.ckpt: holds a VAE, where a denoiser is wanted; measure it by `osp eval`" in err) == (1, True)
+    (models / "vae").rename(models / "moved")
+    try:
+        code, _, err = sample("checkpoint=MODELS/joint.ckpt", "prompt=a")
+        assert code == 2
+        assert "is gone; give vae=trained vae.path=CHECKPOINT, or vae=pretrained vae.path=FOLDER" in err
+        code, _, err = sample("checkpoint=MODELS/joint.ckpt", "prompt=a", "vae=trained", "vae.path=MODELS/joint.ckpt")
+        assert (code, "joint.ckpt: holds a denoiser, where a VAE is wanted; make videos" in err) == (1, True)
+        code, _, err = sample("checkpoint=MODELS/joint.ckpt", "prompt=a", "vae=pretrained", "vae.path=MODELS/moved")
+        assert code == 0, err
+    finally:
+        (models / "moved").rename(models / "vae")
+
+
+def test_a_given_video_is_read_at_the_rate_of_the_model(sample: Run, tmp_path: Path) -> None:
+    ramp = torch.arange(0, 200, 20, dtype=torch.uint8).view(1, -1, 1, 1).expand(3, -1, 16, 32)
+    (tmp_path / "ramp.mp4").write_bytes(encode_video(ramp, 8.0))
+    frames = []
+    for rate in ([], ["fps=2"]):
+        given = ["video=ramp.mp4", "keep_frames=2", f"output=rates{len(rate)}", "format=png", *rate]
+        code, _, err = sample("checkpoint=MODELS/inpaint.ckpt", "prompt=a", *given)
+        assert code == 0, err
+        frames.append(
+            [read_clip(file, frames=1) for file in sorted((tmp_path / f"rates{len(rate)}/000_a_seed0").iterdir())]
+        )
+    assert torch.equal(torch.cat(frames[0]), torch.cat(frames[1]))
+
+
+PROMPTS = [
+    "a man's dog, running; 100% é 中文",
+    'say "hi" [now] (or) {never}',
+    "null",
+    "1",
+    "a=b & ${x} <y> ~z # \\ \\' \\",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("multirun", [[], ["seed=1,2", "--multirun"]])
+def test_any_prompt_is_text(multirun: list[str], prompt: str, monkeypatch: pytest.MonkeyPatch, sample: Run) -> None:
+    asked = []
+    monkeypatch.setattr("osp.cli.sample.run", lambda cfg: asked.append((cfg.prompt, cfg.negative_prompt)))
+    code, _, err = sample(f"prompt={prompt}", f"negative_prompt={prompt}", *multirun)
+    assert code == 0, err
+    assert asked == [(prompt, prompt)] * (2 if multirun else 1)
+    assert ("commas in a prompt make no sweep" in err) == bool(multirun and "," in prompt)
+
+
+def test_a_prompt_in_quotes_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, sample: Run) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("osp.cli.sample.run", lambda cfg: asked.append(cfg.prompt))
+    for quoted in ("'a, b'", '"a, b"', r"'it\'s'"):
+        assert sample(f"prompt={quoted}")[0] == 0
+    assert asked == ["a, b", "a, b", "it's"]
 
 
 def test_published_parts_that_do_not_fit_together(sample: Run) -> None:

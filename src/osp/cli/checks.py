@@ -1,11 +1,12 @@
 """What a verb checks of its settings and its model before anything else happens."""
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
-from hydra.utils import instantiate
+from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
-from osp.errors import UsageError
+from osp.errors import DataError, UsageError
 from osp.vae import VideoVAE
 
 CLIP = {"clip.frames": 1, "clip.height": 1, "clip.width": 1, "clip.stride": 1}
@@ -29,12 +30,34 @@ def check_numbers(cfg: DictConfig, least: Mapping[str, float], optional: Collect
 
 
 def check_vae_source(cfg: DictConfig) -> None:
-    """Raise UsageError if a configuration with `vae` says no file or folder to read it from."""
+    """Raise UsageError if a configuration with `vae` says no file or folder to read it from, DataError for no file."""
     if cfg.vae.get("path", "") is None:
         raise UsageError(
             "give checkpoint=FILE of `osp train`, vae=pretrained path=FOLDER of `osp import-weights`, "
             "or vae=published vae.kind=KIND vae.source=FILE"
         )
+    check_checkpoint(cfg, cfg.vae)
+
+
+def check_generator_source(cfg: DictConfig) -> None:
+    """Raise UsageError if a configuration with `generator` says not where to read all of it, DataError for no file."""
+    parts = [part for part in ("denoiser", "vae", "text") if cfg.get(part) is not None]
+    if missing := [key for part in parts for key in _without_path(cfg[part], part)]:
+        raise UsageError(f"this generator is read from folders; give {' '.join(f'{key}=FOLDER' for key in missing)}")
+    if cfg.generator.get("path", "") is None:
+        raise UsageError(
+            "give checkpoint=FILE of `osp train`, or generator=opensora_v13 and the like; see conf/generator"
+        )
+    if cfg.checkpoint is not None and "path" not in cfg.generator:
+        raise UsageError(f"checkpoint={cfg.checkpoint} is not read by this generator; leave one of them out")
+    check_checkpoint(cfg, cfg.generator)
+
+
+def check_checkpoint(cfg: DictConfig, part: DictConfig) -> None:
+    """Raise DataError if a part of a configuration is read from its `checkpoint` and that is not there."""
+    path = cfg.checkpoint
+    if path is not None and part.get("path") == path and not Path(to_absolute_path(path)).is_file():
+        raise DataError(f"checkpoint={path}: no such file; give a checkpoint of `osp train`")
 
 
 def build_vae(cfg: DictConfig) -> VideoVAE:
@@ -43,3 +66,14 @@ def build_vae(cfg: DictConfig) -> VideoVAE:
     if not isinstance(vae, VideoVAE):
         raise UsageError(f"vae is a {type(vae).__name__}, which is no VAE; give weights of a VAE")
     return vae
+
+
+def _without_path(cfg: DictConfig, key: str) -> list[str]:
+    """The settings named `path` in a configuration that say nothing."""
+    found = []
+    for name in map(str, cfg):
+        if name == "path" and (OmegaConf.is_missing(cfg, name) or cfg.path is None):
+            found.append(f"{key}.path")
+        elif not OmegaConf.is_missing(cfg, name) and isinstance(cfg[name], DictConfig):
+            found += _without_path(cfg[name], f"{key}.{name}")
+    return found

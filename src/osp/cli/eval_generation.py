@@ -12,13 +12,14 @@ from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from osp.cli.checks import check_numbers
+from osp.cli.checks import check_generator_source, check_numbers
 from osp.cli.eval_input import model_name, read_clips
 from osp.cli.solver import build_solver
 from osp.conditioning import GivenFrames, given_by_mode
 from osp.conditioning.given import frame_numbers
+from osp.data.buckets import Shape
 from osp.data.sources import ShardClips
-from osp.data.video import ClipError, probe, read_clip, to_float
+from osp.data.video import ClipError, to_float
 from osp.devices import autocast_dtype, choose_device, choose_precision
 from osp.diffusion import Solver
 from osp.errors import DataError, UsageError
@@ -26,7 +27,7 @@ from osp.evaluation.frechet import video_features
 from osp.evaluation.generation import GeneratedClip, evaluate_generation
 from osp.evaluation.prompt_accuracy import truth
 from osp.sampling import VideoGenerator
-from osp.sampling.outputs import SAMPLES, SampleFolder
+from osp.sampling.outputs import SAMPLES, SampleFolder, made_size, read_made
 from osp.vae import VideoVAE
 
 log = logging.getLogger(__name__)
@@ -57,12 +58,16 @@ def generation(cfg: DictConfig) -> dict[str, Any]:
     least = {"prompts": 1, "batch_size": 1, "contact_sheet_clips": 0, "save_videos": 0, "seed": 0, "keep_frames": 1}
     sizes = {f"clip.{name}": 1 for name in _SIZES}
     check_numbers(cfg, least | sizes | {"clip.stride": 1}, optional=["save_videos", *sizes])
-    if (cfg.checkpoint is None) == (cfg.generated is None):
-        raise UsageError("give checkpoint=FILE of a trained denoiser, or generated=DIR that `osp sample` wrote")
+    if cfg.generated is None:
+        check_generator_source(cfg)
+    elif cfg.checkpoint is not None:
+        raise UsageError("checkpoint=FILE and generated=DIR exclude each other; leave one of them out")
+    if not Path(to_absolute_path(cfg.input)).exists():
+        raise DataError(f"input={cfg.input}: no such folder; give shards of procedural clips")
     device = choose_device(cfg.device)
     cfg.precision = choose_precision(cfg.precision, device)
     features = video_features("random3d" if cfg.features.path is None else "i3d", cfg.features.path)
-    work = _to_read(cfg) if cfg.checkpoint is None else _to_generate(cfg, device)
+    work = _to_generate(cfg, device) if cfg.generated is None else _to_read(cfg)
     for prompt in dict.fromkeys([*work.prompts, *_captions(work.real, len(work.prompts))]):
         truth(prompt)
     output = HydraConfig.get().runtime.output_dir
@@ -105,7 +110,8 @@ def _to_generate(cfg: DictConfig, device: torch.device) -> _Work:
         **settings,
     )
     clips = _generate(generator, real, prompts, given, cfg, settings)
-    return _Work(model_name(cfg), clips, prompts, real, given, generator.codec.vae, settings["solver"])
+    name = model_name(cfg) if cfg.checkpoint is not None else Path(cfg.denoiser.path).name
+    return _Work(name, clips, prompts, real, given, generator.codec.vae, settings["solver"])
 
 
 def _generate(
@@ -165,19 +171,33 @@ def _to_read(cfg: DictConfig) -> _Work:
     samples = SampleFolder(folder, "mp4").listed
     if not samples:
         raise DataError(f"{folder / SAMPLES}: lists no video; give generated=DIR that `osp sample` wrote")
-    info = probe(folder / next(iter(samples)))
-    real = _real_clips(cfg, {"frames": info.frames, "height": info.height, "width": info.width})
+    if unknown := [name for name, sample in samples.items() if not isinstance(sample.get("prompt"), str)]:
+        raise DataError(f"{folder / SAMPLES}: does not say the prompt of {unknown[0]}; make the videos by `osp sample`")
+    sizes = {name: made_size(folder / name) for name in samples}
+    name, size = next(iter(sizes.items()))
+    if other := next((other for other in sizes if sizes[other] != size), None):
+        raise DataError(
+            f"{folder}: {name} is {_by(size)} and {other} {_by(sizes[other])}; videos of one size are judged together, "
+            "so keep those of each size in a folder of their own"
+        )
+    if cfg.clip.frames is not None and cfg.clip.frames > size.frames:
+        raise UsageError(f"clip.frames={cfg.clip.frames}: the videos in {folder} have {size.frames}; ask for no more")
+    real = _real_clips(cfg, size._asdict())
     clips = (
         GeneratedClip(
             Path(name).stem,
             sample["prompt"],
-            read_clip(folder / name, frames=real.shape.frames, size=(real.shape.height, real.shape.width)),
-            info.fps or 1.0,
+            read_made(folder / name, real.shape),
+            sample.get("fps") or 1.0,
             sample.get("seed"),
         )
         for name, sample in samples.items()
     )
     return _Work(folder.name, clips, [sample["prompt"] for sample in samples.values()], real)
+
+
+def _by(size: Shape) -> str:
+    return "x".join(map(str, size))
 
 
 def _real_clips(cfg: DictConfig, known: Mapping[str, int] | None) -> ShardClips:

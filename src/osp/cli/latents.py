@@ -7,7 +7,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from osp.cli.checks import build_vae
+from osp.cli.checks import build_vae, check_checkpoint
 from osp.data.datamodule import ClipDataModule
 from osp.training.checkpoints import load_vae
 from osp.vae import LatentCodec, VideoVAE
@@ -29,6 +29,7 @@ def codec_of(cfg: DictConfig, data: ClipDataModule) -> dict[str, Any]:
     features = getattr(data.train_source, "identity", None)
     vae = None
     if cfg.vae.get("path", cfg.vae.get("source")) is not None:
+        check_checkpoint(cfg, cfg.vae)
         vae = build_vae(cfg.vae)
     elif features is not None and cfg.logged_clips:
         vae = _vae_of_features(data.train_source)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from osp import __version__
-from osp.cli.checks import check_numbers
+from osp.cli.checks import check_generator_source, check_numbers
 from osp.cli.solver import build_solver
 from osp.devices import autocast_dtype, choose_device, choose_precision
 from osp.diffusion import Flow, Solver, Velocity, solvers
@@ -28,7 +28,6 @@ from osp.sampling.requests import Request, Video, batches, list_videos, read_req
 log = logging.getLogger(__name__)
 
 _MEMORY = ("normal", "low")
-_PARTS = ("denoiser", "vae", "text")
 _SIZE = ("frames", "height", "width")
 
 
@@ -49,7 +48,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     jobs = _jobs(cfg, generator, solver, pictures)
     todo = []
     for batch in batches(jobs, lambda job: (job.size, job.negative_prompt), cfg.batch_size):
-        generator.check(**_arguments(cfg, batch, solver))
+        generator.check(**_arguments(cfg, batch, solver, generator.fps))
         # A batch is made again as it was, or its videos might differ in their last bits.
         if missing := [job for job in batch if not folder.is_made(job.stem, job.settings)]:
             todo.append((batch, missing))
@@ -61,7 +60,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         _tell_memory(generator, [batch for batch, _ in todo], low=cfg.memory == "low")
     with shown_progress("sampling", len(todo)) as show:
         for done, (batch, missing) in enumerate(todo):
-            made = _generate(cfg, generator, _arguments(cfg, batch, solver), show, done)
+            made = _generate(cfg, generator, _arguments(cfg, batch, solver, generator.fps), show, done)
             for job, video in zip(batch, made, strict=True):
                 if job in missing:
                     folder.write(job.stem, video, job.settings)
@@ -121,10 +120,10 @@ def _jobs(
     return jobs
 
 
-def _arguments(cfg: DictConfig, batch: Sequence[Job], solver: Solver) -> dict[str, Any]:
-    """What `check` and `generate` are given for a batch of one size."""
+def _arguments(cfg: DictConfig, batch: Sequence[Job], solver: Solver, fps: float) -> dict[str, Any]:
+    """What `check` and `generate` are given for a batch of one size; given videos are read at the generator's `fps`."""
     with_pictures = batch if any(job.pictures.files for job in batch) else []
-    given = [job.pictures.read(*job.size, job.settings["fps"]) for job in with_pictures]
+    given = [job.pictures.read(*job.size, fps) for job in with_pictures]
     return {
         "prompts": [job.settings["prompt"] for job in batch],
         **dict(zip(_SIZE, batch[0].size, strict=True)),
@@ -162,14 +161,7 @@ def _check(cfg: DictConfig) -> None:
     names = dict.fromkeys([*solvers(Flow()), *solvers(Velocity())])
     if cfg.solver.name is not None and cfg.solver.name not in names:
         raise UsageError(f"solver.name={cfg.solver.name} is not known; choose {', '.join(names)}")
-    if missing := [key for part in _PARTS if part in cfg for key in _without_path(cfg[part], part)]:
-        raise UsageError(f"this generator is read from folders; give {' '.join(f'{key}=FOLDER' for key in missing)}")
-    if cfg.generator.get("path", "") is None:
-        raise UsageError(
-            "give checkpoint=FILE of `osp train`, or generator=opensora_v13 and the like; see conf/generator"
-        )
-    if cfg.checkpoint is not None and not Path(to_absolute_path(cfg.checkpoint)).is_file():
-        raise UsageError(f"checkpoint={cfg.checkpoint}: no such file; give a checkpoint of `osp train`")
+    check_generator_source(cfg)
 
 
 def _precision(cfg: DictConfig) -> str:
@@ -177,20 +169,9 @@ def _precision(cfg: DictConfig) -> str:
     return choose_precision(cfg.precision, choose_device(cfg.device))
 
 
-def _without_path(cfg: DictConfig, key: str) -> list[str]:
-    """The settings named `path` in a configuration that say nothing."""
-    found = []
-    for name in map(str, cfg):
-        if name == "path" and (OmegaConf.is_missing(cfg, name) or cfg.path is None):
-            found.append(f"{key}.path")
-        elif not OmegaConf.is_missing(cfg, name) and isinstance(cfg[name], DictConfig):
-            found += _without_path(cfg[name], f"{key}.{name}")
-    return found
-
-
 def _requests(cfg: DictConfig) -> list[Request]:
     if (cfg.prompt is None) == (cfg.prompts is None):
-        raise UsageError('give a prompt, prompt="a red circle moves left", or a file of them, prompts=FILE (not both)')
+        raise UsageError('give a prompt, prompt="a red circle slides left", or a file of them, prompts=FILE (not both)')
     if cfg.prompts is not None:
         return read_requests(Path(to_absolute_path(cfg.prompts)))
     if not str(cfg.prompt).strip():

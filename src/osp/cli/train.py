@@ -22,7 +22,7 @@ from osp.cli.latents import codec_of
 from osp.data.datamodule import ClipDataModule
 from osp.data.files import write_whole
 from osp.devices import choose_device, choose_precision
-from osp.errors import UsageError
+from osp.errors import DataError, UsageError
 from osp.training.callbacks import ClipLogger, ProgressLog
 from osp.training.checkpoints import BEST, LAST
 from osp.training.module import TrainingModule
@@ -60,6 +60,12 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     if cfg.after is not None and cfg.start_from is None and not going_on:
         raise UsageError(
             f"{cfg.name} begins with the weights of {cfg.after}: give start_from=CHECKPOINT of it, or after=null"
+        )
+    starts = "denoiser" in cfg.module and cfg.start_from is not None and not going_on
+    if starts and not Path(cfg.start_from).exists():
+        raise DataError(
+            f"start_from={cfg.start_from}: no such file or folder; give a checkpoint of `osp train`, or a folder of "
+            "`osp import-weights`"
         )
     for part in ("train", "val"):
         clips = cfg.data[part]

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import av
+import torch
 from PIL import Image
 from torch import Tensor
 
+from osp.data.buckets import Shape
 from osp.data.files import write_whole
 from osp.data.pictures import animated_gif, encode_png
-from osp.data.video import encode_video, to_uint8
+from osp.data.video import encode_video, probe, read_clip, to_uint8
 from osp.errors import DataError, UsageError
 
 FORMATS = ("mp4", "gif", "png")
@@ -111,6 +113,32 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     except ValueError:
         return None
     return settings if isinstance(settings, dict) else None
+
+
+def made_size(path: Path) -> Shape:
+    """The size of a video of ours, or of a folder of its frames. Raises DataError if there is none to read."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file, but {SAMPLES} beside it lists it; run `osp sample` again")
+    frames = _frames(path) if path.is_dir() else []
+    info = probe(frames[0] if frames else path)
+    return Shape(len(frames) or info.frames, info.height, info.width)
+
+
+def read_made(path: Path, size: Shape) -> Tensor:
+    """The first frames of a video of ours, or of a folder of its frames, as uint8 `3 T H W`.
+
+    Raises ClipError for a file that cannot be read.
+    """
+    space = size.height, size.width
+    if not path.is_dir():
+        return read_clip(path, frames=size.frames, size=space)
+    return torch.cat([read_clip(file, frames=1, size=space) for file in _frames(path)[: size.frames]], dim=1)
+
+
+def _frames(path: Path) -> list[Path]:
+    if not (frames := sorted(path.glob("*.png"))):
+        raise DataError(f"{path}: has no frames in it; remove it, and run `osp sample` again")
+    return frames
 
 
 def _line(name: str, settings: Mapping[str, Any]) -> str:
