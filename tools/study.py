@@ -43,10 +43,9 @@ from osp.data.files import write_whole
 from osp.denoiser import Denoiser, Grid, Stage
 from osp.denoiser.flops import denoiser_flops
 from osp.denoiser.patterns import Dense, average_attention_distance
-from osp.devices import choose_device, describe_device, fast_precision, synchronize
+from osp.devices import autocast_dtype, choose_device, choose_precision, describe_device, synchronize
 from osp.errors import DataError, OspError, UsageError
 from osp.evaluation.output import METRICS
-from osp.evaluation.reconstruction import autocast_dtype
 from osp.training.checkpoints import LAST
 
 EXPERIMENT = "t2v_tiny"
@@ -172,7 +171,7 @@ def study(args: argparse.Namespace, folders: Mapping[str, Path]) -> None:
     steps = args.steps or base.trainer.max_steps
     known = variants(sum(stage.blocks for stage in base.denoiser.stages))
     device = choose_device("auto")
-    precision = fast_precision(device) if base.trainer.precision == "auto" else base.trainer.precision
+    precision = choose_precision(base.trainer.precision, device)
     source = FeatureClips(folders["features"], base.data.train.patch_size)
     torch.manual_seed(0)
     # References are timed even where they are not trained.
