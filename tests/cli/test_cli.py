@@ -327,6 +327,11 @@ def test_a_wrong_command_is_told_in_one_line(
     assert not out
 
 
+def test_verbs_that_do_not_train_start_without_lightning() -> None:
+    script = "import sys, osp.cli.sample, osp.cli.cache, osp.cli.chain; sys.exit('lightning' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+
+
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = call(capsys, monkeypatch)
     assert code == 0

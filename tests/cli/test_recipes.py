@@ -1,5 +1,6 @@
 """The published recipes compose to the published numbers, build their models, and lead to each other."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,20 @@ SAMPLES = {"step1": 4, "step2": 4, "step3": 4, "step4": 4, "step5": 8, "step6": 
 PATHS = {"v13": ["text.path=T5"], "v15": ["text.tokens.path=T5", "text.pooled.path=CLIP"]}
 
 
+@cache
 def composed(name: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         return compose("train", [f"experiment={name}", *overrides])
 
 
 def model(cfg: DictConfig) -> Any:
+    return _model(OmegaConf.to_yaml(cfg.denoiser))
+
+
+@cache
+def _model(denoiser: str) -> Any:
     with torch.device("meta"):
-        return instantiate(cfg.denoiser)
+        return instantiate(OmegaConf.create(denoiser))
 
 
 def test_the_table_has_every_recipe() -> None:

@@ -24,6 +24,7 @@ SMALL = [
     *("denoiser.channels=4", "denoiser.out_channels=4", "text.heads=2"),
     *("data.batch_size=2", "data.workers=0", "data.val_clips=4", "logged_clips=2", "trainer.accelerator=cpu"),
     *("trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "checkpoint_every=2"),
+    "module.decay_until=null",
 ]
 T2V = ["train", "experiment=t2v_tiny", *SMALL]
 SIZE = ["clip.frames=9", "clip.height=32", "clip.width=32"]

@@ -23,7 +23,7 @@ from osp.cli import config_folder, user_error
 from osp.cli.checks import check_numbers
 from osp.cli.compare import print_table, text_of, write_table
 from osp.cli.overrides import check_choices, quoted
-from osp.cli.train import RESULT, other_setting
+from osp.cli.runs import RESULT, other_setting
 from osp.errors import DataError, OspError, UsageError
 from osp.training.checkpoints import LAST
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from osp.cli.train import RESULT, is_first_process
+from osp.cli.runs import RESULT, is_first_process
 from osp.data.files import write_whole
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from osp.cli.checks import check_numbers
 from osp.cli.curves import read_curves
 from osp.cli.page_parts import Shown, charts, clips, section, table, tiles
-from osp.cli.train import RESULT
+from osp.cli.runs import RESULT
 from osp.data.files import write_whole
 from osp.errors import DataError, UsageError
 from osp.evaluation.output import METRICS

@@ -14,11 +14,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from osp.cli.checks import CLIP, check_numbers
 from osp.cli.latents import codec_of
+from osp.cli.runs import RESULT, is_first_process, other_setting
 from osp.data.datamodule import ClipDataModule
 from osp.data.files import write_whole
 from osp.devices import choose_device, choose_precision
@@ -30,17 +30,6 @@ from osp.training.saving import AtomicCheckpointIO, LastCheckpoint
 from osp.weights.files import read_checkpoint
 
 log = logging.getLogger(__name__)
-
-RESULT = "result.json"
-"""What a run leaves in its folder, and a sweep's table is made of."""
-
-# What a run cannot change half-way. The rest (steps, devices, intervals) may differ when it is continued.
-_FIXED = ("vae", "module", "latent", "data", "clip", "seed", "global_batch")
-# What of it may: the loader itself refuses another global batch, and a denoiser another VAE.
-_FREE = (
-    *("data.workers", "data.batch_size", "data.batch_tokens", "data.val_batch_size", "data.devices"),
-    *("vae.path", "module.vae.path", "latent.vae.path"),
-)
 
 
 def run(cfg: DictConfig) -> dict[str, Any] | None:
@@ -195,30 +184,3 @@ def _start(cfg: DictConfig, output: Path) -> tuple[Path | None, dict[str, Any] |
         output.mkdir(parents=True, exist_ok=True)
         write_whole(settings, OmegaConf.to_yaml(cfg, resolve=True))
     return last if going_on else None, done
-
-
-def is_first_process() -> bool:
-    """Whether this is the run's first process, as far as its launcher has said yet."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def other_setting(before: Any, cfg: DictConfig) -> str | None:
-    """Why a run with settings `before` cannot go on with those of `cfg`: "KEY=BEFORE, not NOW"; None if it can."""
-    for part in _FIXED:
-        old, new = (_flat(_plain(config).get(part), part) for config in (before, cfg))
-        for key in sorted(old.keys() | new.keys()):
-            if key not in _FREE and old.get(key) != new.get(key):
-                return f"{key}={old.get(key)}, not {new.get(key)}"
-    return None
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def _flat(value: Any, key: str) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {name: leaf for part, inner in value.items() for name, leaf in _flat(inner, f"{key}.{part}").items()}
-    return {key: value}
