@@ -33,6 +33,7 @@ TINY = [
     "data.workers=0",
     "data.batch_size=2",
     "trainer.accelerator=cpu",
+    "module.decay_until=null",  # so that a run may go on for longer than was said first
 ]
 
 BENCH = ["vae=wfvae_tiny", "frames=5", "sizes=16x16", "device=cpu"]
