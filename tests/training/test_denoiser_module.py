@@ -1,6 +1,7 @@
 """Training a denoiser: the loss and its gradient, however a step is split; exact resume; what a run begins with."""
 
 import copy
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -230,7 +231,8 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path: Path, features: Pa
     def run(folder: str, steps: int, resume: Path | None = None) -> tuple[DenoiserModule, Record]:
         workers = int("workers" in kind)
         if "features" in kind:
-            module, data = new_module(accumulate=2), feature_data(features, workers=workers)
+            module = new_module(accumulate=2, muon_lr=1e-3 if workers else None, decay_until=8)
+            data = feature_data(features, workers=workers)
         else:
             module = new_module(codec=LatentCodec(new_vae(), 0.0, 1.0), scaling_clips=4, masks=None)
             data = bucket_data(shards, workers)
@@ -256,6 +258,29 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path: Path, features: Pa
         assert resumed.codec is not None
         assert whole.codec is not None
         assert resumed.codec.scale == whole.codec.scale != (1.0,) * 4
+
+
+def test_rates_rise_and_fall_and_muon_takes_the_matrices_of_blocks(tmp_path: Path, one_size: Path) -> None:
+    module = new_module(lr=1e-3, muon_lr=2e-3, warmup_steps=1, decay_until=4, text_dropout=0.0)
+    adamw, muon = module.configure_optimizers()
+    named = {parameter: name for name, parameter in module.model.named_parameters()}
+    both = [[named[p] for p in optimizer.param_groups[0]["params"]] for optimizer in (adamw, muon)]
+    assert sorted(both[0] + both[1]) == sorted(named.values())
+    assert {"denoiser.blocks.0.attention.weight", "text.blocks.0.qkv.weight"} & set(both[1])
+    assert not [name for name in both[1] if ".blocks." not in name or name.endswith("bias")]
+
+    before = copy.deepcopy(module.model.state_dict())
+    record = fit(tmp_path, module, feature_data(one_size), 5)
+    expected = [0.5, *(0.5 * (1 + math.cos(math.pi * step / 4)) for step in (1, 2, 3)), 0.0]
+    assert [logs["train/lr"] for logs in record.logs] == pytest.approx([1e-3 * part for part in expected])
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 5
+    rates = [state["param_groups"][0]["lr"] for state in checkpoint["optimizer_states"]]
+    assert rates == pytest.approx([0.0, 0.0], abs=1e-12)
+    name = both[1][0]
+    # Steps of Muon have the size of AdamW's: 0.2 of the rate in the mean square.
+    moved = (module.model.state_dict()[name] - before[name]).square().mean().sqrt().item()
+    assert 0.05 * 2e-3 < moved < 0.2 * 2e-3 * sum(expected) * 1.5
 
 
 def test_a_dropped_step_moves_nothing_but_the_count(tmp_path: Path, one_size: Path) -> None:

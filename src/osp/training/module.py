@@ -86,7 +86,7 @@ class TrainingModule(lightning.LightningModule):
     def adamw(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
         """An optimiser of those that learn."""
         learning = [parameter for parameter in parameters if parameter.requires_grad]
-        return torch.optim.AdamW(learning, lr, self.betas, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(learning, lr, self.betas, weight_decay=self.weight_decay, fused=True)
 
     def rate_at(self, step: int) -> float:
         """The learning rate as a part of its highest: a linear start, then constant or half a cosine down to 0."""
