@@ -21,7 +21,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 # DEMO_VAE and DEMO_DENOISER are steps; PROMPTS held-out captions are judged. The VAE trains in four processes of one
 # thread each, as convolutions so small gain little from threads; the denoiser's step is too short to be shared.
 DEMO := $(OUT)/demo
-DEMO_CLIPS := synthetic.frames=9 synthetic.objects=1 synthetic.plain=true 'synthetic.sizes=[large]'
+DEMO_CLIPS := synthetic.frames=9 synthetic.objects=1 synthetic.plain=true 'synthetic.sizes=[large]' \
+	'synthetic.backgrounds=[black,white]'
 PROCESSES := trainer=ddp_cpu trainer.devices=4 data.workers=0
 DEMO_VAE ?= 800
 DEMO_DENOISER ?= 1400
@@ -39,7 +40,7 @@ demo: setup  ## from nothing to videos of sentences: outputs/demo/index.html, in
 		clip.frames=9 batch_size=16 processes=4
 	$(OSP) cache checkpoint=$(DEMO)/vae/checkpoints/last.ckpt input=$(DEMO)/shards/heldout \
 		output=$(DEMO)/features/heldout scaling_from=$(DEMO)/features/train clip.frames=9 batch_size=16
-	$(OSP) train experiment=t2v_tiny output=$(DEMO)/denoiser data.val_clips=64 \
+	$(OSP) train experiment=t2v_tiny denoiser=suv_tiny text.pooled_channels=192 output=$(DEMO)/denoiser data.val_clips=64 \
 		data.train.path=$(DEMO)/features/train data.val.path=$(DEMO)/features/heldout \
 		trainer.max_steps=$(DEMO_DENOISER)
 	$(OSP) sample checkpoint=$(DEMO)/denoiser/checkpoints/last.ckpt prompts=tools/demo_prompts.txt output=$(DEMO)/samples \

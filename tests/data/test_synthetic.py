@@ -102,6 +102,7 @@ def test_read_gives_what_a_source_gives(frames: int, height: int, width: int, ob
 def test_fingerprint_follows_every_setting() -> None:
     settings = {"clips": 8, "frames": 9, "height": 32, "width": 48, "fps": 8.0, "seed": 0, "objects": None}
     changed = {"clips": 9, "frames": 17, "height": 48, "width": 32, "fps": 16.0, "seed": 1, "objects": 1}
+    changed |= {"plain": True, "sizes": ["small"], "backgrounds": ["black", "white", "yellow", "blue"]}
     prints = {SyntheticClips(**settings).fingerprint()}
     assert prints == {SyntheticClips(**settings).fingerprint()}
     for name, value in changed.items():
@@ -119,11 +120,28 @@ def test_fingerprint_follows_every_setting() -> None:
         ({"fps": 0.0}, "fps=0"),
         ({"fps": math.inf}, "fps=inf"),
         ({"objects": 3}, "objects=3"),
+        ({"sizes": ["huge"]}, "unknown size 'huge': use one of small"),
+        ({"sizes": ["large"]}, "sizes=.*large.* leave none for two objects: use objects=1"),
+        ({"backgrounds": ["mauve"]}, "unknown background 'mauve'"),
+        ({"backgrounds": ["black"], "objects": 1}, "none that black stands out from"),
+        ({"backgrounds": ["black", "white"]}, "none that pink and black stand out from"),
     ],
 )
 def test_nonsense_settings_are_refused(setting: dict[str, float], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         SyntheticClips(**{"clips": 4, "frames": 5, "height": 32, "width": 32, **setting})
+
+
+def test_a_simpler_world() -> None:
+    chosen = {"objects": 1, "plain": True, "sizes": ["large"], "backgrounds": ["black", "white"]}
+    clips = SyntheticClips(64, 9, 32, 32, **chosen)
+    scenes = [clips.scene(index) for index in range(64)]
+    assert {scene.background for scene in scenes} == {"black", "white"}
+    assert {(item.size, item.texture) for scene in scenes for item in scene.objects} == {("large", "plain")}
+    # What is not chosen stays what it is in the whole world.
+    whole = SyntheticClips(64, 9, 32, 32, objects=1)
+    same = [(item.shape, item.colour, item.motion) for scene in scenes for item in scene.objects]
+    assert same == [(o.shape, o.colour, o.motion) for o in (whole.scene(index).objects[0] for index in range(64))]
 
 
 @pytest.mark.parametrize("index", [-1, 4])

@@ -165,12 +165,14 @@ def scene_for(
     motions: Sequence[str] = MOTIONS,
     plain: bool = False,
     sizes: Sequence[str] = SIZES,
+    backgrounds: Sequence[str] = BACKGROUND_COLOURS,
 ) -> Scene:
     """The scene of clip `index` in the endless series `seed`.
 
     `objects` is 1 or 2; None draws two objects for one clip in five. Motions are drawn evenly from `motions`, shapes
-    and colours evenly from all, sizes evenly from `sizes`, without large ones where there are two objects. `plain`
-    leaves out all textures, and changes nothing else. Raises UsageError if no size is left.
+    and colours evenly from all, sizes evenly from `sizes`, without large ones where there are two objects, and the
+    background evenly from those of `backgrounds` that the objects stand out from. `plain` leaves out all textures, and
+    changes nothing else. Raises UsageError if no size or no background is left.
     """
     draws = Draws("scene", seed, index)
     count = objects if objects is not None else (2 if draws.uniform("count") < 0.2 else 1)
@@ -189,9 +191,13 @@ def scene_for(
                 texture="plain" if plain else draws.pick(f"texture {number}", ("plain", *OBJECT_TEXTURES)),
             )
         )
+    colours = [item.colour for item in drawn]
+    before = [name for name in backgrounds_for(colours) if name in backgrounds]
+    if not before:
+        raise UsageError(f"backgrounds={list(backgrounds)} leave none that {' and '.join(colours)} stand out from")
     return Scene(
         objects=tuple(drawn),
-        background=draws.pick("background", backgrounds_for([item.colour for item in drawn])),
+        background=draws.pick("background", before),
         texture="plain" if plain else draws.pick("background texture", BACKGROUND_TEXTURES),
         variation=draws.integer("variation"),
     )

@@ -4,6 +4,7 @@ Every clip follows from (seed, index) alone. Lengths below are in units of the f
 `_px`; x points right and y points down.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from osp.data.scene import (
+    BACKGROUND_COLOURS,
     BACKGROUND_TONE,
+    COLOURS,
     MOTIONS,
     OBJECT_TONE,
     PALETTE,
@@ -26,6 +29,7 @@ from osp.data.scene import (
     Draws,
     Scene,
     SceneObject,
+    backgrounds_for,
     caption,
     check_word,
     scene_for,
@@ -266,6 +270,8 @@ class SyntheticClips:
         objects: 1 or 2 objects in every clip; None mixes four clips of one with one clip of two.
         plain: no textures, on objects and background.
         sizes: of the objects, some of small, medium and large; None: all.
+        backgrounds: colours of backgrounds, such that every colour of an object stands out from one of them, as black
+            and white; None: all.
 
     Raises UsageError for values outside these.
     """
@@ -281,6 +287,7 @@ class SyntheticClips:
         objects: int | None = None,
         plain: bool = False,
         sizes: Sequence[str] | None = None,
+        backgrounds: Sequence[str] | None = None,
     ) -> None:
         for name, value, least in (
             ("clips", clips, 1),
@@ -303,6 +310,16 @@ class SyntheticClips:
         self.objects = objects
         self.plain = plain
         self.sizes = list(SIZES if sizes is None else sizes)
+        self.backgrounds = list(BACKGROUND_COLOURS if backgrounds is None else backgrounds)
+        for colour in self.backgrounds:
+            check_word("background", colour, BACKGROUND_COLOURS)
+        for pair in itertools.combinations(COLOURS, 1 if objects == 1 else 2):
+            if not set(self.backgrounds) & set(backgrounds_for(pair)):
+                stands = "stands" if objects == 1 else "stand"
+                raise UsageError(
+                    f"synthetic clips: backgrounds={self.backgrounds} have none that {' and '.join(pair)} {stands} "
+                    "out from; add others"
+                )
         for size in self.sizes:
             check_word("size", size, SIZES)
         if objects != 1 and set(self.sizes) <= {"large"}:
@@ -327,6 +344,7 @@ class SyntheticClips:
             motions=_motions(self.frames),
             plain=self.plain,
             sizes=self.sizes,
+            backgrounds=self.backgrounds,
         )
 
     def read(self, index: int, draw: int) -> dict[str, Any]:
