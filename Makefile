@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 DEMO := $(OUT)/demo
 DEMO_CLIPS := synthetic.frames=9 synthetic.objects=1 synthetic.plain=true 'synthetic.sizes=[large]' \
 	'synthetic.backgrounds=[black,white]'
-PROCESSES := trainer=ddp_cpu trainer.devices=4 data.workers=0
+PROCESSES := trainer=ddp_cpu trainer.devices=4 trainer.strategy=ddp data.workers=0
 DEMO_VAE ?= 800
 DEMO_DENOISER ?= 1400
 PROMPTS ?= 64
