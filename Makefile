@@ -7,7 +7,7 @@ OUT ?= outputs
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo test lint train-vae eval bench-vae bench-denoiser sweep clean help
+.PHONY: setup demo study test lint train-vae eval bench-vae bench-denoiser sweep clean help
 
 setup: $(INSTALLED)  ## make .venv with everything, versions as in constraints.txt
 
@@ -21,8 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 # DEMO_VAE and DEMO_DENOISER are steps; PROMPTS held-out captions are judged. The VAE trains in four processes of one
 # thread each, as convolutions so small gain little from threads; the denoiser's step is too short to be shared.
 DEMO := $(OUT)/demo
-DEMO_CLIPS := synthetic.frames=9 synthetic.objects=1 synthetic.plain=true 'synthetic.sizes=[large]' \
-	'synthetic.backgrounds=[black,white]'
+DEMO_CLIPS := synthetic=plain synthetic.frames=9
 PROCESSES := trainer=ddp_cpu trainer.devices=4 trainer.strategy=ddp data.workers=0
 DEMO_VAE ?= 800
 DEMO_DENOISER ?= 1400
@@ -40,7 +39,7 @@ demo: setup  ## from nothing to videos of sentences: outputs/demo/index.html, in
 		clip.frames=9 batch_size=16 processes=4
 	$(OSP) cache checkpoint=$(DEMO)/vae/checkpoints/last.ckpt input=$(DEMO)/shards/heldout \
 		output=$(DEMO)/features/heldout scaling_from=$(DEMO)/features/train clip.frames=9 batch_size=16
-	$(OSP) train experiment=t2v_tiny denoiser=suv_tiny text.pooled_channels=192 output=$(DEMO)/denoiser data.val_clips=64 \
+	$(OSP) train experiment=t2v_tiny denoiser=suv_tiny output=$(DEMO)/denoiser data.val_clips=64 \
 		data.train.path=$(DEMO)/features/train data.val.path=$(DEMO)/features/heldout \
 		trainer.max_steps=$(DEMO_DENOISER)
 	$(OSP) sample checkpoint=$(DEMO)/denoiser/checkpoints/last.ckpt prompts=tools/demo_prompts.txt output=$(DEMO)/samples \
@@ -54,6 +53,10 @@ demo: setup  ## from nothing to videos of sentences: outputs/demo/index.html, in
 	@echo "four sampled prompts     $(DEMO)/samples/"
 	@echo "numbers                  $(DEMO)/generation/metrics.json, $(DEMO)/reconstruction/metrics.json"
 	@echo "TensorBoard log          $(BIN)/tensorboard --logdir $(DEMO)"
+
+study: setup  ## sparse beside dense attention on the demo's features, 21 runs: make study ARGS="--seeds 1 --steps 300"
+	$(BIN)/python tools/study.py features=$(DEMO)/features/train heldout_features=$(DEMO)/features/heldout \
+		heldout=$(DEMO)/shards/heldout output=$(OUT)/study $(ARGS)
 
 test: lint  ## every check: lint, types, import contract, tests, notebooks
 	$(BIN)/pytest

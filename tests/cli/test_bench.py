@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from osp.cli import bench_case, bench_denoiser, bench_vae, config_folder, main
+from osp.cli import bench_case, bench_denoiser, bench_vae, config_folder
 from osp.cli import eval as eval_verb
 from osp.cli.bench import TARGETS
 from osp.denoiser import CrossTransformer, Denoiser, JointTransformer, Stage
@@ -19,6 +18,7 @@ from osp.denoiser.flops import denoiser_flops
 from osp.vae import WFVAE
 from osp.weights.pretrained import save_pretrained
 
+Osp = Callable[..., tuple[int, str, str]]
 TINY = {"base_channels": 4, "latent_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4}
 # Small enough for a test, with every kind of attention
 SPARSE = "denoiser.stages=[{blocks:1},{blocks:2,pattern:skiparse,k:2},{blocks:1}]"
@@ -29,16 +29,15 @@ Bench = Callable[..., tuple[str, dict[str, Any]]]
 
 
 @pytest.fixture
-def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Bench:
+def command(tmp_path: Path, osp: Osp, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Runs `osp bench`; gives stdout and results.json."""
     monkeypatch.setattr("osp.cli.bench.matmul_peak", lambda *_: 1e11)  # it has its own test, and takes a second
 
     def run(*settings: str) -> tuple[str, dict[str, Any]]:
         common = ["repeats=1", "device=cpu", "isolate=false", f"output={tmp_path}"]
-        monkeypatch.setattr(sys, "argv", ["osp", "bench", *common, *settings])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        main()
-        return capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
+        code, out, said = osp("bench", *common, *settings)
+        assert code == 0, said
+        return out, json.loads((tmp_path / "results.json").read_text())
 
     return run
 
@@ -301,18 +300,13 @@ def test_a_wrong_setting_of_a_denoiser_is_told_in_one_line(
     settings: list[str],
     message: str,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    osp: Osp,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     if "path={vae}" in settings:
         save_pretrained(WFVAE(**TINY), tmp_path / "vae")
     settings = [setting.format(vae=tmp_path / "vae") for setting in settings]
-    monkeypatch.setattr(sys, "argv", ["osp", "bench", "target=denoiser", "device=cpu", *settings])
-    with pytest.raises(SystemExit) as exited:
-        main()
-    said = capsys.readouterr()
-    assert exited.value.code == 2
-    assert re.search(message, said.err), said.err
-    assert said.err.count("\n") == 1
-    assert not said.out
+    code, out, said = osp("bench", "target=denoiser", "device=cpu", *settings)
+    assert code == 2
+    assert re.search(message, said), said
+    assert "\n" not in said
+    assert not out

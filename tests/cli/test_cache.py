@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from osp.cli import main
 from osp.conditioning import T5Text
 from osp.data.features import FeatureClips
 from osp.data.shards import write_rendered
@@ -21,6 +20,7 @@ from osp.vae import WFVAE, LatentCodec
 from osp.weights import load_pretrained
 from osp.weights.pretrained import save_pretrained
 
+Osp = Callable[..., tuple[int, str, str]]
 CLIPS = 7
 DTYPE = "dtype was float16, is float32. Set this back, or use another folder"
 SIZE = ["clip.frames=9", "clip.height=32", "clip.width=32", "shard_clips=3", "batch_size=2", "device=cpu"]
@@ -43,29 +43,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cache(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> "Cache":
-    monkeypatch.chdir(tmp_path)
-    return Cache(world, capfd, monkeypatch)
+def cache(world: Path, osp: Osp) -> "Cache":
+    return Cache(world, osp)
 
 
 class Cache:
-    """Runs `osp cache` in this process."""
+    """Runs `osp cache`."""
 
-    def __init__(self, world: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, world: Path, osp: Osp) -> None:
         self.settings = ["vae=pretrained", f"path={world / 'vae'}", f"input={world / 'shards'}", *SIZE]
-        self.capfd, self.monkeypatch = capfd, monkeypatch
+        self.osp = osp
 
     def call(self, *arguments: str) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
-        self.monkeypatch.setattr(sys, "argv", ["osp", "cache", *self.settings, *arguments])
-        self.monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        out, err = self.capfd.readouterr()
-        return code, out, err.strip()
+        return self.osp("cache", *self.settings, *arguments)
 
     def __call__(self, *arguments: str) -> dict[str, Any]:
         code, out, said = self.call(*arguments)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from osp.cli import config_folder, main
+from osp.cli import config_folder
 from osp.vae import WFVAE
 from osp.weights.pretrained import save_pretrained
 
@@ -42,33 +42,14 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def osp(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Osp:
-    """Runs `osp chain`, or another verb, in this process: exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-
-    def call(*arguments: str, verb: str = "chain") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["osp", verb, *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        out, err = capsys.readouterr()
-        return code, out, err.strip()
-
-    return call
-
-
 def test_a_chain_that_is_ended_goes_on_and_stages_begin_with_averaged_weights(
     vae: Path, osp: Osp, tmp_path: Path
 ) -> None:
     settings = ",".join(f"'{override}'" for override in [*SMALL, f"path={vae}"])
     chain = ["chain=tiny", "checkpoint=unused", "output=runs", f"overrides=[{settings}]", "~stages.i2v", *STEPS]
     chain.append("stages.sparse.overrides=['module.lr=0']")  # so that its weights stay those it begins with
-    commands = osp(*chain, "dry_run=true")[1].splitlines()
-    assert osp(*shlex.split(commands[0])[2:], verb="train")[0] == 0  # as a stage of the chain that is finished
+    commands = osp("chain", *chain, "dry_run=true")[1].splitlines()
+    assert osp("train", *shlex.split(commands[0])[2:])[0] == 0  # as a stage of the chain that is finished
     command = [sys.executable, "-m", "osp.cli", "chain", *chain]
     with open("said.txt", "w") as said, subprocess.Popen(command, stderr=said, stdout=said) as running:
         videos = Path("runs/videos/checkpoints/last.ckpt")
@@ -79,7 +60,7 @@ def test_a_chain_that_is_ended_goes_on_and_stages_begin_with_averaged_weights(
         assert running.wait(30) == 128 + signal.SIGTERM, Path("said.txt").read_text()
     assert not Path("runs/videos/result.json").exists()
     images = Path("runs/images/result.json").stat().st_mtime_ns
-    code, out, err = osp(*chain)
+    code, out, err = osp("chain", *chain)
     assert code == 0, err
     assert "stage images: finished" in err
     assert "stage videos (2 of 3) continues" in err
@@ -113,7 +94,7 @@ def test_a_chain_that_is_ended_goes_on_and_stages_begin_with_averaged_weights(
         assert all(torch.equal(averaged[key], started[key]) for key in averaged)
         assert any(not torch.equal(averaged[key], trained[key]) for key in averaged)
 
-    code, out, err = osp(*chain)
+    code, out, err = osp("chain", *chain)
     assert code == 0, err
     assert json.loads(out.splitlines()[-1]) == result | {"finished_before": ["images", "videos", "sparse"]}
     refused = [
@@ -124,14 +105,14 @@ def test_a_chain_that_is_ended_goes_on_and_stages_begin_with_averaged_weights(
         ),
     ]
     for change, message in refused:
-        code, out, err = osp(*chain, *change)
+        code, out, err = osp("chain", *chain, *change)
         assert code == 2
         assert re.search(message, err)
         assert "\n" not in err
 
 
 def test_a_stage_that_fails_ends_the_chain_with_its_line_and_code(osp: Osp) -> None:
-    code, out, err = osp("chain=tiny", "checkpoint=none.ckpt", "output=runs")
+    code, out, err = osp("chain", "chain=tiny", "checkpoint=none.ckpt", "output=runs")
     assert code == 1
     assert err.splitlines()[-1] == (
         "osp chain: stage images: checkpoint=none.ckpt: no such file; give a checkpoint of `osp train`"
@@ -154,7 +135,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG)
 def test_a_wrong_chain_is_refused_before_any_stage(arguments: list[str], message: str, osp: Osp) -> None:
-    code, out, err = osp(*arguments, "output=runs")
+    code, out, err = osp("chain", *arguments, "output=runs")
     assert code == 2
     assert re.search(message, err), err
     assert err.startswith("osp chain: ")
@@ -166,7 +147,7 @@ def test_two_chains_do_not_share_a_folder(osp: Osp) -> None:
     Path("runs").mkdir()
     with open("runs/.lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        code, _, err = osp("chain=tiny", "checkpoint=x", "output=runs")
+        code, _, err = osp("chain", "chain=tiny", "checkpoint=x", "output=runs")
     assert code == 2
     assert "runs: another `osp chain`, or a stage that it began, is still running" in err
 
@@ -177,7 +158,7 @@ def test_two_chains_do_not_share_a_folder(osp: Osp) -> None:
 )
 def test_each_stage_begins_with_what_it_is_meant_for(name: str, needs: list[str], stages: int, osp: Osp) -> None:
     quoted = [need.replace("it's there", "'it\\'s there'") for need in needs]
-    code, out, err = osp(f"chain={name}", *quoted, "dry_run=true", "output=runs")
+    code, out, err = osp("chain", f"chain={name}", *quoted, "dry_run=true", "output=runs")
     assert code == 0, err
     *commands, result = out.splitlines()
     assert len(json.loads(result)["stages"]) == len(commands) == stages

@@ -8,17 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from osp.cli import main
 from osp.data.video import encode_video
 from osp.training.checkpoints import load_trained_vae
 from osp.weights import load_pretrained, load_published
 
+Osp = Callable[..., tuple[int, str, str]]
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 TINY = [
@@ -48,19 +49,6 @@ def osp(*arguments: str, code: int = 0) -> tuple[str, str]:
 
 def _command(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from osp.cli import main; main()", *arguments]
-
-
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
-    """Run `osp` in this process, which is faster; gives exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["osp", *arguments])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-    out, err = capsys.readouterr()
-    return code, out, err.strip()
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +128,9 @@ def test_a_killed_run_goes_on_with_the_same_command(tmp_path: Path) -> None:
         assert torch.equal(value, theirs["state_dict"][key]), key
 
 
-def test_a_sweep_ends_in_one_table_also_if_a_run_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_ends_in_one_table_also_if_a_run_fails(tmp_path: Path, osp: Osp) -> None:
     sweep = ["train", "--multirun", *TINY, "debug=limit", f"output={tmp_path}", "vae.decoder_blocks=1,0,2"]
-    code, out, said = call(capsys, monkeypatch, *sweep)
+    code, out, said = osp(*sweep)
     assert code == 2
     assert said.splitlines()[-1] == "osp train: decoder_blocks=0 is too small; it must be at least 1"
     header, *rows = csv.reader((tmp_path / "comparison.csv").read_text().splitlines())
@@ -154,34 +140,31 @@ def test_a_sweep_ends_in_one_table_also_if_a_run_fails(
     assert json.loads(out.splitlines()[-1]) == {"runs": 2, "comparison": str(tmp_path / "comparison.csv")}
 
 
-def test_a_finished_run_does_nothing_and_another_model_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_run_does_nothing_and_another_model_is_refused(tmp_path: Path, osp: Osp) -> None:
     run = ["train", *TINY, "debug=limit", f"output={tmp_path}"]
-    first = call(capsys, monkeypatch, *run)
-    again = call(capsys, monkeypatch, *run)
+    first = osp(*run)
+    again = osp(*run)
     assert (first[0], again[0]) == (0, 0)
     assert json.loads(again[1].splitlines()[-1]) == json.loads(first[1].splitlines()[-1])
-    assert call(capsys, monkeypatch, *run, "data.workers=1", "trainer.max_steps=5")[0] == 0
-    code, _, said = call(capsys, monkeypatch, *run, "vae.decoder_blocks=2")
+    assert osp(*run, "data.workers=1", "trainer.max_steps=5")[0] == 0
+    code, _, said = osp(*run, "vae.decoder_blocks=2")
     assert code == 2
     assert "holds a run with vae.decoder_blocks=1, not 2" in said
     # A command that cannot start leaves the old run alone.
-    code, _, _ = call(capsys, monkeypatch, *run, "resume=false", "data=shards", f"data.train.path={tmp_path / 'none'}")
+    code, _, _ = osp(*run, "resume=false", "data=shards", f"data.train.path={tmp_path / 'none'}")
     assert code == 1
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
-    assert call(capsys, monkeypatch, *run, "vae.decoder_blocks=2", "resume=false")[0] == 0
+    assert osp(*run, "vae.decoder_blocks=2", "resume=false")[0] == 0
 
 
 def test_published_weights_are_imported_evaluated_trained_on_and_exported(
-    tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, videos: Path, osp: Osp
 ) -> None:
     def run(*arguments: str) -> dict:
-        code, out, said = call(capsys, monkeypatch, *arguments)
+        code, out, said = osp(*arguments)
         assert code == 0, said
         return json.loads(out.splitlines()[-1])
 
-    monkeypatch.chdir(tmp_path)
     golden = GOLDEN / "wfvae_v13" / "d_nearest_noattn_main"
     stored = load_file(golden.with_suffix(".safetensors"))
     weights = {key.removeprefix("weights/"): v.float() for key, v in stored.items() if key.startswith("weights/")}
@@ -312,15 +295,13 @@ def test_a_wrong_command_is_told_in_one_line(
     code: int,
     message: str,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    osp: Osp,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     if any("/file" in part for part in arguments):
         (tmp_path / "empty" / "file").touch()
     arguments = [part.format(tmp=tmp_path / "empty") for part in arguments]
-    got, out, said = call(capsys, monkeypatch, *arguments)
+    got, out, said = osp(*arguments)
     assert got == code, said
     assert re.search(message, said), said
     assert said.startswith("osp")
@@ -333,20 +314,15 @@ def test_verbs_that_do_not_train_start_without_lightning() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
 
 
-def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, _ = call(capsys, monkeypatch)
+def test_help_names_every_verb(osp: Osp) -> None:
+    code, out, _ = osp()
     assert code == 0
     assert {"shards", "train", "eval", "bench", "import-weights", "export-weights"} <= set(out.split())
 
 
-def test_one_batch_of_shards_is_learnt_by_heart(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_batch_of_shards_is_learnt_by_heart(tmp_path: Path, osp: Osp) -> None:
     size = ["synthetic.frames=5", "synthetic.height=16", "synthetic.width=16"]
-    assert (
-        call(capsys, monkeypatch, "shards", f"output={tmp_path / 'shards'}", "synthetic.clips=6", *size, "workers=0")[0]
-        == 0
-    )
+    assert osp("shards", f"output={tmp_path / 'shards'}", "synthetic.clips=6", *size, "workers=0")[0] == 0
     run = [
         *TINY,
         "data=shards",
@@ -354,7 +330,7 @@ def test_one_batch_of_shards_is_learnt_by_heart(
         "debug=overfit",
         f"output={tmp_path / 'run'}",
     ]
-    code, _, _ = call(capsys, monkeypatch, "train", *run, "trainer.max_steps=60", "trainer.val_check_interval=30")
+    code, _, _ = osp("train", *run, "trainer.max_steps=60", "trainer.val_check_interval=30")
     assert code == 0
     curve = _psnr_curve(tmp_path / "run")
     assert list(curve) == [30, 60]

@@ -4,7 +4,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +27,7 @@ from osp.sampling.outputs import SampleFolder
 from osp.vae import LatentCodec
 from osp.vae.lowest_band import LowestBand
 
+Osp = Callable[..., tuple[int, str, str]]
 SIZE = {"frames": 9, "height": 32, "width": 32}
 
 
@@ -100,25 +101,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
-    """Run `osp eval target=generation` in this process; gives exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["osp", "eval", "target=generation", "device=cpu", *arguments])
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err.strip()
+@pytest.fixture
+def generation(osp: Osp) -> Osp:
+    """Runs `osp eval target=generation`."""
+    return lambda *arguments: osp("eval", "target=generation", "device=cpu", *arguments)
 
 
-def test_a_generator_that_follows_its_prompts_is_right(
-    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_generator_that_follows_its_prompts_is_right(tmp_path: Path, shards: Path, generation: Osp) -> None:
     model = ["checkpoint=runs/name/checkpoints/best.ckpt", "generator._target_=fake.artist"]
     size = ["clip.height=64", "clip.width=64"]
     arguments = [*model, *size, f"input={shards}", f"output={tmp_path}", "prompts=6", "batch_size=4", "seed=5"]
-    code, out, err = call(capsys, monkeypatch, *arguments, "solver.steps=2", "save_videos=2")
+    code, out, err = generation(*arguments, "solver.steps=2", "save_videos=2")
     assert code == 0, err
     summary, metrics = json.loads(out.splitlines()[-1]), json.loads((tmp_path / "metrics.json").read_text())
     for key in ("accuracy", "frechet", "counts"):
@@ -145,12 +138,11 @@ def test_given_frames_come_from_the_clip_of_the_prompt(
     given: list[int],
     tmp_path: Path,
     shards: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    generation: Osp,
 ) -> None:
     model = ["checkpoint=x.ckpt", "generator._target_=fake.artist", "+generator.takes_frames=true"]
     arguments = [*model, f"input={shards}", f"output={tmp_path}", "prompts=3", "batch_size=2", "save_videos=0"]
-    code, out, err = call(capsys, monkeypatch, *arguments, f"mode={mode}", "keep_frames=3")
+    code, out, err = generation(*arguments, f"mode={mode}", "keep_frames=3")
     assert code == 0, err
     about = json.loads(out.splitlines()[-1])["given"]
     assert about["frames"] == given
@@ -159,12 +151,10 @@ def test_given_frames_come_from_the_clip_of_the_prompt(
     assert about["loss"] == pytest.approx(about["vae_psnr"] - 100)
 
 
-def test_a_generator_that_knows_nothing_is_wrong(
-    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_generator_that_knows_nothing_is_wrong(tmp_path: Path, shards: Path, generation: Osp) -> None:
     model = ["checkpoint=x.ckpt", "generator._target_=fake.random_generator", "+generator.takes_frames=true"]
     arguments = [*model, f"input={shards}", f"output={tmp_path}", "prompts=20", "solver.steps=2", "mode=image"]
-    code, out, err = call(capsys, monkeypatch, *arguments, "precision=bf16-mixed")
+    code, out, err = generation(*arguments, "precision=bf16-mixed")
     assert code == 0, err
     assert "prompts=20, but" in err
     summary = json.loads(out.splitlines()[-1])
@@ -176,7 +166,7 @@ def test_a_generator_that_knows_nothing_is_wrong(
 
 @pytest.mark.parametrize("kind", ["mp4", "png"])
 def test_a_folder_of_samples_is_judged_by_its_own_prompts(
-    kind: str, tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, shards: Path, generation: Osp
 ) -> None:
     folder = SampleFolder(tmp_path / "samples", kind)
     prompts = ["a large red star moves up", "a large blue ring grows", "a large green circle slides left"]
@@ -186,7 +176,7 @@ def test_a_folder_of_samples_is_judged_by_its_own_prompts(
         folder.write(f"{number:03d}", video, {"prompt": prompt, "seed": number, "fps": 8.0, "frames": 9})
     folder.finish()
     arguments = [f"generated={tmp_path / 'samples'}", f"input={shards}", f"output={tmp_path / 'eval'}"]
-    code, out, err = call(capsys, monkeypatch, *arguments)
+    code, out, err = generation(*arguments)
     assert code == 0, err
     summary = json.loads(out.splitlines()[-1])
     rates = summary["accuracy"]["generated"]
@@ -200,7 +190,7 @@ def test_a_folder_of_samples_is_judged_by_its_own_prompts(
     assert clips[1]["read"] == {"colour": "red", "shape": "star", "motion": "up"}
 
     def refused(*more: str) -> tuple[int, str]:
-        got, _, said = call(capsys, monkeypatch, *arguments, *more)
+        got, _, said = generation(*arguments, *more)
         assert "\n" not in said
         return got, said
 
@@ -246,8 +236,7 @@ def test_what_cannot_be_evaluated_is_said_at_once(
     message: str,
     tmp_path: Path,
     shards: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    generation: Osp,
 ) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "ramp.mp4").write_bytes(encode_video(torch.zeros(3, 9, 32, 32), 8.0))
@@ -255,13 +244,12 @@ def test_what_cannot_be_evaluated_is_said_at_once(
     write_shards(
         tmp_path / "videos", tmp_path / "captioned", captions=tmp_path / "videos" / "captions.jsonl", workers=0
     )
-    capsys.readouterr()
     arguments = [part.format(tmp=tmp_path) for part in arguments]
     if not any(part.startswith("input=") for part in arguments):
         arguments.append(f"input={shards}")
     if "target=denoiser" not in arguments:
         arguments += ["generator._target_=fake.artist", "prompts=1"][: 1 if "prompts=0" in arguments else 2]
-    got, out, said = call(capsys, monkeypatch, *arguments)
+    got, out, said = generation(*arguments)
     assert got == code, said
     assert re.search(message, said), said
     assert "\n" not in said

@@ -4,8 +4,8 @@ import base64
 import io
 import json
 import re
-import sys
 from collections import Counter
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from osp.cli import main
 from osp.cli.page_parts import charts
 from osp.data.synthetic import SyntheticClips
 from osp.data.video import encode_video, to_float
@@ -24,6 +23,8 @@ from osp.evaluation.reconstruction import evaluate_reconstruction
 from osp.sampling.outputs import SampleFolder
 from osp.vae.lowest_band import LowestBand
 
+Osp = Callable[..., tuple[int, str, str]]
+PageCommand = Callable[..., tuple[int, dict[str, object], str]]
 CLIPS = SyntheticClips(8, 9, 32, 32, objects=1, plain=True)
 VOID = {"meta", "img", "br", "line"}
 
@@ -103,24 +104,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def page(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
-) -> tuple[int, dict[str, object], str]:
-    monkeypatch.setattr(sys, "argv", ["osp", "page", *arguments])
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, json.loads(out.splitlines()[-1]) if out else {}, err.strip()
+@pytest.fixture
+def page(osp: Osp) -> PageCommand:
+    """Runs `osp page`: exit code, result and stderr."""
+
+    def run(*arguments: str) -> tuple[int, dict[str, object], str]:
+        code, out, err = osp("page", *arguments)
+        return code, json.loads(out.splitlines()[-1]) if out else {}, err
+
+    return run
 
 
 def test_the_page_holds_everything_and_needs_nothing(
-    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, folders: dict[str, Path], page: PageCommand
 ) -> None:
     inputs = [f"{name}={path}" for name, path in folders.items()]
-    code, result, err = page(capsys, monkeypatch, *inputs, f"output={tmp_path / 'new' / 'page.html'}", "title='A & B'")
+    code, result, err = page(*inputs, f"output={tmp_path / 'new' / 'page.html'}", "title='A & B'")
     assert code == 0, err
     text = (tmp_path / "new" / "page.html").read_text()
     assert result["bytes"] == len(text.encode())
@@ -156,10 +155,8 @@ def test_a_chart_shows_the_curve() -> None:
     assert "nan" not in charts({"constant": [(0, 1.0), (5, 1.0)]})
 
 
-def test_videos_play_in_browsers(
-    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, _, err = page(capsys, monkeypatch, f"samples={folders['samples']}", f"output={tmp_path / 'page.html'}")
+def test_videos_play_in_browsers(tmp_path: Path, folders: dict[str, Path], page: PageCommand) -> None:
+    code, _, err = page(f"samples={folders['samples']}", f"output={tmp_path / 'page.html'}")
     assert code == 0, err
     sizes = []
     for source in Page((tmp_path / "page.html").read_text()).sources:
@@ -174,11 +171,9 @@ def test_videos_play_in_browsers(
     assert sizes == [(18, 16, 5), (16, 16, 5), (16, 16, 5)]
 
 
-def test_fewer_clips_and_missing_folders_are_fine(
-    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fewer_clips_and_missing_folders_are_fine(tmp_path: Path, folders: dict[str, Path], page: PageCommand) -> None:
     both = f"generation=[{folders['generation']},{folders['generation']}]"
-    code, _, err = page(capsys, monkeypatch, both, "clips=1", f"output={tmp_path / 'page.html'}")
+    code, _, err = page(both, "clips=1", f"output={tmp_path / 'page.html'}")
     assert code == 0, err
     assert Page((tmp_path / "page.html").read_text()).tags["video"] == 2
 
@@ -197,11 +192,9 @@ def test_what_cannot_be_shown_is_said(
     code: int,
     message: str,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    page: PageCommand,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    got, _, said = page(capsys, monkeypatch, *arguments)
+    got, _, said = page(*arguments)
     assert got == code
     assert re.search(message, said), said
     assert "\n" not in said

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 
-from osp.cli import config_folder, main
+from osp.cli import config_folder
 from osp.conditioning import WordText
 from osp.data.pictures import encode_png
 from osp.data.video import encode_video, probe, read_clip
@@ -26,6 +26,7 @@ from osp.sampling.outputs import read_settings
 from osp.vae import WFVAE, LatentCodec
 from osp.weights import save_pretrained
 
+Osp = Callable[..., tuple[int, str, str]]
 STAGES = [{"blocks": 1, "pattern": "dense"}, {"blocks": 1, "pattern": "skiparse", "k": 2}]
 TEXT = {"channels": 16, "pooled_channels": 16, "layers": 1, "heads": 2, "max_tokens": 8}
 CLIP = {"frames": 5, "height": 16, "width": 32}
@@ -66,22 +67,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def sample(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs `osp sample` in this process: exit code, result, errors."""
-    monkeypatch.chdir(tmp_path)
+def sample(models: Path, osp: Osp) -> Run:
+    """Runs `osp sample`: exit code, result, errors."""
 
     def run(*arguments: str) -> tuple[int, dict[str, Any], str]:
         settings = [argument.replace("MODELS", str(models)) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["osp", "sample", *FAST, "output=out", *settings])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        out, err = capsys.readouterr()
-        lines = out.splitlines()
-        return code, json.loads(lines[-1]) if lines and code == 0 else {}, err.strip()
+        code, out, err = osp("sample", *FAST, "output=out", *settings)
+        return code, json.loads(out.splitlines()[-1]) if out and code == 0 else {}, err
 
     return run
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from osp.cli import main
 from osp.data.shards import write_rendered
 from osp.data.synthetic import SyntheticClips
 from osp.training.checkpoints import load_trained_generator
@@ -46,25 +44,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         save_pretrained(WFVAE(latent_channels=channels, level1="2d", **small, **flow), folder / name)
     return folder
-
-
-@pytest.fixture
-def osp(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Osp:
-    """Runs a command in this process: exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["osp", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        out, err = capsys.readouterr()
-        return code, out, err.strip()
-
-    return call
 
 
 def result(ran: tuple[int, str, str]) -> dict:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_read_gives_what_a_source_gives(frames: int, height: int, width: int, ob
 def test_fingerprint_follows_every_setting() -> None:
     settings = {"clips": 8, "frames": 9, "height": 32, "width": 48, "fps": 8.0, "seed": 0, "objects": None}
     changed = {"clips": 9, "frames": 17, "height": 48, "width": 32, "fps": 16.0, "seed": 1, "objects": 1}
-    changed |= {"plain": True, "sizes": ["small"], "backgrounds": ["black", "white", "yellow", "blue"]}
+    changed |= {"plain": True, "sizes": ["small"], "backgrounds": ["black", "white", "yellow", "blue"], "centred": True}
     prints = {SyntheticClips(**settings).fingerprint()}
     assert prints == {SyntheticClips(**settings).fingerprint()}
     for name, value in changed.items():
@@ -133,11 +134,12 @@ def test_nonsense_settings_are_refused(setting: dict[str, float], message: str) 
 
 
 def test_a_simpler_world() -> None:
-    chosen = {"objects": 1, "plain": True, "sizes": ["large"], "backgrounds": ["black", "white"]}
+    chosen = {"objects": 1, "plain": True, "sizes": ["large"], "backgrounds": ["black", "white"], "centred": True}
     clips = SyntheticClips(64, 9, 32, 32, **chosen)
     scenes = [clips.scene(index) for index in range(64)]
     assert {scene.background for scene in scenes} == {"black", "white"}
     assert {(item.size, item.texture) for scene in scenes for item in scene.objects} == {("large", "plain")}
+    assert all(scene.centred for scene in scenes)
     # What is not chosen stays what it is in the whole world.
     whole = SyntheticClips(64, 9, 32, 32, objects=1)
     same = [(item.shape, item.colour, item.motion) for scene in scenes for item in scene.objects]
@@ -256,6 +258,17 @@ def test_motions_go_where_they_say(frames: int, height: int, width: int, size: s
             area = cover.sum(axis=(1, 2))
             assert area[-1] / area[0] == pytest.approx(ratio, rel=0.03)
             assert all(np.ptp(place) < 0.1 for place in centres(cover))
+
+
+def test_a_centred_object_passes_the_middle() -> None:
+    for variation, motion in enumerate(MOTIONS):
+        scene = replace(black_on_white("circle", motion, "large", variation), centred=True)
+        x, y = centres(coverage(render(scene, 9, 48, 96)))
+        assert (x.mean(), y.mean()) == pytest.approx((48, 24), abs=0.1)
+        # How far it moves is still the clip's own.
+        free_x, free_y = centres(coverage(render(replace(scene, centred=False), 9, 48, 96)))
+        np.testing.assert_allclose(x - x[0], free_x - free_x[0], atol=0.05)
+        np.testing.assert_allclose(y - y[0], free_y - free_y[0], atol=0.05)
 
 
 def test_an_orbit_is_one_full_turn() -> None:

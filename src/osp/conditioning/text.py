@@ -99,6 +99,10 @@ class TextEncoder(Protocol):
         """
         ...
 
+    def to(self, device: torch.device | str) -> object:
+        """Move the encoder."""
+        ...
+
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """How many tokens each prompt has, whatever `max_tokens` is; with those that mark its ends."""
         ...

@@ -132,14 +132,16 @@ class Scene:
     """The truth about one clip: one or two objects before a background.
 
     `variation` seeds what the words leave open: where the objects are, how far they move, small differences of tint,
-    and the caption's wording. Raises UsageError for an unknown word, two objects of one colour, or an object that would
-    not stand out from its background.
+    and the caption's wording. With `centred` the middle of an object's path is that of its part of the frame.
+    Raises UsageError for an unknown word, two objects of one colour, or an object that would not stand out from its
+    background.
     """
 
     objects: tuple[SceneObject, ...]
     background: str = "grey"
     texture: str = "plain"
     variation: int = 0
+    centred: bool = False
 
     def __post_init__(self) -> None:
         check_word("background", self.background, BACKGROUND_COLOURS)
@@ -166,13 +168,15 @@ def scene_for(
     plain: bool = False,
     sizes: Sequence[str] = SIZES,
     backgrounds: Sequence[str] = BACKGROUND_COLOURS,
+    centred: bool = False,
 ) -> Scene:
     """The scene of clip `index` in the endless series `seed`.
 
     `objects` is 1 or 2; None draws two objects for one clip in five. Motions are drawn evenly from `motions`, shapes
     and colours evenly from all, sizes evenly from `sizes`, without large ones where there are two objects, and the
-    background evenly from those of `backgrounds` that the objects stand out from. `plain` leaves out all textures, and
-    changes nothing else. Raises UsageError if no size or no background is left.
+    background evenly from those of `backgrounds` that the objects stand out from. `plain` leaves out all textures,
+    `centred` is as for `Scene`, and neither changes anything else. Raises UsageError if no size or no background is
+    left.
     """
     draws = Draws("scene", seed, index)
     count = objects if objects is not None else (2 if draws.uniform("count") < 0.2 else 1)
@@ -200,6 +204,7 @@ def scene_for(
         background=draws.pick("background", before),
         texture="plain" if plain else draws.pick("background texture", BACKGROUND_TEXTURES),
         variation=draws.integer("variation"),
+        centred=centred,
     )
 
 

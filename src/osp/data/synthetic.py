@@ -175,7 +175,9 @@ def _boxes(scene: Scene, height: int, width: int) -> list[_Box]:
     return [_Box(half_width * part, half_height, half_width / 2, half_height) for part in (0.5, 1.5)]
 
 
-def _path(item: SceneObject, box: _Box, frames: int, draws: Draws, name: str) -> tuple[Array, Array, Array]:
+def _path(
+    item: SceneObject, box: _Box, frames: int, draws: Draws, name: str, centred: bool
+) -> tuple[Array, Array, Array]:
     """Centre x, centre y and radius of an object in each frame: three arrays of T."""
     # Progress 0..1; a single frame shows the middle of the motion.
     time = np.linspace(0.0, 1.0, frames) if frames > 1 else np.array([0.5])
@@ -190,8 +192,10 @@ def _path(item: SceneObject, box: _Box, frames: int, draws: Draws, name: str) ->
     reach_x, reach_y = sweep * room_x * abs(step_x), sweep * room_y * abs(step_y)
     if item.motion == "orbit":
         reach_x = reach_y = sweep * room
-    centre_x = box.x + (room_x - reach_x) * draws.uniform(f"{name} x", -1.0, 1.0)
-    centre_y = box.y + (room_y - reach_y) * draws.uniform(f"{name} y", -1.0, 1.0)
+    centre_x, centre_y = box.x, box.y
+    if not centred:
+        centre_x += (room_x - reach_x) * draws.uniform(f"{name} x", -1.0, 1.0)
+        centre_y += (room_y - reach_y) * draws.uniform(f"{name} y", -1.0, 1.0)
     if item.motion == "orbit":
         # One full turn from the first frame to the one that would follow the last.
         start, turn = draws.uniform(f"{name} start", 0.0, 2 * math.pi), draws.pick(f"{name} turn", (-1, 1))
@@ -203,11 +207,11 @@ def _path(item: SceneObject, box: _Box, frames: int, draws: Draws, name: str) ->
     return path[0].astype(np.float32), path[1].astype(np.float32), path[2].astype(np.float32)
 
 
-def _draw_object(video: Array, item: SceneObject, box: _Box, draws: Draws, name: str) -> None:
+def _draw_object(video: Array, item: SceneObject, path: tuple[Array, Array, Array], draws: Draws, name: str) -> None:
     """Paints one object into `video` (`T H W C`, 0..255), computing only the window of pixels around it."""
     frames, height, width, _ = video.shape
     unit = min(height, width)
-    x_px, y_px, radius_px = (part * np.float32(unit) for part in _path(item, box, frames, draws, name))
+    x_px, y_px, radius_px = (part * np.float32(unit) for part in path)
     half_window = math.ceil(1.15 * float(radius_px.max())) + 1
     left, top = np.floor(x_px).astype(int) - half_window, np.floor(y_px).astype(int) - half_window
     steps = np.arange(2 * half_window + 1, dtype=np.float32) + np.float32(0.5)
@@ -246,7 +250,8 @@ def render(scene: Scene, frames: int, height: int, width: int) -> Tensor:
     draws = Draws("layout", scene.variation)
     video = np.repeat(_background(scene, height, width, draws)[None], frames, axis=0)
     for number, (item, box) in enumerate(zip(scene.objects, _boxes(scene, height, width), strict=True)):
-        _draw_object(video, item, box, draws, f"object {number}")
+        name = f"object {number}"
+        _draw_object(video, item, _path(item, box, frames, draws, name, scene.centred), draws, name)
     return torch.from_numpy(np.rint(video).astype(np.uint8)).permute(3, 0, 1, 2).contiguous()
 
 
@@ -272,6 +277,7 @@ class SyntheticClips:
         sizes: of the objects, some of small, medium and large; None: all.
         backgrounds: colours of backgrounds, such that every colour of an object stands out from one of them, as black
             and white; None: all.
+        centred: every object, or the middle of its way, is in the middle of the frame (of two: of its half).
 
     Raises UsageError for values outside these.
     """
@@ -288,6 +294,7 @@ class SyntheticClips:
         plain: bool = False,
         sizes: Sequence[str] | None = None,
         backgrounds: Sequence[str] | None = None,
+        centred: bool = False,
     ) -> None:
         for name, value, least in (
             ("clips", clips, 1),
@@ -311,6 +318,7 @@ class SyntheticClips:
         self.plain = plain
         self.sizes = list(SIZES if sizes is None else sizes)
         self.backgrounds = list(BACKGROUND_COLOURS if backgrounds is None else backgrounds)
+        self.centred = centred
         for colour in self.backgrounds:
             check_word("background", colour, BACKGROUND_COLOURS)
         for pair in itertools.combinations(COLOURS, 1 if objects == 1 else 2):
@@ -345,6 +353,7 @@ class SyntheticClips:
             plain=self.plain,
             sizes=self.sizes,
             backgrounds=self.backgrounds,
+            centred=self.centred,
         )
 
     def read(self, index: int, draw: int) -> dict[str, Any]:

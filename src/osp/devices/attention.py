@@ -34,7 +34,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
     `key_padding` `B M` is True where a key is real; the others take no part. A sample that has no real key at all
     attends to all its keys. Without keys (M = 0) the result is zero. No mask or matrix of N x M is ever made where the
     device has a fused kernel: the CPU and CUDA have. (An exception is training in half precision on the CPU with few
-    keys, where the kernel's backward pass takes ten times as long as that of three plain operations.)
+    keys, where the kernel's backward pass is far slower than those of three plain operations.)
 
     On CUDA with padding FlexAttention skips the blocks of 128 keys without a real one, for any N and M; it wants half
     precision and head dims of 16 to 256 (those that are not powers of two cost as much as the next one that is), else

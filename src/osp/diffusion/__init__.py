@@ -6,7 +6,7 @@ from osp.diffusion.guidance import Predict, guided, guided_prediction
 from osp.diffusion.loss import squared_error
 from osp.diffusion.noise import Generators, draw_normal
 from osp.diffusion.objective import Objective
-from osp.diffusion.sampling import sample
+from osp.diffusion.sampling import Progress, sample
 from osp.diffusion.solver import Integration, Solver, solvers
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Integration",
     "Objective",
     "Predict",
+    "Progress",
     "Solver",
     "Velocity",
     "draw_normal",

@@ -1,26 +1,22 @@
 """Prompt -> video: text encoder, denoiser with guidance and a solver, VAE."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from osp.conditioning import EncodedText, GivenFrames, TextEncoder, given_frames, latent_mask, with_conditions
+from osp.conditioning.text import LengthCheck
 from osp.denoiser import Denoiser, Grid
-from osp.diffusion import Objective, Solver, draw_normal, guided_prediction, sample
+from osp.diffusion import Objective, Progress, Solver, draw_normal, guided_prediction, sample
 from osp.errors import UsageError
 from osp.sampling.decoding import decode_in_pieces
 from osp.sampling.defaults import GUIDANCE, default_solver
 from osp.sampling.offload import offloaded
 from osp.vae import LatentCodec
-
-# Calls of the model done, calls in all, and the solver's state after the last one.
-Progress = Callable[[int, int, Tensor], None]
-
-_SHOWN = 40  # characters of a prompt in a message
 
 
 class VideoGenerator:
@@ -126,7 +122,8 @@ class VideoGenerator:
         for seed in seeds:
             if not 0 <= seed < 2**63:
                 raise UsageError(f"seed={seed} makes no sense; it must be a whole number from 0 to 2^63 - 1")
-        self._check_lengths([*prompts, negative_prompt])
+        read = [*prompts, negative_prompt]
+        LengthCheck(self.text.name, self.text.max_tokens)(read, self.text.count_tokens(read), strict=True)
         if not 0 <= guidance < math.inf:
             raise UsageError(f"guidance={guidance} makes no sense; it must be a number from 0 (1: none)")
         if not 0 <= rescale <= 1:
@@ -147,15 +144,6 @@ class VideoGenerator:
                 f"the given frames are for {' x '.join(map(str, given.mask.shape[1:]))} (frames, height, width), and "
                 f"the video has {frames} x {height} x {width}"
             )
-
-    def _check_lengths(self, prompts: Sequence[str]) -> None:
-        for prompt, count in zip(prompts, self.text.count_tokens(prompts), strict=True):
-            if count > self.text.max_tokens:
-                start = prompt[:_SHOWN] + ("..." if len(prompt) > _SHOWN else "")
-                raise UsageError(
-                    f"the prompt {start!r} has {count} tokens, and {self.text.name} reads {self.text.max_tokens}; "
-                    "shorten it"
-                )
 
     @torch.no_grad()
     def generate(
@@ -236,10 +224,10 @@ class VideoGenerator:
 
     def _encode(self, prompts: Sequence[str], low_memory: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The denoiser's inputs with all prompts but the last, and with the last instead."""
-        _move(self.text, self.device)
+        self.text.to(self.device)
         encoded = self.text(prompts, strict=True)
         if low_memory:
-            _move(self.text, "cpu")
+            self.text.to("cpu")
         encoded = encoded.to(self.device)
         length, last = encoded.text.shape[1], len(prompts) - 1
         # Padded to one length, so that they make one batch.
@@ -278,7 +266,3 @@ class VideoGenerator:
 
     def _vae_dtype(self) -> torch.dtype:
         return next(self.codec.vae.parameters()).dtype
-
-
-def _move(part: Any, device: torch.device | str) -> None:
-    part.to(device)

@@ -251,7 +251,7 @@ class DenoiserModule(TrainingModule):
 
     def _place(self) -> None:
         if self._frozen_text is not None:
-            self._frozen_text.to(self.device)  # type: ignore[attr-defined]
+            self._frozen_text.to(self.device)
         if self.codec is not None and self._encodes:
             self.codec.to(self.device)
 

@@ -60,9 +60,8 @@ class FeatureEncoder:
             **codec.identity(), text=tokens, pooled_text=pooled, posterior=posterior, dtype=dtype
         )
         self._autocast = _autocast(self.device, precision)
-        move = getattr(self.text, "to", None)
-        if move is not None:
-            move(self.device)
+        if self.text is not None:
+            self.text.to(self.device)
 
     @torch.no_grad()
     def __call__(self, clips: Sequence[Mapping[str, Any]]) -> list[Features]:
