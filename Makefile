@@ -7,7 +7,7 @@ OUT ?= outputs
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo study test lint train-vae eval bench-vae bench-denoiser sweep clean help
+.PHONY: setup demo demo-long study test lint train-vae eval bench-vae bench-denoiser sweep clean help
 
 setup: $(INSTALLED)  ## make .venv with everything, versions as in constraints.txt
 
@@ -18,18 +18,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# DEMO_VAE and DEMO_DENOISER are steps; PROMPTS held-out captions are judged. The VAE trains in four processes of one
+# DEMO_CLIPS are drawn; DEMO_VAE and DEMO_DENOISER are steps; PROMPTS held-out captions are judged. The VAE trains in four processes of one
 # thread each, as convolutions so small gain little from threads; the denoiser's step is too short to be shared.
 DEMO := $(OUT)/demo
-DEMO_CLIPS := synthetic=plain synthetic.frames=9
 PROCESSES := trainer=ddp_cpu trainer.devices=4 trainer.strategy=ddp data.workers=0
+DEMO_CLIPS ?= 3072
 DEMO_VAE ?= 800
-DEMO_DENOISER ?= 1400
+DEMO_DENOISER ?= 1000
 PROMPTS ?= 64
 
 demo: setup  ## from nothing to videos of sentences: outputs/demo/index.html, in under 15 minutes on 4 cores
-	$(OSP) shards output=$(DEMO)/shards/train synthetic.clips=3072 synthetic.seed=0 $(DEMO_CLIPS)
-	$(OSP) shards output=$(DEMO)/shards/heldout synthetic.clips=256 synthetic.seed=1 $(DEMO_CLIPS)
+	$(OSP) shards output=$(DEMO)/shards/train synthetic=plain synthetic.frames=9 synthetic.clips=$(DEMO_CLIPS) synthetic.seed=0
+	$(OSP) shards output=$(DEMO)/shards/heldout synthetic=plain synthetic.frames=9 synthetic.clips=256 synthetic.seed=1
 	$(OSP) train experiment=wfvae_tiny output=$(DEMO)/vae data=shards data.batch_size=4 data.val_clips=32 \
 		data.train.path=$(DEMO)/shards/train data.val.path=$(DEMO)/shards/heldout \
 		trainer.max_steps=$(DEMO_VAE) trainer.val_check_interval=300 $(PROCESSES)
@@ -53,6 +53,9 @@ demo: setup  ## from nothing to videos of sentences: outputs/demo/index.html, in
 	@echo "four sampled prompts     $(DEMO)/samples/"
 	@echo "numbers                  $(DEMO)/generation/metrics.json, $(DEMO)/reconstruction/metrics.json"
 	@echo "TensorBoard log          $(BIN)/tensorboard --logdir $(DEMO)"
+
+demo-long: ## the demo with more of everything, in under an hour on 4 cores: outputs/demo_long/index.html
+	$(MAKE) demo DEMO=$(OUT)/demo_long DEMO_CLIPS=8192 DEMO_VAE=2400 DEMO_DENOISER=4000
 
 study: setup  ## sparse beside dense attention on the demo's features, 21 runs: make study ARGS="--seeds 1 --steps 300"
 	$(BIN)/python tools/study.py features=$(DEMO)/features/train heldout_features=$(DEMO)/features/heldout \
