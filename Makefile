@@ -18,8 +18,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# DEMO_CLIPS are drawn; DEMO_VAE and DEMO_DENOISER are steps; PROMPTS held-out captions are judged. The VAE trains in four processes of one
-# thread each, as convolutions so small gain little from threads; the denoiser's step is too short to be shared.
+# DEMO_CLIPS are drawn; DEMO_VAE and DEMO_DENOISER are steps; PROMPTS held-out captions are judged. The VAE trains in
+# four processes of one thread each, as convolutions so small gain little from threads; the denoiser's step is too short
+# to be shared.
 DEMO := $(OUT)/demo
 PROCESSES := trainer=ddp_cpu trainer.devices=4 trainer.strategy=ddp data.workers=0
 DEMO_CLIPS ?= 3072
@@ -54,7 +55,7 @@ demo: setup  ## from nothing to videos of sentences: outputs/demo/index.html, in
 	@echo "numbers                  $(DEMO)/generation/metrics.json, $(DEMO)/reconstruction/metrics.json"
 	@echo "TensorBoard log          $(BIN)/tensorboard --logdir $(DEMO)"
 
-demo-long: ## the demo with more of everything, in under an hour on 4 cores: outputs/demo_long/index.html
+demo-long:  ## the demo with more of everything, in under an hour on 4 cores: outputs/demo_long/index.html
 	$(MAKE) demo DEMO=$(OUT)/demo_long DEMO_CLIPS=8192 DEMO_VAE=2400 DEMO_DENOISER=4000
 
 study: setup  ## sparse beside dense attention on the demo's features, 21 runs: make study ARGS="--seeds 1 --steps 300"
