@@ -1,9 +1,12 @@
 """`osp train` with a denoiser: from clips by way of features to a generator, on from there, and what is refused."""
 
 import json
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from osp.data.shards import write_rendered
 from osp.data.synthetic import SyntheticClips
 from osp.training.checkpoints import load_trained_generator
+from osp.training.denoiser_module import DenoiserModule
 from osp.vae import WFVAE
 from osp.weights.pretrained import save_pretrained
 
@@ -89,6 +93,25 @@ def test_features_to_a_generator_and_on_to_given_frames(world: Path, osp: Osp, t
     code, _, said = osp(*more, "trainer.max_steps=6")
     assert code == 0
     assert "starting from" not in said
+
+
+def test_a_run_that_is_told_to_stop_is_no_success(world: Path, osp: Osp, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = ["data=shards", f"data.train.path={world / 'shards'}", "data.train.flip=false", *SIZE]
+    run = [*T2V, *clips, "vae=pretrained", f"path={world / 'vae'}", "checkpoint_every=1", "output=told"]
+    with monkeypatch.context() as patched:
+        take_step = DenoiserModule.take_step
+
+        def told(self: DenoiserModule, *args: Any, **kwargs: Any) -> Any:
+            if self.trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return take_step(self, *args, **kwargs)
+
+        patched.setattr(DenoiserModule, "take_step", told)
+        code, out, said = osp(*run)
+    assert (code, out) == (143, "")
+    assert "ended by SIGTERM at step 2 of 4; the same command continues" in said
+    assert not Path("told/result.json").exists()
+    assert result(osp(*run))["steps"] == 4
 
 
 def test_a_sweep_of_denoisers_is_sorted_by_its_loss(world: Path, osp: Osp) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -14,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from osp.cli.checks import CLIP, check_numbers
@@ -94,7 +96,16 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     checkpoint, done = _start(cfg, output)
     if done is not None:
         return done if trainer.is_global_zero else None
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:
+        # Lightning would end with code 0, and what comes next would take half a run for a whole one.
+        log.warning(
+            "ended by SIGTERM at step %d of %d; the same command continues from the last checkpoint",
+            trainer.global_step,
+            trainer.max_steps,
+        )
+        sys.exit(128 + signal.SIGTERM)
     if not trainer.is_global_zero:
         return None
     score = best.best_model_score
