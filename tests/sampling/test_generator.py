@@ -9,7 +9,7 @@ from torch import Tensor
 
 from osp.conditioning import GivenFrames, WordText, given_by_mode, given_frames, latent_mask
 from osp.denoiser import CrossTransformer
-from osp.diffusion import Flow, Solver, Velocity
+from osp.diffusion import Epsilon, Flow, Objective, Solver, Velocity
 from osp.errors import UsageError
 from osp.sampling import VideoGenerator, default_solver
 from osp.vae import WFVAE, LatentCodec
@@ -102,6 +102,31 @@ def test_given_frames_reach_the_denoiser_beside_the_noise_with_and_without_a_pro
     assert mask[0, :, 1].min() == 1
     assert mask[0, :3, 2].min() == 1
     assert mask[0, 3, 2].max() == 0
+
+
+@pytest.mark.parametrize("objective", [Flow(), Velocity(), Epsilon()])
+def test_frames_given_from_the_first_on_come_out_as_they_are(make_generator: Make, objective: Objective) -> None:
+    generator = make_generator("inpaint", objective)
+    pictures = {number: torch.rand(3, *SIZE[1:]) * 2 - 1 for number in (0, 1, 2, 3, 4, 8)}  # the last after a gap
+    given = given_frames(pictures, *SIZE)
+    made: list[Tensor] = []
+    for held in (True, False):
+        states: list[Tensor] = []
+        generator.generate(
+            ["a"],
+            *SIZE,
+            seeds=[0],
+            given=given,
+            hold_given=held,
+            progress=lambda done, calls, state, states=states: states.append(state),
+            **short(generator),
+        )
+        made.append(states[-1])
+    with torch.no_grad():
+        whole = generator.codec.encode(given.video)
+    torch.testing.assert_close(made[0][:, :, :2], whole[:, :, :2], atol=2e-3, rtol=0)
+    assert (made[0][:, :, 2] - whole[:, :, 2]).abs().mean() > 0.1
+    assert (made[1][:, :, :2] - whole[:, :, :2]).abs().mean() > 0.1
 
 
 def test_an_inpainting_model_without_given_frames_generates_them_all(make_generator: Make) -> None:

@@ -33,7 +33,10 @@ from osp.vae import VideoVAE
 log = logging.getLogger(__name__)
 
 _SIZES = ("frames", "height", "width")
-_MAKING = ("prompts", "seed", "guidance", "rescale", "negative_prompt", "solver", "generator", "mode", "keep_frames")
+_MAKING = (
+    *("prompts", "seed", "guidance", "rescale", "negative_prompt", "solver", "generator"),
+    *("mode", "keep_frames", "hold_given"),
+)
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def _generate(
                 *real.shape,
                 seeds=[cfg.seed + number for number in clips],
                 given=_given(cfg.mode, given, sources),
+                hold_given=cfg.hold_given,
                 **settings,
             )
         for video, (number, clip) in zip(videos, clips.items(), strict=True):

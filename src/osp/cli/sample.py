@@ -100,6 +100,7 @@ def _jobs(
         },
         "guidance": cfg.guidance,
         "rescale": cfg.rescale,
+        "hold_given": cfg.hold_given,
         "precision": _precision(cfg),
         "device": generator.device.type,
         "model": generator_identity(generator),
@@ -146,7 +147,8 @@ def _generate(
 
     dtype = autocast_dtype(_precision(cfg))
     with torch.autocast(generator.device.type, dtype, enabled=dtype is not None):
-        return generator.generate(**arguments, low_memory=cfg.memory == "low", progress=progress)
+        low = cfg.memory == "low"
+        return generator.generate(**arguments, hold_given=cfg.hold_given, low_memory=low, progress=progress)
 
 
 def _check(cfg: DictConfig) -> None:

@@ -2,7 +2,7 @@
 
 from osp.diffusion.discrete import Epsilon, Velocity
 from osp.diffusion.flow import Flow
-from osp.diffusion.guidance import Predict, guided, guided_prediction
+from osp.diffusion.guidance import Predict, guided, guided_prediction, held_prediction
 from osp.diffusion.loss import squared_error
 from osp.diffusion.noise import Generators, draw_normal
 from osp.diffusion.objective import Objective
@@ -22,6 +22,7 @@ __all__ = [
     "draw_normal",
     "guided",
     "guided_prediction",
+    "held_prediction",
     "sample",
     "solvers",
     "squared_error",

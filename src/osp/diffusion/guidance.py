@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osp.diffusion.objective import Objective
 from osp.errors import UsageError
 
 # Noisy latent `B C T H W`, time `B` -> prediction `B C T H W`.
@@ -59,6 +60,14 @@ def guided_prediction(
         return guided(wanted, without, scale, rescale)
 
     return predict
+
+
+def held_prediction(predict: Predict, objective: Objective, clean: Tensor, known: Tensor) -> Predict:
+    """The same prediction, but right where the clean latent is `known`, so that sampling ends in it there.
+
+    `clean` is `B C T H W`, `known` a mask that broadcasts to it.
+    """
+    return lambda latent, time: torch.where(known, objective.toward(clean, latent, time), predict(latent, time))
 
 
 def _joined(conditional: Mapping[str, Any], unconditional: Mapping[str, Any]) -> dict[str, Any]:

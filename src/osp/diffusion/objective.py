@@ -42,6 +42,11 @@ class Objective(ABC):
     def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """What the model should predict."""
 
+    def toward(self, clean: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
+        """What to predict at a noisy latent that is to become `clean`; not where there is no noise."""
+        alpha, sigma = self.along(time, noisy)
+        return self.target(clean, (noisy.float() - alpha * clean.float()) / sigma, time)
+
     @abstractmethod
     def recover(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """The clean latent and the noise that a prediction means."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from osp.conditioning import EncodedText, GivenFrames, TextEncoder, given_frames, latent_mask, with_conditions
 from osp.conditioning.text import LengthCheck
 from osp.denoiser import Denoiser, Grid
-from osp.diffusion import Objective, Progress, Solver, draw_normal, guided_prediction, sample
+from osp.diffusion import Objective, Progress, Solver, draw_normal, guided_prediction, held_prediction, sample
 from osp.errors import UsageError
 from osp.sampling.decoding import decode_in_pieces
 from osp.sampling.defaults import GUIDANCE, default_solver
@@ -159,6 +159,7 @@ class VideoGenerator:
         rescale: float = 0.0,
         negative_prompt: str = "",
         given: GivenFrames | None = None,
+        hold_given: bool = True,
         together: bool = True,
         low_memory: bool = False,
         progress: Progress | None = None,
@@ -173,6 +174,8 @@ class VideoGenerator:
             negative_prompt: what guidance leads away from.
             given: frames that are kept, the same for all videos or some for each; for inpainting models, of which
                 None means that all frames are to be generated.
+            hold_given: the latent frames that the given ones make up, from the first on without a gap, come out as they
+                are; without it they are as the model has learnt to copy them, as published.
             together: one call of the model with and without the prompt, or two of half the size.
             low_memory: each part is on the device only while it works; of the denoiser one block after another, unless
                 the device is the CPU, where weights stay where they are; guidance takes two calls; videos are decoded
@@ -195,6 +198,7 @@ class VideoGenerator:
             given=given,
         )
         wanted, without = self._encode([*prompts, negative_prompt], low_memory)
+        conditions = {}
         if self.takes_frames:
             conditions = self._conditions(given, len(prompts), frames, height, width, low_memory)
             wanted, without = wanted | conditions, without | conditions
@@ -208,6 +212,10 @@ class VideoGenerator:
             predict = guided_prediction(
                 self._predict, wanted, without, scale=guidance, rescale=rescale, together=together and not low_memory
             )
+            if hold_given and self.takes_frames:
+                # Frames after a gap are coded together with what is missing.
+                known = (conditions["mask"].amax(dim=(1, 3, 4)) == 0).long().cumprod(dim=1).bool()
+                predict = held_prediction(predict, self.objective, conditions["masked"], known[:, None, :, None, None])
             # The solver's state is float32, whatever the weights are.
             noise = draw_normal((len(prompts), *shape), generators, self.device)
             tokens = shape[2] * shape[3] // self.denoiser.patch_size**2
