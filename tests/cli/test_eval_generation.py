@@ -60,6 +60,7 @@ class Artist(VideoGenerator):
         *,
         seeds: Sequence[int],
         given: GivenFrames | None = None,
+        hold_given: bool = True,
         **others: Any,
     ) -> Tensor:
         self.check(prompts, frames, height, width, seeds=seeds, given=given, **others)

@@ -171,19 +171,27 @@ def test_given_frames_are_compared_with_what_the_vae_keeps_of_them(tmp_path: Pat
         for clip in real(3):
             video = to_float(clip["video"])
             video[:, 1:-1] = 0
-            video[:, given] += 0.02
+            video[:, 0] += 0.02
+            video[:, -1] -= 0.04
             yield GeneratedClip(clip["key"], clip["caption"], video, 8.0, real=clip["video"])
 
     vae = Blur(2)
     results = evaluate(generated(), tmp_path, vae=vae, given=given)
     about = results["given"]
     assert about["frames"] == [0, 8]
-    assert about["psnr"] == pytest.approx(20 * math.log10(2 / 0.02), abs=0.01)
+    assert about["psnr"] == pytest.approx(10 * math.log10(4 / ((0.02**2 + 0.04**2) / 2)), abs=0.01)
+    first, last = about["by_frame"]
+    assert (first["frame"], last["frame"]) == given
+    assert first["psnr"] == pytest.approx(20 * math.log10(2 / 0.02), abs=0.01)
+    assert first["psnr"] - last["psnr"] == pytest.approx(20 * math.log10(2), abs=0.01)
+    assert last["loss"] == pytest.approx(last["vae_psnr"] - last["psnr"])
     clip = to_float(next(real())["video"])[None]
     lost = (vae.decode(vae.encode(clip).mode()) - clip)[:, :, list(given)]
     assert results["clips"][0]["vae_psnr"] == pytest.approx(-10 * math.log10(lost.square().mean() / 4), abs=1e-3)
     assert about["loss"] == pytest.approx(about["vae_psnr"] - about["psnr"])
-    assert float(next(csv.DictReader((tmp_path / "metrics.csv").open()))["given_psnr"]) == pytest.approx(40, abs=0.01)
+    assert float(next(csv.DictReader((tmp_path / "metrics.csv").open()))["given_psnr"]) == pytest.approx(
+        about["psnr"], abs=0.01
+    )
 
     with pytest.raises(UsageError, match="but not the clip"):
         evaluate(perfect(1), tmp_path, given=given)

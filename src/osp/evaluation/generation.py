@@ -95,7 +95,8 @@ def evaluate_generation(
             `real` and `vae` with Wilson's 95 % interval; `chance`, exact; `generated_shuffled` and `real_shuffled`, of
             the same videos with each other's prompts. `frechet` has the distance under its name, that of the `vae`'s
             reconstructions, and the `floor`. `given` has PSNR (dB, mean over clips) of the frames given, in the
-            generated videos and in the VAE's reconstructions, and how much the first is below the second (`loss`).
+            generated videos and in the VAE's reconstructions, and how much the first is below the second (`loss`): of
+            all of a clip's together, and `by_frame`.
         metrics.csv: a row a prompt.
         contact_sheet.png: the first `contact_sheet_clips` videos, marked right or wrong.
         videos/NUMBER-KEY.mp4: a PNG for a single frame. Those of an earlier evaluation go.
@@ -231,14 +232,18 @@ def _label(record: Mapping[str, Any]) -> str:
 
 def _given_psnr(
     clip: GeneratedClip, video: Tensor, given: Sequence[int], vae: VideoAutoencoder | None, autocast: torch.dtype | None
-) -> dict[str, float]:
-    """PSNR of the frames that were given, in the generated video and in the VAE's reconstruction of the real clip."""
+) -> dict[str, Any]:
+    """PSNR of the frames that were given, together and each, in the generated video and in the VAE's reconstruction."""
     if clip.real is None:
         raise UsageError(f"{clip.key}: frames are said to be given, but not the clip that they are from")
     real, frames = _on(video.device, clip.real), list(given)
-    kept = {"given_psnr": psnr(video[:, frames].nan_to_num(0.0), real[:, frames]).item()}
+    shown = {"given": video.nan_to_num(0.0)}
     if vae is not None:
-        kept["vae_psnr"] = psnr(reconstruct(vae, real[None], autocast)[0][:, frames], real[:, frames]).item()
+        shown["vae"] = reconstruct(vae, real[None], autocast)[0]
+    kept: dict[str, Any] = {}
+    for name, clips in shown.items():
+        kept[f"{name}_psnr"] = psnr(clips[:, frames], real[:, frames]).item()
+        kept[f"{name}_psnr_by_frame"] = [psnr(clips[:, frame], real[:, frame]).item() for frame in frames]
     return kept
 
 
@@ -289,11 +294,17 @@ def _distance(reference: Sequence[Tensor], other: Sequence[Tensor], features: Vi
 def _given(records: Sequence[Mapping[str, Any]], given: Sequence[int]) -> dict[str, Any] | None:
     if not given:
         return None
-    about: dict[str, Any] = {"frames": list(given), "psnr": fmean(record["given_psnr"] for record in records)}
-    if "vae_psnr" in records[0]:
-        about["vae_psnr"] = fmean(record["vae_psnr"] for record in records)
-        about["loss"] = about["vae_psnr"] - about["psnr"]
-    return about
+    by_frame: list[dict[str, Any]] = [{"frame": frame} for frame in given]
+    about: dict[str, Any] = {"frames": list(given)}
+    for name, key in (("psnr", "given_psnr"), ("vae_psnr", "vae_psnr")):
+        if key in records[0]:
+            about[name] = fmean(record[key] for record in records)
+            for number, frame in enumerate(by_frame):
+                frame[name] = fmean(record[f"{key}_by_frame"][number] for record in records)
+    for each in (about, *by_frame):
+        if "vae_psnr" in each:
+            each["loss"] = each["vae_psnr"] - each["psnr"]
+    return about | {"by_frame": by_frame}
 
 
 def _table(records: Sequence[Mapping[str, Any]]) -> str:
