@@ -155,7 +155,7 @@ def test_given_frames_come_from_the_clip_of_the_prompt(
 def test_a_generator_that_knows_nothing_is_wrong(tmp_path: Path, shards: Path, generation: Osp) -> None:
     model = ["checkpoint=x.ckpt", "generator._target_=fake.random_generator", "+generator.takes_frames=true"]
     arguments = [*model, f"input={shards}", f"output={tmp_path}", "prompts=20", "solver.steps=2", "mode=image"]
-    code, out, err = generation(*arguments, "precision=bf16-mixed")
+    code, out, err = generation(*arguments, "precision=bf16-mixed", "hold_given=false")
     assert code == 0, err
     assert "prompts=20, but" in err
     summary = json.loads(out.splitlines()[-1])
@@ -163,6 +163,9 @@ def test_a_generator_that_knows_nothing_is_wrong(tmp_path: Path, shards: Path, g
     assert summary["counts"] == {"generated": 12, "not_finite": 0, "real": 12, "further_real": 0, "skipped": 0}
     assert summary["frechet"]["floor"] is None
     assert summary["given"]["loss"] > 1
+    code, out, err = generation(*arguments, "prompts=2")
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["given"]["loss"] == pytest.approx(0, abs=0.01)  # held, whatever it knows
 
 
 @pytest.mark.parametrize("kind", ["mp4", "png"])
