@@ -203,7 +203,10 @@ def study(args: argparse.Namespace, folders: Mapping[str, Path]) -> None:
     seconds = time_steps(models, inputs, device, autocast_dtype(precision), args.rounds)
     outcomes = collect({name: [run.folder for run in runs if run.variant == name] for name in chosen})
     rows = make_rows([known[name] for name in chosen], outcomes, costs(models, inputs, seconds))
-    references = ", ".join(f"{known[name].reference} for {name}" for name in chosen)
+    own: dict[str, list[str]] = {known[name].reference: [] for name in chosen}
+    for name in chosen:
+        own[known[name].reference].append(name)
+    references = "; ".join(f"{reference} for {', '.join(names)}" for reference, names in own.items())
     notes = [
         f"{EXPERIMENT}: {steps} steps of batch {base.data.batch_size}, seeds 0 to {args.seeds - 1}; mean ± standard "
         f"deviation over the seeds. val/loss is that of the averaged weights after the last step; prompt accuracy is "
@@ -484,7 +487,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axes.annotate(row["variant"], (x, y), xytext=(6, 5), textcoords="offset points", fontsize="small")
         axes.set_xlabel("time of a training step, relative to dense attention")
         axes.set_ylabel(label)
-        axes.margins(x=0.2, y=0.1)
+        axes.margins(x=0.3, y=0.1)
         axes.grid(alpha=0.3)
         if key == "accuracy":
             for line, style in (("reconstructions", "--"), ("chance", ":")):
