@@ -28,7 +28,7 @@ from torch import Tensor
 
 from osp.cli import config_folder
 from osp.conditioning import EncodedText, T5Text
-from osp.data.video import to_float
+from osp.data.media.video import to_float
 from osp.denoiser import CrossTransformer, Stage
 from osp.devices import PeakMemory, choose_device, describe_device, synchronize
 from osp.diffusion import Velocity, draw_normal, squared_error
@@ -48,7 +48,7 @@ class Sizes:
     width: int
     heads: int
     blocks: int
-    checkpoint_every: int
+    recompute_every: int
     text_width: int
     text_layers: int
     text_tokens: int
@@ -59,7 +59,7 @@ class Sizes:
 def main() -> None:
     """Measure both and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = {"batch": 1, "frames": 17, "height": 128, "width": 128, "heads": 8, "blocks": 8, "checkpoint_every": 0}
+    defaults = {"batch": 1, "frames": 17, "height": 128, "width": 128, "heads": 8, "blocks": 8, "recompute_every": 0}
     defaults |= {"text_width": 1024, "text_layers": 12, "text_tokens": 128, "repeats": 10}
     defaults["threads"] = torch.get_num_threads()
     parser.add_argument("--device", default="auto")
@@ -96,7 +96,7 @@ def measure(case: str, sizes: Sizes, text_folder: str) -> dict[str, Any]:
     device = choose_device(sizes.device)
     stages = [Stage(1), Stage(sizes.blocks - 2, "skiparse", 4), Stage(1)]
     denoiser = CrossTransformer(heads=sizes.heads, text_channels=sizes.text_width, stages=stages).to(device)
-    denoiser.checkpoint_every = sizes.checkpoint_every
+    denoiser.recompute_every = sizes.recompute_every
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-5)
     parts: dict[str, torch.nn.Module] = {"denoiser": denoiser}
     if case == "raw clips":

@@ -8,8 +8,8 @@ import argparse
 import torch
 from torch import Tensor
 
-from osp.data.oracle import Reading, read
-from osp.data.synthetic import SyntheticClips
+from osp.data.procedural.oracle import Reading, read
+from osp.data.sources import SyntheticClips
 
 NOISE = (0, 5, 10, 20, 40, 60, 90)  # grey levels
 

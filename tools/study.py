@@ -38,14 +38,14 @@ from torch import Tensor
 
 from osp.cli import config_folder
 from osp.cli.train import RESULT, other_setting
-from osp.data.features import FeatureClips
-from osp.data.files import write_whole
+from osp.data.sources import FeatureClips
 from osp.denoiser import Denoiser, Grid, Stage
 from osp.denoiser.flops import denoiser_flops
 from osp.denoiser.patterns import Dense, average_attention_distance
 from osp.devices import autocast_dtype, choose_device, choose_precision, describe_device, synchronize
 from osp.errors import DataError, OspError, UsageError
 from osp.evaluation.output import METRICS
+from osp.files import write_whole
 from osp.training.checkpoints import LAST
 
 EXPERIMENT = "t2v_tiny"

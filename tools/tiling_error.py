@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from osp.data.synthetic import SyntheticClips
-from osp.data.video import to_float
+from osp.data.media.video import to_float
+from osp.data.sources import SyntheticClips
 from osp.evaluation.metrics import psnr
 from osp.training.checkpoints import load_trained_vae
 from osp.vae import Tiling, VideoVAE

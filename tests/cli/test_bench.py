@@ -54,7 +54,7 @@ def bench(command: Bench) -> Bench:
 def small() -> JointTransformer:
     """A denoiser of two kinds of blocks."""
     torch.manual_seed(0)
-    widths = {"heads": 2, "head_dim": 16, "text_channels": 8, "pooled_channels": 4, "condition_channels": 8}
+    widths = {"heads": 2, "head_dim": 16, "text_channels": 8, "pooled_channels": 4, "modulation_width": 8}
     model = JointTransformer(stages=[Stage(1), Stage(2, "skiparse", 2), Stage(1)], channels=4, out_channels=4, **widths)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -172,10 +172,10 @@ def test_a_stream_is_as_long_as_the_clip(
 
 @pytest.mark.parametrize("model", [CROSS, JOINT], ids=["cross", "joint"])
 def test_a_denoiser_is_measured_sparse_and_dense(command: Bench, model: list[str], tmp_path: Path) -> None:
-    out, results = command(*DENOISER, *model, "latents=[1x4x4,2x4x8]", "batch=2", "checkpoint_every=[0,1]")
+    out, results = command(*DENOISER, *model, "latents=[1x4x4,2x4x8]", "batch=2", "recompute_every=[0,1]")
     rows = results["rows"]
     hows = [("forward", None), ("train", None), ("train", 1)]
-    keys = ("latent", "tokens", "pass", "checkpoint_every", "schedule")
+    keys = ("latent", "tokens", "pass", "recompute_every", "schedule")
     assert [tuple(row[key] for key in keys) for row in rows] == [
         (latent, tokens, *how, schedule)
         for latent, tokens in (("1x4x4", 4), ("2x4x8", 16))
@@ -283,7 +283,7 @@ WRONG = [
     (["pass=back"], "pass=back is not known; choose forward, train"),
     (["schedule=random"], "schedule=random is not known; choose sparse, dense"),
     (["denoiser=opensora_v12", "schedule=sparse"], "all blocks of this denoiser are dense"),
-    (["checkpoint_every=-1"], "checkpoint_every=-1 makes no sense; it must be a whole number of at least 0"),
+    (["recompute_every=-1"], "recompute_every=-1 makes no sense; it must be a whole number of at least 0"),
     (["compile=[]"], r"compile=\[\] leaves nothing"),
     (["denoiser.head_dim=15"], "head_dim=15"),
     (["half=decode"], "half"),  # a setting of another target

@@ -11,11 +11,9 @@ import pytest
 import torch
 
 from osp.conditioning import T5Text
-from osp.data.features import FeatureClips
-from osp.data.shards import write_rendered
-from osp.data.sources import ShardClips
-from osp.data.synthetic import SyntheticClips
-from osp.data.video import to_float
+from osp.data.media.video import to_float
+from osp.data.shards.build import write_rendered
+from osp.data.sources import FeatureClips, ShardClips, SyntheticClips
 from osp.vae import WFVAE, LatentCodec
 from osp.weights import load_pretrained
 from osp.weights.pretrained import save_pretrained
@@ -78,7 +76,7 @@ def test_features_by_one_process_by_parts_and_by_several(world: Path, cache: Cac
     assert result["clips_per_second"] > 0
     features = FeatureClips("whole", sample=False)
     assert features.vae_origin == str(world / "vae")
-    assert [*features.identity.shift] == result["scaling"]["shift"]
+    assert [*features.made_with.shift] == result["scaling"]["shift"]
     vae = load_pretrained(world / "vae")
     assert isinstance(vae, WFVAE)
     codec = LatentCodec(vae, **result["scaling"])
@@ -159,14 +157,14 @@ def test_frozen_text_goes_into_the_features(cache: Cache) -> None:
     cache("output=features", *encoder)
     features = FeatureClips("features", sample=False)
     text = T5Text("mt5", channels=32)
-    assert features.identity.text is not None
-    assert features.identity.text.fingerprint == text.fingerprint()
+    assert features.made_with.text is not None
+    assert features.made_with.text.fingerprint == text.fingerprint()
     clip = features.read(3, 0)
     torch.testing.assert_close(clip["text"].float(), text([clip["caption"]]).text[0].float(), rtol=0.02, atol=0.02)
     torch.testing.assert_close(features.empty["text"].float(), text([""]).text[0].float(), rtol=0.02, atol=0.02)
     assert cache.call("output=features")[0] == 2
     assert cache("output=words", "text=words")["clips"] == CLIPS
-    assert FeatureClips("words").identity.text is None
+    assert FeatureClips("words").made_with.text is None
 
 
 WRONG = [

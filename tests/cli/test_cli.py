@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from osp.data.video import encode_video
+from osp.data.media.video import encode_video
 from osp.training.checkpoints import load_trained_vae
 from osp.weights import load_pretrained, load_published
 

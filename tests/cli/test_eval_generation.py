@@ -15,10 +15,10 @@ from torch import Tensor
 
 from osp.cli import main
 from osp.conditioning import GivenFrames, WordText
-from osp.data.scene import Scene, backgrounds_for, read_caption
-from osp.data.shards import write_shards
-from osp.data.synthetic import render
-from osp.data.video import encode_video, to_float
+from osp.data.media.video import encode_video, to_float
+from osp.data.procedural.drawing import render
+from osp.data.procedural.scene import Scene, backgrounds_for, read_caption
+from osp.data.shards.build import write_shards
 from osp.denoiser import CrossTransformer
 from osp.diffusion import Flow
 from osp.errors import UsageError
@@ -39,7 +39,7 @@ def random_generator(path: str | None, takes_frames: bool = False, **_: None) ->
         [{"blocks": 1}],
         channels=3,
         out_channels=3,
-        condition_channels=[3, 4] if takes_frames else [],
+        frame_channels=[3, 4] if takes_frames else [],
         heads=1,
         head_dim=24,
         text_channels=16,

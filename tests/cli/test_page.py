@@ -15,8 +15,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from osp.cli.page_parts import charts
-from osp.data.synthetic import SyntheticClips
-from osp.data.video import encode_video, to_float
+from osp.data.media.video import encode_video, to_float
+from osp.data.sources import SyntheticClips
 from osp.evaluation.frechet import Random3D
 from osp.evaluation.generation import GeneratedClip, evaluate_generation
 from osp.evaluation.reconstruction import evaluate_reconstruction

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from osp.cli import config_folder
 from osp.conditioning import MIXES, find_mix
-from osp.data.buckets import Shape
+from osp.data.media.shape import Shape
 from osp.denoiser import CrossTransformer, JointTransformer
 
 INPAINT = "opensora_inpaint_v13"

@@ -17,8 +17,8 @@ from torch import nn
 
 from osp.cli import config_folder
 from osp.conditioning import WordText
-from osp.data.pictures import encode_png
-from osp.data.video import encode_video, probe, read_clip
+from osp.data.media.pictures import encode_png
+from osp.data.media.video import encode_video, probe, read_clip
 from osp.denoiser import CrossTransformer, JointTransformer
 from osp.diffusion import Flow, Objective, Solver, Velocity
 from osp.sampling import VideoGenerator
@@ -44,8 +44,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, channels in (("vae", 4), ("other_vae", 4), ("large_vae", 8)):
         save_pretrained(WFVAE(latent_channels=channels, base_channels=4, level1="2d", **flows), folder / name)
     common = {"channels": 4, "out_channels": 4, "heads": 2, "text_channels": 16, "stages": STAGES}
-    inpaint = CrossTransformer(**common, head_dim=12, condition_channels=[4, 4])
-    joint = JointTransformer(**common, head_dim=16, pooled_channels=16, condition_channels=16, long_skips=False)
+    inpaint = CrossTransformer(**common, head_dim=12, frame_channels=[4, 4])
+    joint = JointTransformer(**common, head_dim=16, pooled_channels=16, modulation_width=16, long_skips=False)
     for parameter in [*inpaint.parameters(), *joint.parameters()]:  # new ones predict zero
         nn.init.normal_(parameter, std=0.1)
     save_pretrained(inpaint, folder / "inpaint")

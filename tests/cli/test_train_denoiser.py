@@ -12,8 +12,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from osp.data.shards import write_rendered
-from osp.data.synthetic import SyntheticClips
+from osp.data.shards.build import write_rendered
+from osp.data.sources import SyntheticClips
 from osp.training.checkpoints import load_trained_generator
 from osp.training.denoiser_module import DenoiserModule
 from osp.vae import WFVAE
@@ -84,7 +84,7 @@ def test_features_to_a_generator_and_on_to_given_frames(world: Path, osp: Osp, t
     assert generator.codec.origin == str(world / "vae")
 
     clips = ["data=shards", f"data.train.path={world / 'shards'}", "data.train.flip=false", *SIZE, *vae]
-    given = ["denoiser=cross_inpaint_tiny", "denoiser.condition_channels=[4,4]", "module.masks=stage2"]
+    given = ["denoiser=cross_inpaint_tiny", "denoiser.frame_channels=[4,4]", "module.masks=stage2"]
     more = [*T2V, *clips, *given, "start_from=t2v/checkpoints/best.ckpt", "output=i2v"]
     assert result(osp(*more))["steps"] == 4
     ours, theirs = (torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True) for run in ("i2v", "t2v"))

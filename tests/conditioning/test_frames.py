@@ -193,7 +193,7 @@ def test_the_input_of_the_inpainting_model() -> None:
     mask = latent_mask(spread(find_mix("step6").draw(9, generators(2))[0], 32, 32), 4, 4, 4)
     model_input = with_conditions(noisy, masked, mask)
     assert torch.equal(model_input, torch.cat((noisy, masked, mask), dim=1))
-    model = CrossTransformer([Stage(1)], condition_channels=(8, 4), heads=2, head_dim=12, text_channels=16)
+    model = CrossTransformer([Stage(1)], frame_channels=(8, 4), heads=2, head_dim=12, text_channels=16)
     assert model(model_input, torch.zeros(2), torch.zeros(2, 1, 16)).shape == noisy.shape
     with pytest.raises(UsageError, match="the masked video's latent has the shape"):
         with_conditions(noisy, masked[:, :4], mask)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from osp.conditioning import EncodedText, WordText, draw_dropped, drop_prompts, join_texts
+from osp.conditioning import EncodedText, WordText, draw_dropped, drop_prompts
 from osp.conditioning.words import WORD_BYTES
-from osp.data.scene import COLOURS, MOTIONS, SHAPES, caption, scene_for
+from osp.data.procedural.scene import COLOURS, MOTIONS, SHAPES, caption, scene_for
 from osp.denoiser import CrossTransformer, JointTransformer, Stage
 from osp.errors import UsageError
 
@@ -49,7 +49,6 @@ def test_padding_and_company_change_nothing() -> None:
     together = encoder(PROMPTS)
     for i, prompt in enumerate(PROMPTS):
         equal(encoder([prompt]), together[i : i + 1], 1e-5)
-    equal(join_texts([encoder([prompt]) for prompt in PROMPTS]), together, 1e-5)
     assert (together.text[~together.mask] == 0).all()
 
 
@@ -96,7 +95,7 @@ def test_denoisers_take_the_text_and_teach_its_encoder(kind: str) -> None:
     model = (
         CrossTransformer(head_dim=12, **shape)
         if kind == "cross"
-        else JointTransformer(head_dim=16, pooled_channels=24, condition_channels=32, **shape)
+        else JointTransformer(head_dim=16, pooled_channels=24, modulation_width=32, **shape)
     )
     for value in model.parameters():
         torch.nn.init.normal_(value, std=0.1)
@@ -172,10 +171,6 @@ def test_parts_of_a_batch() -> None:
     equal(encoded[torch.tensor([0, 1])], first, 0)
     assert encoded.to(dtype=torch.bfloat16).text.dtype == torch.bfloat16
     assert encoded.to(dtype=torch.bfloat16).mask.dtype == torch.bool
-    with pytest.raises(UsageError, match="cannot be joined"):
-        join_texts([encoded, small(pooled_channels=None)(PROMPTS)])
-    with pytest.raises(UsageError, match="cannot be joined"):
-        join_texts([])
 
 
 def test_dropped_text_is_the_empty_prompts() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from osp.data.datamodule import ClipDataModule
 from osp.data.loader import ResumableLoader
-from osp.data.synthetic import SyntheticClips
+from osp.data.sources import SyntheticClips
 from osp.errors import DataError, UsageError
 
 pytestmark = [

@@ -18,13 +18,14 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osp.data.buckets import Shape
-from osp.data.feature_writer import FeatureWriter, feature_report
-from osp.data.features import FeatureClips, FeatureIdentity, Features, TextIdentity
+from osp.data.features.format import FeatureIdentity, Features, TextIdentity
+from osp.data.features.writer import FeatureWriter, feature_report
 from osp.data.loader import FixedLoader, ResumableLoader
-from osp.data.sources import FirstClips, JoinedClips, stable_seed
-from osp.data.video import ClipError
+from osp.data.media.shape import Shape
+from osp.data.media.video import ClipError
+from osp.data.sources import FeatureClips, FirstClips
 from osp.errors import DataError, UsageError
+from osp.seeds import stable_seed
 
 IDENTITY = FeatureIdentity(
     vae="toy",
@@ -99,7 +100,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_written_is_read_back(undisturbed: Path) -> None:
     source = FeatureClips(undisturbed, sample=False)
-    assert source.identity == IDENTITY
+    assert source.made_with == IDENTITY
     assert len(source) == CLIPS - len(BROKEN)
     assert {name: tensor.tolist() for name, tensor in source.empty.items()} == {
         name: tensor.tolist() for name, tensor in EMPTY.items()
@@ -249,20 +250,14 @@ def test_broken_members_cost_their_clips(undisturbed: Path, tmp_path: Path) -> N
         source.read(1, 0)
 
 
-def test_limits_and_joined_folders(undisturbed: Path, tmp_path: Path) -> None:
+def test_limits(undisturbed: Path, tmp_path: Path) -> None:
     small = FeatureClips(undisturbed, patch_size=1, max_tokens=20)
     assert {bucket.tokens for bucket in small.buckets()} == {8, 12, 16}
     assert sum(small.dropped.values()) == len(FeatureClips(undisturbed)) - len(small)
     assert len(FeatureClips(undisturbed, patch_size=1, min_tokens=16, max_tokens=20).buckets()) == 1
     with pytest.raises(DataError, match=r"none of its 21 clips has 1000 to"):
         FeatureClips(undisturbed, min_tokens=1000)
-    joined = JoinedClips([small, FeatureClips(undisturbed, patch_size=1)])
-    assert sum(len(bucket.clips) for bucket in joined.buckets()) == len(joined)
-    assert joined.identity == IDENTITY
-    assert next(iter(FixedLoader(joined, batch_size=2)))["latent"].ndim == 5
     write(tmp_path / "other", replace(IDENTITY, vae="another"))
-    with pytest.raises(UsageError, match="different encoders"):
-        JoinedClips([small, FeatureClips(tmp_path / "other")])
     assert FeatureClips(tmp_path / "other").fingerprint() != FeatureClips(undisturbed).fingerprint()
 
 

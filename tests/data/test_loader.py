@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 from osp.data.loader import Batch, FixedLoader, ResumableLoader
-from osp.data.sources import FirstClips, ShardClips
-from osp.data.video import ClipError, encode_video, read_clip
+from osp.data.media.video import ClipError, encode_video, read_clip
+from osp.data.sources import ClipSource, FirstClips, ShardClips
 from osp.errors import DataError, UsageError
 
 
-class NumberClips:
+class NumberClips(ClipSource):
     """Clip i is a 3x1x2x2 video of the value i; the caption tells the draw and the threads of the reading process."""
 
     def __init__(self, clips: int, broken: tuple[int, ...] = (), version: str = "a") -> None:

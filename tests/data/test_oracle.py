@@ -8,9 +8,10 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from osp.data.oracle import UNKNOWN, Reading, read, read_objects
-from osp.data.scene import Scene, SceneObject
-from osp.data.synthetic import SyntheticClips, render
+from osp.data.procedural.drawing import render
+from osp.data.procedural.oracle import UNKNOWN, Reading, read, read_objects
+from osp.data.procedural.scene import Scene, SceneObject
+from osp.data.sources import SyntheticClips
 from osp.errors import UsageError
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from osp.data.scene import SceneObject, caption, read_caption, scene_for
+from osp.data.procedural.scene import SceneObject, caption, read_caption, scene_for
 from osp.errors import UsageError
 
 

@@ -20,11 +20,11 @@ import torch
 import webdataset
 from PIL import Image
 
-from osp.data.clips import Clip, examine, extract
-from osp.data.shard_index import ClipEntry, read_index
-from osp.data.shards import write_rendered, write_shards
-from osp.data.video import probe, read_clip
-from osp.data.workers import Crashed, Workers
+from osp.data.media.clips import Clip, examine, extract
+from osp.data.media.video import probe, read_clip
+from osp.data.shards.build import write_rendered, write_shards
+from osp.data.shards.index import ClipEntry, read_index
+from osp.data.shards.workers import Crashed, Workers
 from osp.errors import DataError, UsageError
 
 MakeVideo = Callable[..., Path]
@@ -298,7 +298,7 @@ def test_a_second_run_writes_nothing_and_new_files_are_appended(
     assert content(output).keys() == content(undisturbed).keys()
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr("osp.data.shards.examine", None)  # nothing may be read
+        patch.setattr("osp.data.shards.build.examine", None)  # nothing may be read
         report = write_shards(inputs, output, **SETTINGS)
     assert (report.clips, report.new_clips) == (14, 0)
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
@@ -372,7 +372,7 @@ def test_a_decoder_crash_costs_its_source_only(
 ) -> None:
     (tmp_path / "crashing_decoder.py").write_text(
         "import os, signal\n"
-        "from osp.data.clips import examine as real\n"
+        "from osp.data.media.clips import examine as real\n"
         "def examine(path, *arguments):\n"
         "    if path.name == 'short 2.mp4':\n"
         "        os.kill(os.getpid(), signal.SIGSEGV)\n"
@@ -381,7 +381,7 @@ def test_a_decoder_crash_costs_its_source_only(
     monkeypatch.syspath_prepend(str(tmp_path))
     import crashing_decoder
 
-    monkeypatch.setattr("osp.data.shards.examine", crashing_decoder.examine)
+    monkeypatch.setattr("osp.data.shards.build.examine", crashing_decoder.examine)
     report = write_shards(videos, tmp_path / "shards", **{**SETTINGS, "workers": 2})
     assert dict(report.skipped)["deep/short 2.mp4"] == "the decoder crashed on it"
     stored = [entry.record["source"] for entry in check_folder(tmp_path / "shards")]

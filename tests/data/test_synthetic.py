@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from osp.data.scene import (
+from osp.data.procedural.drawing import RADIUS, render
+from osp.data.procedural.scene import (
     BACKGROUND_COLOURS,
     BACKGROUND_TEXTURES,
     COLOURS,
@@ -29,7 +30,7 @@ from osp.data.scene import (
     lab,
     scene_for,
 )
-from osp.data.synthetic import RADIUS, SyntheticClips, render
+from osp.data.sources import SyntheticClips
 from osp.errors import UsageError
 
 FROZEN_CAPTIONS = [

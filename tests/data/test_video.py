@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from osp.data import video as video_module
-from osp.data.video import ClipError, encode_video, probe, read_clip, to_float, to_uint8, write_video
+from osp.data.media import video as video_module
+from osp.data.media.video import ClipError, encode_video, probe, read_clip, to_float, to_uint8, write_video
 from osp.errors import UsageError
 
 MakeVideo = Callable[..., Path]

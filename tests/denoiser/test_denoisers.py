@@ -13,7 +13,7 @@ from osp.errors import UsageError
 
 SPARSE = [Stage(1), Stage(2, "skiparse", 2), Stage(1)]
 CROSS: dict[str, Any] = {"channels": 4, "out_channels": 4, "heads": 2, "head_dim": 12, "text_channels": 10}
-JOINT = CROSS | {"head_dim": 16, "pooled_channels": 6, "condition_channels": 8}
+JOINT = CROSS | {"head_dim": 16, "pooled_channels": 6, "modulation_width": 8}
 
 
 def make(kind: type[Denoiser], stages: Any = SPARSE, **settings: Any) -> Denoiser:
@@ -154,7 +154,7 @@ def test_checkpointed_blocks_give_the_same_gradients(kind: type[Denoiser], every
     inputs = {key: value.double() for key, value in given(model).items()}
     gradients, calls = [], []
     hooks = [block.register_forward_pre_hook(lambda *_: calls.append(1)) for block in model.blocks]
-    for model.checkpoint_every in (0, every):
+    for model.recompute_every in (0, every):
         model.zero_grad()
         calls.clear()
         model(**inputs).square().sum().backward()
@@ -237,10 +237,10 @@ def test_dense_to_sparse_starts_where_dense_was() -> None:
 
 def test_what_a_restaged_model_keeps_of_the_other() -> None:
     model = make(JointTransformer).bfloat16().requires_grad_(False).eval()
-    model.checkpoint_every = 1
+    model.recompute_every = 1
     other = restage(model, DENSE, long_skips=False)
     assert not any(value.requires_grad for value in (*other.parameters(), *model.parameters()))
-    assert other.checkpoint_every == 1
+    assert other.recompute_every == 1
     assert not other.training
     back = restage(other, SPARSE, long_skips=True)
     assert {value.dtype for value in back.parameters()} == {torch.bfloat16}
@@ -262,7 +262,7 @@ def test_long_skips_stay_where_they_lead_from_and_to() -> None:
 @torch.no_grad()
 def test_a_model_gets_conditions_without_changing() -> None:
     model = make(CrossTransformer)
-    conditioned = restage(model, condition_channels=[4, 2])
+    conditioned = restage(model, frame_channels=[4, 2])
     inputs = given(model)
     more = inputs | {"latent": torch.cat((inputs["latent"], torch.randn(2, 6, 3, 6, 10)), dim=1)}
     torch.testing.assert_close(conditioned(**more), model(**inputs), rtol=0, atol=1e-6)
@@ -372,9 +372,9 @@ def test_impossible_settings_are_refused(kind: type[Denoiser], name: str, value:
         (CrossTransformer, "position_scale", [1, 1]),
         (CrossTransformer, "position_scale", [0, 1, 1]),
         (CrossTransformer, "position_scale", 2),
-        (CrossTransformer, "condition_channels", [-1]),
-        (CrossTransformer, "condition_channels", 3),
-        (JointTransformer, "condition_channels", 7),
+        (CrossTransformer, "frame_channels", [-1]),
+        (CrossTransformer, "frame_channels", 3),
+        (JointTransformer, "modulation_width", 7),
         (JointTransformer, "long_skips", "no"),
     ],
 )

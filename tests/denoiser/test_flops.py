@@ -13,7 +13,7 @@ from osp.devices import count_flops
 from osp.errors import UsageError
 
 CROSS = {"heads": 2, "head_dim": 12, "text_channels": 10}
-JOINT = {"heads": 2, "head_dim": 16, "text_channels": 10, "pooled_channels": 6, "condition_channels": 8}
+JOINT = {"heads": 2, "head_dim": 16, "text_channels": 10, "pooled_channels": 6, "modulation_width": 8}
 ALL_PATTERNS = (
     Stage(1),
     Stage(2, "skiparse", 2),
@@ -23,7 +23,7 @@ ALL_PATTERNS = (
 )
 MODELS: dict[str, Callable[..., Denoiser]] = {
     "cross": lambda **more: CrossTransformer(**CROSS, **more),
-    "inpainting": lambda **more: CrossTransformer(condition_channels=(8, 4), **CROSS, **more),
+    "inpainting": lambda **more: CrossTransformer(frame_channels=(8, 4), **CROSS, **more),
     "joint": lambda **more: JointTransformer(**JOINT, **more),
     "joint without skips": lambda **more: JointTransformer(long_skips=False, **JOINT, **more),
 }

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from osp.data.scene import Scene, backgrounds_for, read_caption
-from osp.data.synthetic import SyntheticClips, render
-from osp.data.video import ClipError, probe, to_float
+from osp.data.media.video import ClipError, probe, to_float
+from osp.data.procedural.drawing import render
+from osp.data.procedural.scene import Scene, backgrounds_for, read_caption
+from osp.data.sources import SyntheticClips
 from osp.errors import DataError, UsageError
 from osp.evaluation.frechet import FrechetDistance, Random3D
 from osp.evaluation.generation import GeneratedClip, evaluate_generation

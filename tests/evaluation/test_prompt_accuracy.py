@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from osp.data.oracle import UNKNOWN, Reading
-from osp.data.synthetic import SyntheticClips
+from osp.data.procedural.oracle import UNKNOWN, Reading
+from osp.data.sources import SyntheticClips
 from osp.errors import UsageError
 from osp.evaluation.prompt_accuracy import CHANCE, Judgement, Rate, accuracy, judge, shuffled_accuracy
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from osp.data.video import ClipError, read_clip
+from osp.data.media.video import ClipError, read_clip
 from osp.errors import DataError, UsageError
 from osp.evaluation.frechet import Random3D
 from osp.evaluation.lpips import PerceptualDistance

@@ -20,8 +20,8 @@ def build_denoiser(kind: str, **settings: Any) -> Denoiser:
     common = {"channels": 4, "out_channels": 4, "heads": 2, "text_channels": 16, "stages": STAGES}
     own: dict[str, dict[str, Any]] = {
         "cross": {"head_dim": 12},
-        "inpaint": {"head_dim": 12, "condition_channels": [4, 4]},
-        "joint": {"head_dim": 16, "pooled_channels": 16, "condition_channels": 16},
+        "inpaint": {"head_dim": 12, "frame_channels": [4, 4]},
+        "joint": {"head_dim": 16, "pooled_channels": 16, "modulation_width": 16},
     }
     model = {"joint": JointTransformer}.get(kind, CrossTransformer)(**{**common, **own[kind], **settings})
     for parameter in model.parameters():  # a new one predicts zero

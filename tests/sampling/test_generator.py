@@ -216,5 +216,5 @@ def test_parts_that_do_not_fit_together_are_refused(make_generator: Make) -> Non
     with pytest.raises(UsageError, match=r"pooled text 16 wide, .* gives none"):
         VideoGenerator(good.denoiser, WordText(16, None, 1, 2), good.objective, good.codec)
     eight = LatentCodec(WFVAE(latent_channels=4, base_channels=4, level1="3d", **flows), 0.0, 1.0)
-    with pytest.raises(UsageError, match=r"condition_channels=\[4, 4\] .* \[4, 8\]"):
+    with pytest.raises(UsageError, match=r"frame_channels=\[4, 4\] .* \[4, 8\]"):
         VideoGenerator(make_generator("inpaint").denoiser, good.text, good.objective, eight)

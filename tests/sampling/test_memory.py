@@ -23,7 +23,7 @@ def denoiser(kind: str) -> Denoiser:
     common = {"channels": 8, "out_channels": 8, "heads": 4, "head_dim": 48, "text_channels": 32, "stages": STAGES}
     if kind == "cross":
         return CrossTransformer(**common).eval()
-    return JointTransformer(**common, pooled_channels=16, condition_channels=32).eval()
+    return JointTransformer(**common, pooled_channels=16, modulation_width=32).eval()
 
 
 @pytest.mark.parametrize("kind", ["cross", "joint"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from osp.data.video import probe, read_clip, to_uint8
+from osp.data.media.video import probe, read_clip, to_uint8
 from osp.errors import DataError, UsageError
 from osp.sampling.outputs import SampleFolder, read_settings
 

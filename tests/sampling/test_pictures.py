@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from osp.data.pictures import encode_png
-from osp.data.video import ClipError, encode_video
+from osp.data.media.pictures import encode_png
+from osp.data.media.video import ClipError, encode_video
 from osp.errors import UsageError
 from osp.sampling.pictures import PictureFiles
 

@@ -16,16 +16,17 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from osp.conditioning import EncodedText, WordText
-from osp.data.buckets import Shape, TokenRule
+from osp.data.buckets import TokenRule
 from osp.data.datamodule import ClipDataModule
-from osp.data.feature_writer import FeatureWriter
-from osp.data.features import FeatureClips, FeatureIdentity, Features, TextIdentity
-from osp.data.shards import write_rendered
-from osp.data.sources import BucketClips, JoinedClips, stable_seed
-from osp.data.synthetic import SyntheticClips
+from osp.data.features.format import FeatureIdentity, Features, TextIdentity
+from osp.data.features.writer import FeatureWriter
+from osp.data.media.shape import Shape
+from osp.data.shards.build import write_rendered
+from osp.data.sources import BucketClips, FeatureClips, SyntheticClips
 from osp.denoiser import CrossTransformer, JointTransformer
 from osp.diffusion import Flow, Velocity
 from osp.errors import DataError, UsageError
+from osp.seeds import stable_seed
 from osp.training.checkpoints import load_trained_generator
 from osp.training.clipping import AbnormalDrop, AdaptiveClipping, DivergedError, NormClipping
 from osp.training.denoiser_module import DenoiserModule
@@ -384,7 +385,7 @@ def test_texts_of_features_or_of_a_frozen_encoder_are_not_in_the_checkpoint(tmp_
 
 
 def test_given_frames_are_trained_and_shown(tmp_path: Path, shards: Path) -> None:
-    denoiser = new_denoiser(condition_channels=[4, 4])
+    denoiser = new_denoiser(frame_channels=[4, 4])
     settings = {"codec": LatentCodec(new_vae(), 0.0, 1.0), "masks": {"first": 1, "text": 1}, "image_text": "still"}
     module = new_module(denoiser=denoiser, **settings)
     data = bucket_data(shards)
@@ -412,7 +413,7 @@ def test_a_run_begins_where_another_ended(tmp_path: Path, shards: Path, change: 
     fit(tmp_path, first, bucket_data(shards), 3)
     conditions = 8 if change == "frames given" else 0
     sparse = [{"blocks": 2, "pattern": "skiparse"}]
-    new: dict[str, Any] = {"condition_channels": [4, 4]} if conditions else {"stages": sparse}
+    new: dict[str, Any] = {"frame_channels": [4, 4]} if conditions else {"stages": sparse}
     torch.manual_seed(9)
     second = DenoiserModule(
         CrossTransformer(**{"stages": STAGES} | CROSS | new),
@@ -436,7 +437,7 @@ def test_a_run_begins_where_another_ended(tmp_path: Path, shards: Path, change: 
 
 def test_a_dense_joint_transformer_becomes_sparse_with_skips(tmp_path: Path, one_size: Path) -> None:
     sizes = {"channels": 4, "out_channels": 4, "heads": 1, "head_dim": 16, "text_channels": 8, "pooled_channels": 8}
-    dense = {"stages": [{"blocks": 3}], "long_skips": False, "condition_channels": 8}
+    dense = {"stages": [{"blocks": 3}], "long_skips": False, "modulation_width": 8}
     sparse = {"stages": [{"blocks": 1, "pattern": "skiparse", "k": k} for k in (1, 2, 1)], "long_skips": True}
     parts = {"text": new_text(pooled_channels=8), "clipping": NormClipping()}
     first = new_module(denoiser=JointTransformer(**sizes | dense), **parts)
@@ -490,7 +491,7 @@ def test_what_cannot_begin_with_those_weights_is_refused(tmp_path: Path, one_siz
 def test_a_caption_anywhere_counts(tmp_path: Path, one_size: Path, shards: Path) -> None:
     silent = FeatureClips(write_features(tmp_path / "silent", SHAPES[:1], captions=False))
     assert not has_captions(silent)
-    assert has_captions(JoinedClips([silent, FeatureClips(one_size)]))
+    assert has_captions(FeatureClips(one_size))
     assert has_captions(BucketClips(shards, TokenRule(4, 8, size_stride=16, max_tokens=40)))
     assert has_captions(SyntheticClips(3, 1, 16, 16))
 
@@ -511,10 +512,10 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path, one_size: 
     joint = {"channels": 4, "out_channels": 4, "heads": 1, "head_dim": 16, "text_channels": 8, "pooled_channels": 4}
     refused(r"no pooled text, but denoiser\.pooled_channels=4", data, denoiser=JointTransformer(**joint))
     refused("there is no VAE", bucket_data(shards))
-    refused(r"choose module\.masks", data, denoiser=new_denoiser(condition_channels=[4, 4]))
-    refused("has no condition_channels", data, masks="stage2")
-    refused(r"set \[4,4\]", data, denoiser=new_denoiser(condition_channels=[4, 2]), codec=codec, masks="text")
-    given = {"denoiser": new_denoiser(condition_channels=[4, 4]), "masks": "stage2"}
+    refused(r"choose module\.masks", data, denoiser=new_denoiser(frame_channels=[4, 4]))
+    refused("has no frame_channels", data, masks="stage2")
+    refused(r"set \[4,4\]", data, denoiser=new_denoiser(frame_channels=[4, 2]), codec=codec, masks="text")
+    given = {"denoiser": new_denoiser(frame_channels=[4, 4]), "masks": "stage2"}
     refused("features do not allow", data, **given)
     refused("features were made with another VAE", data, codec=codec)
     refused("hold no text; train with text=words", data, text=None)
@@ -543,7 +544,7 @@ import osp, torch, lightning
 from lightning.pytorch.callbacks import Callback
 from osp.conditioning import WordText
 from osp.data.datamodule import ClipDataModule
-from osp.data.features import FeatureClips
+from osp.data.sources import FeatureClips
 from osp.denoiser import CrossTransformer
 from osp.diffusion import Flow
 from osp.training.denoiser_module import DenoiserModule

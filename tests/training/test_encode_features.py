@@ -12,18 +12,18 @@ from PIL import Image
 from torch import Tensor
 
 from osp.conditioning import EncodedText, Pair, TextEncoder, WordText
-from osp.data.buckets import Shape, ShapeList
-from osp.data.feature_writer import FeatureWriter, feature_report
-from osp.data.features import FeatureClips, Features
-from osp.data.shard_index import read_index
-from osp.data.shards import write_rendered, write_shards
-from osp.data.sources import BucketClips, ShardClips
-from osp.data.synthetic import SyntheticClips
-from osp.data.video import encode_video, to_float
+from osp.data.buckets import ShapeList
+from osp.data.features.format import Features
+from osp.data.features.writer import FeatureWriter, feature_report
+from osp.data.media.shape import Shape
+from osp.data.media.video import encode_video, to_float
+from osp.data.shards.build import write_rendered, write_shards
+from osp.data.shards.index import read_index
+from osp.data.sources import BucketClips, FeatureClips, ShardClips, SyntheticClips
 from osp.errors import DataError, UsageError
 from osp.training.encode_features import (
+    ClipSource,
     FeatureEncoder,
-    VideoClips,
     encode_features,
     measure_source_scaling,
     read_scaling,
@@ -71,7 +71,7 @@ def codec() -> LatentCodec:
 
 
 def write(
-    folder: Path, source: VideoClips, encoder: FeatureEncoder, batch_size: int = 2, workers: int = 2, **wanted: Any
+    folder: Path, source: ClipSource, encoder: FeatureEncoder, batch_size: int = 2, workers: int = 2, **wanted: Any
 ) -> int:
     settings = {"clips": len(source), "origin": source.fingerprint(), "shard_clips": 3, "empty": encoder.empty()}
     writer = FeatureWriter(folder, encoder.identity, **(settings | wanted))
@@ -177,10 +177,10 @@ def test_frozen_text_is_stored_and_text_that_trains_along_is_not(
     encoder = FeatureEncoder(codec, pair())
     write(tmp_path / "pair", source, encoder)
     features = FeatureClips(tmp_path / "pair", sample=False)
-    assert features.identity.text is not None
-    assert features.identity.pooled_text is not None
-    assert (features.identity.text.fingerprint, features.identity.text.width) == ("t5 6", 6)
-    assert (features.identity.pooled_text.fingerprint, features.identity.pooled_text.width) == ("clip 3", 3)
+    assert features.made_with.text is not None
+    assert features.made_with.pooled_text is not None
+    assert (features.made_with.text.fingerprint, features.made_with.text.width) == ("t5 6", 6)
+    assert (features.made_with.pooled_text.fingerprint, features.made_with.pooled_text.width) == ("clip 3", 3)
     for index in range(CLIPS):  # clip 0 has no caption: the empty text stands for it
         clip = features.read(index, 0)
         wanted = pair()([clip["caption"]])

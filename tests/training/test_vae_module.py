@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from osp.data.datamodule import ClipDataModule
-from osp.data.synthetic import SyntheticClips
+from osp.data.sources import SyntheticClips
 from osp.errors import DataError, UsageError
 from osp.training.checkpoints import load_trained_vae
 from osp.training.clipping import DivergedError
@@ -217,7 +217,7 @@ TWO_PROCESSES = """
 import osp, torch, lightning
 from lightning.pytorch.callbacks import Callback
 from osp.data.datamodule import ClipDataModule
-from osp.data.synthetic import SyntheticClips
+from osp.data.sources import SyntheticClips
 from osp.training.clipping import DivergedError
 from osp.training.discriminator import PatchDiscriminator3d
 from osp.training.losses import VAELoss

@@ -52,7 +52,7 @@ class DenoiserCase:
     schedule: str
     precision: str
     compiled: bool
-    checkpoint_every: int
+    recompute_every: int
     tokens: int
     flops: int
     note: str = ""
@@ -69,14 +69,14 @@ class DenoiserCase:
             "schedule": self.schedule,
             "precision": self.precision,
             "compiled": self.compiled,
-            "checkpoint_every": self.checkpoint_every or None,
+            "recompute_every": self.recompute_every or None,
         }
 
     @property
     def group(self) -> tuple[Any, ...]:
         """What rows to compare have in common."""
         what = (self.latent, self.text_tokens, self.batch, self.direction)
-        return (*what, self.precision, self.compiled, self.checkpoint_every)
+        return (*what, self.precision, self.compiled, self.recompute_every)
 
     @property
     def is_reference(self) -> bool:
@@ -96,7 +96,7 @@ class DenoiserCase:
     def load(self, device: torch.device) -> Denoiser:
         """The denoiser with the attention to measure, on the device."""
         model = _scheduled(_load(self.denoiser, device, weights_dtype(self.precision)), self.schedule)
-        model.checkpoint_every = self.checkpoint_every
+        model.recompute_every = self.recompute_every
         if self.compiled:
             start_compiler()
             model.compile_blocks()
@@ -136,7 +136,7 @@ def cases(cfg: DictConfig) -> tuple[list[DenoiserCase], str]:
     batches = [whole_number("batch", value) for value in listed(cfg, "batch")]
     directions, schedules = choices(cfg, "pass", _PASSES), choices(cfg, "schedule", _SCHEDULES)
     precisions, compiled = choices(cfg, "precision", tuple(PRECISIONS)), choices(cfg, "compile", (False, True))
-    checkpointed = [whole_number("checkpoint_every", value, least=0) for value in listed(cfg, "checkpoint_every")]
+    checkpointed = [whole_number("recompute_every", value, least=0) for value in listed(cfg, "recompute_every")]
     config = configuration(cfg, "denoiser")
     model = _shape(config)
     models = {schedule: _scheduled(model, schedule) for schedule in schedules}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from osp.cli.bench_case import Case, Target
-from osp.data.files import write_whole
+from osp.files import write_whole
 
 # Columns of the table that are measured: heading, and what its numbers are divided by
 _MEASURED = {

@@ -14,15 +14,15 @@ from torch import multiprocessing
 
 from osp.cli import user_error
 from osp.cli.checks import CLIP, build_vae, check_numbers, check_vae_source
-from osp.data.feature_writer import FeatureWriter, feature_report, folder_lock
-from osp.data.features import DTYPES, POSTERIORS, load_feature_index, require_feature_index
-from osp.data.sources import BucketClips, ShardClips
+from osp.data.features.format import DTYPES, POSTERIORS, load_feature_index, require_feature_index
+from osp.data.features.writer import FeatureWriter, feature_report
+from osp.data.sources import BucketClips, ClipSource, ShardClips
 from osp.devices import choose_device, choose_precision
 from osp.devices.device import backend
 from osp.errors import DataError, OspError, UsageError
+from osp.files import folder_lock
 from osp.training.encode_features import (
     FeatureEncoder,
-    VideoClips,
     encode_features,
     measure_source_scaling,
     read_scaling,
@@ -105,7 +105,7 @@ def _encode(cfg: DictConfig, process: int = 0) -> tuple[int, float]:
     return encoded, time.monotonic() - begun
 
 
-def _source(cfg: DictConfig, vae: VideoVAE) -> VideoClips:
+def _source(cfg: DictConfig, vae: VideoVAE) -> ClipSource:
     """The clips, always the same frames of each, in sizes that the VAE takes."""
     always = {"random_start": False, "flip": False}
     path = to_absolute_path(cfg.input)
@@ -119,7 +119,7 @@ def _source(cfg: DictConfig, vae: VideoVAE) -> VideoClips:
     return source
 
 
-def _codec(cfg: DictConfig, vae: VideoVAE, source: VideoClips, output: Path, device: torch.device) -> LatentCodec:
+def _codec(cfg: DictConfig, vae: VideoVAE, source: ClipSource, output: Path, device: torch.device) -> LatentCodec:
     """The VAE with its scaling: the given one, else what the folder says, else the published one, else measured."""
     latent: Any = OmegaConf.to_container(cfg.latent, resolve=True)
     shift, scale = latent["shift"], latent["scale"]

@@ -1,6 +1,5 @@
 """`osp chain`: the stages of a recipe one after another, each a run of `osp train` in a process of its own."""
 
-import fcntl
 import json
 import logging
 import shlex
@@ -25,12 +24,12 @@ from osp.cli.compare import print_table, text_of, write_table
 from osp.cli.overrides import check_choices, quoted
 from osp.cli.runs import RESULT, other_setting
 from osp.errors import DataError, OspError, UsageError
+from osp.files import folder_lock
 from osp.training.checkpoints import LAST
 
 log = logging.getLogger(__name__)
 
 TABLE = "chain.csv"
-_LOCK = ".lock"
 
 
 class StageError(OspError):
@@ -197,13 +196,11 @@ def _first_to_run(stages: Sequence[Stage]) -> int:
 @contextmanager
 def _locked(output: Path) -> Iterator[int]:
     """Keeps another chain out of the folder, for as long as this process or a stage that it has started is there."""
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / _LOCK, "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{output}: another `osp chain`, or a stage that it began, is still running") from error
-        yield lock.fileno()
+    try:
+        with folder_lock(output, wait=False) as lock:
+            yield lock
+    except BlockingIOError as error:
+        raise UsageError(f"{output}: another `osp chain`, or a stage that it began, is still running") from error
 
 
 def _train(stage: Stage, lock: int) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from osp.cli.runs import RESULT, is_first_process
-from osp.data.files import write_whole
+from osp.files import write_whole
 
 log = logging.getLogger(__name__)
 

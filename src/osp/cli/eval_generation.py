@@ -17,9 +17,9 @@ from osp.cli.eval_input import model_name, read_clips
 from osp.cli.solver import build_solver
 from osp.conditioning import GivenFrames, given_by_mode
 from osp.conditioning.given import frame_numbers
-from osp.data.buckets import Shape
+from osp.data.media.shape import Shape
+from osp.data.media.video import ClipError, to_float
 from osp.data.sources import ShardClips
-from osp.data.video import ClipError, to_float
 from osp.devices import autocast_dtype, choose_device, choose_precision
 from osp.diffusion import Solver
 from osp.errors import DataError, UsageError

@@ -6,8 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from osp.data.media.video import ClipError
 from osp.data.sources import ClipSource
-from osp.data.video import ClipError
 
 
 def read_clips(source: ClipSource, count: int) -> Iterator[Mapping[str, Any] | ClipError]:

@@ -9,6 +9,8 @@ from omegaconf import DictConfig
 
 from osp.cli.checks import build_vae, check_checkpoint
 from osp.data.datamodule import ClipDataModule
+from osp.data.features.format import FeatureIdentity
+from osp.data.sources import ClipSource
 from osp.training.checkpoints import load_vae
 from osp.vae import LatentCodec, VideoVAE
 
@@ -26,13 +28,13 @@ def codec_of(cfg: DictConfig, data: ClipDataModule) -> dict[str, Any]:
     """
     if "denoiser" not in cfg.module:
         return {}
-    features = getattr(data.train_source, "identity", None)
+    features = data.train_source.made_with
     vae = None
     if cfg.vae.get("path", cfg.vae.get("source")) is not None:
         check_checkpoint(cfg, cfg.vae)
         vae = build_vae(cfg.vae)
     elif features is not None and cfg.logged_clips:
-        vae = _vae_of_features(data.train_source)
+        vae = _vae_of_features(data.train_source, features)
     if vae is None:
         return {"codec": None}
     if features is not None:
@@ -43,7 +45,7 @@ def codec_of(cfg: DictConfig, data: ClipDataModule) -> dict[str, Any]:
     return {"codec": instantiate(cfg.latent, vae=vae)}
 
 
-def _vae_of_features(source: Any) -> VideoVAE | None:
+def _vae_of_features(source: ClipSource, features: FeatureIdentity) -> VideoVAE | None:
     """The VAE that made features, to show clips; None, and a log line, if it is not where it was."""
     origin = source.vae_origin
     if origin is None or not Path(origin).exists():
@@ -51,7 +53,7 @@ def _vae_of_features(source: Any) -> VideoVAE | None:
         log.info("no clips are shown of %s: %s; give vae=trained checkpoint=FILE", source.path, where)
         return None
     vae = load_vae(origin)
-    if LatentCodec(vae, 0.0, 1.0).fingerprint() != source.identity.vae_fingerprint:
+    if LatentCodec(vae, 0.0, 1.0).fingerprint() != features.vae_fingerprint:
         log.warning("no clips are shown: %s holds another VAE than the one that made %s", origin, source.path)
         return None
     return vae

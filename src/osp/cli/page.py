@@ -15,11 +15,11 @@ from osp.cli.checks import check_numbers
 from osp.cli.curves import read_curves
 from osp.cli.page_parts import Shown, charts, clips, section, table, tiles
 from osp.cli.runs import RESULT
-from osp.data.files import write_whole
 from osp.errors import DataError, UsageError
 from osp.evaluation.output import METRICS
 from osp.evaluation.prompt_accuracy import PARTS
 from osp.evaluation.reconstruction import PAIRS
+from osp.files import write_whole
 from osp.sampling.outputs import SAMPLES, SampleFolder
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import from_numpy, stack
 
-from osp.data.video import encode_video, probe, read_clip
+from osp.data.media.video import encode_video, probe, read_clip
 from osp.errors import DataError
 
 _POINTS = 200  # of a curve at most; more are averaged

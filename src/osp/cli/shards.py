@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from osp.cli.checks import check_numbers
-from osp.data.shards import ShardReport, write_rendered, write_shards
-from osp.data.synthetic import SyntheticClips
+from osp.data.shards.build import ShardReport, write_rendered, write_shards
+from osp.data.sources import SyntheticClips
 from osp.errors import UsageError
 
 

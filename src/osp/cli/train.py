@@ -22,9 +22,9 @@ from osp.cli.checks import CLIP, check_numbers
 from osp.cli.latents import codec_of
 from osp.cli.runs import RESULT, is_first_process, other_setting
 from osp.data.datamodule import ClipDataModule
-from osp.data.files import write_whole
 from osp.devices import choose_device, choose_precision
 from osp.errors import DataError, UsageError
+from osp.files import write_whole
 from osp.training.callbacks import ClipLogger, ProgressLog
 from osp.training.checkpoints import BEST, LAST
 from osp.training.module import TrainingModule

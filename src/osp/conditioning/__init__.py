@@ -5,7 +5,7 @@ from osp.conditioning.frames import add_condition_noise, latent_mask, masked_vid
 from osp.conditioning.given import MODES, GivenFrames, given_by_mode, given_frames
 from osp.conditioning.masks import KINDS, MIXES, MaskMix, find_mix, frame_mask
 from osp.conditioning.pretrained import CLIPPooled, Pair, T5Text
-from osp.conditioning.text import EncodedText, TextEncoder, join_texts
+from osp.conditioning.text import EncodedText, TextEncoder
 from osp.conditioning.words import WordText
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "frame_mask",
     "given_by_mode",
     "given_frames",
-    "join_texts",
     "latent_mask",
     "masked_video",
     "spread",

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from osp.errors import UsageError
 
-RATE = 0.1
-
 
 def draw_dropped(rate: float, generators: Sequence[torch.Generator]) -> Tensor:
     """Which samples lose their text, bool `B`; each is drawn with the sample's own generator, of which it takes one.

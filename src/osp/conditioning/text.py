@@ -60,24 +60,6 @@ class EncodedText:
         return EncodedText(text, mask, torch.where(rows[:, None], other.pooled, mine.pooled))
 
 
-def join_texts(parts: Sequence[EncodedText]) -> EncodedText:
-    """One batch of several, one after the other, padded to the longest.
-
-    Raises UsageError if they come from different encoders: of other widths, or only some with pooled text.
-    """
-    widths = {(part.text.shape[2], None if part.pooled is None else part.pooled.shape[1]) for part in parts}
-    if len(widths) != 1:
-        raise UsageError(f"encoded prompts of different encoders cannot be joined (widths: {widths or None})")
-    length = max(part.text.shape[1] for part in parts)
-    parts = [part.padded(length) for part in parts]
-    pooled = [part.pooled for part in parts if part.pooled is not None]
-    return EncodedText(
-        torch.cat([part.text for part in parts]),
-        torch.cat([part.mask for part in parts]),
-        torch.cat(pooled) if pooled else None,
-    )
-
-
 class TextEncoder(Protocol):
     """Prompts -> EncodedText.
 

@@ -6,7 +6,6 @@ a transformer over single bytes first has to find out what words are, and its te
 are mixed before the first attention, which by itself is slow to learn that "red" in "red ball" is the ball's.
 """
 
-import hashlib
 import re
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ from osp.conditioning.text import EncodedText, LengthCheck
 from osp.denoiser.layers import FeedForward, initialise
 from osp.devices import attention
 from osp.errors import UsageError
+from osp.files import weights_digest
 
 WORD_BYTES = 16  # longer words, and text without spaces, become several tokens
 _NONE, _END, _BYTES = 0, 1, 2  # rows of the table: nothing, the end of the prompt, the first byte
@@ -105,11 +105,7 @@ class WordText(nn.Module):
 
     def fingerprint(self) -> str:
         """Of its settings and its weights as they are now."""
-        content = hashlib.sha256(f"{self.name} {self.max_tokens} {self.heads}".encode())
-        for key, value in self.state_dict().items():
-            content.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return f"{self.name} {content.hexdigest()[:32]}"
+        return f"{self.name} {weights_digest(repr(self.settings), self.state_dict())}"
 
 
 class WordBlock(nn.Module):

@@ -8,23 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from osp.data.media.shape import Shape, Strides
 from osp.errors import UsageError
-
-
-class Shape(NamedTuple):
-    """Size of a clip, in frames and pixels."""
-
-    frames: int
-    height: int
-    width: int
-
-    def __str__(self) -> str:
-        return f"{self.frames}x{self.height}x{self.width}"
 
 
 class BucketRule(Protocol):
@@ -52,6 +42,11 @@ class Patching:
     space_stride: int
     patch_size: int = 2
 
+    @property
+    def strides(self) -> Strides:
+        """Those of the VAE."""
+        return Strides(self.time_stride, self.space_stride)
+
     def tokens(self, shape: Shape) -> int:
         """Tokens of a clip of this shape; frames that do not fill a time stride count as one that does."""
         side = self.space_stride * self.patch_size
@@ -59,7 +54,7 @@ class Patching:
 
     def latent_frames(self, frames: int) -> int:
         """Latent frames of so many video frames."""
-        return 1 + -(-(frames - 1) // self.time_stride)
+        return self.strides.latent(frames, 0, 0).frames
 
     def check(self) -> None:
         """Raise UsageError for strides or patches below 1."""

@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from osp.data.buckets import bucket_table
-from osp.data.loader import FixedLoader, ResumableLoader, source_buckets
+from osp.data.loader import FixedLoader, ResumableLoader
 from osp.data.sources import ClipSource, FirstClips
 
 log = logging.getLogger(__name__)
@@ -101,11 +101,11 @@ class ClipDataModule(pl.LightningDataModule):
         )
 
     def _log_buckets(self, loader: ResumableLoader) -> None:
-        buckets = source_buckets(self.train_source)
+        buckets = self.train_source.buckets()
         if buckets is not None:
             sizes = [group.batch for group in loader.plan.groups]
-            dropped = getattr(self.train_source, "dropped", None)
-            log.info("training clips and global batches:\n%s", bucket_table(buckets, sizes, dropped))
+            table = bucket_table(buckets, sizes, self.train_source.dropped)
+            log.info("training clips and global batches:\n%s", table)
 
     def val_dataloader(self) -> FixedLoader | list[FixedLoader]:
         if self.val_source is None:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from osp.data.buckets import Bucket, batch_sizes
+from osp.data.buckets import batch_sizes
+from osp.data.media.video import ClipError
 from osp.data.plan import FixedPlan, Group, Slot, TrainPlan
 from osp.data.sources import ClipSource
-from osp.data.video import ClipError
 from osp.errors import DataError, OspError, UsageError
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ GIVE_UP_AFTER = 1000
 class Batch(TypedDict):
     """What both loaders give of sources that read videos; B is the batch size of one device.
 
-    A source with a method `collate` decides itself what stands in the place of the first four (`osp.data.features`).
+    Other sources decide by `collate` what stands in the place of the first four (`osp.data.features.format`).
     """
 
     video: Tensor  # uint8 `B C T H W`
@@ -48,7 +48,7 @@ class ResumableLoader:
     """Endless, exactly resumable training batches of one rank, by a `TrainPlan`.
 
     Args:
-        source: the clips. If it has buckets (`osp.data.sources.BucketSource`), every batch is of one of them.
+        source: the clips. If it has buckets, every batch is of one of them.
         batch_size: clips in a batch of one device; None with `batch_tokens`.
         batch_tokens: for a source with buckets, instead of `batch_size`: the most tokens in a batch of one device. Each
             bucket has its own batch size by it.
@@ -233,19 +233,13 @@ def _check(source: ClipSource, workers: int, rank: int, world_size: int, prefetc
         raise DataError(f"no clips to read: the source ({source.fingerprint()}) is empty")
 
 
-def source_buckets(source: ClipSource) -> list[Bucket] | None:
-    """The buckets of a source, None if all its clips have one shape."""
-    buckets = getattr(source, "buckets", None)
-    return None if buckets is None else buckets()
-
-
 def _groups(source: ClipSource, batch_size: int | None, batch_tokens: int | None, devices: int) -> list[Group]:
     for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
         if value is not None and value < 1:
             raise UsageError(f"{name}={value}: must be at least 1")
     if (batch_size is None) == (batch_tokens is None):
         raise UsageError(f"batch_size={batch_size}, batch_tokens={batch_tokens}: give one of them")
-    buckets = source_buckets(source)
+    buckets = source.buckets()
     if buckets is None:
         if batch_size is None:
             raise UsageError(f"batch_tokens={batch_tokens}: this source has no buckets; give batch_size instead")
@@ -325,21 +319,12 @@ def _read_slots(source: ClipSource, slots: Iterable[Slot]) -> tuple[Batch, Failu
         broken += len(failed)
         failures |= failed
     batch = {
-        **getattr(source, "collate", _stack)(clips),
+        **source.collate(clips),
         "broken": broken,
         "sample": torch.tensor(samples, dtype=torch.int64),
         "weight": torch.tensor(weights, dtype=torch.float32),
     }
     return cast(Batch, batch), failures
-
-
-def _stack(clips: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "video": torch.stack([clip["video"] for clip in clips]),
-        "caption": [clip["caption"] for clip in clips],
-        "key": [clip["key"] for clip in clips],
-        "fps": torch.tensor([clip["fps"] for clip in clips], dtype=torch.float32),
-    }
 
 
 def _read_first(source: ClipSource, candidates: Iterator[tuple[int, int]]) -> tuple[dict[str, Any], Failures]:

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from osp.data.sources import stable_seed
+from osp.seeds import stable_seed
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ is that of PixArt-alpha (Chen et al., arXiv:2310.00426).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,16 @@ _TIME_CHANNELS = 256
 class CrossTransformerConfig:
     """The shape of a cross-attention transformer.
 
-    `condition_channels` are those of further inputs that follow the noisy latent's channels: the masked video's latent
+    `frame_channels` are those of further inputs that follow the noisy latent's channels: the masked video's latent
     and the mask, in image-to-video and inpainting models. `stages` is the schedule. `position_scale` divides the
     positions of frames, rows and columns.
     """
 
+    former_names: ClassVar[Mapping[str, str]] = {"condition_channels": "frame_channels"}
+
     channels: int = 8
     out_channels: int = 8
-    condition_channels: tuple[int, ...] = ()
+    frame_channels: tuple[int, ...] = ()
     heads: int = 24
     head_dim: int = 96
     text_channels: int = 4096
@@ -59,10 +61,10 @@ class CrossTransformer(Denoiser):
     def __init__(self, stages: Sequence[Stage | Mapping[str, Any]] | None = None, **settings: Any) -> None:
         c = make_config(CrossTransformerConfig, settings if stages is None else settings | {"stages": stages})
         check_heads(c.head_dim, c.rotary_parts)
-        super().__init__(c, c.channels + sum(c.condition_channels), c.text_channels)
+        super().__init__(c, c.channels + sum(c.frame_channels), c.text_channels)
         self.patch = PatchEmbedding(c.channels, c.width, c.patch_size)
         self.condition_patches = nn.ModuleList(
-            ConditionEmbedding(channels, c.width, c.patch_size) for channels in c.condition_channels
+            ConditionEmbedding(channels, c.width, c.patch_size) for channels in c.frame_channels
         )
         self.time = MLP(_TIME_CHANNELS, c.width, c.width, nn.SiLU())
         self.modulation = nn.Linear(c.width, 6 * c.width)
@@ -99,7 +101,7 @@ class CrossTransformer(Denoiser):
         attentions = self.attentions(grid, len(latent), latent.device, self.token_mask(video_mask))
 
         dtype = self.out.weight.dtype
-        noisy, *conditions = latent.to(dtype).split([c.channels, *c.condition_channels], dim=1)
+        noisy, *conditions = latent.to(dtype).split([c.channels, *c.frame_channels], dim=1)
         x = self.patch(noisy)
         for embed, condition in zip(self.condition_patches, conditions, strict=True):
             x = x + embed(condition)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,20 @@ from osp.denoiser.patterns import Pattern
 from osp.denoiser.schedule import Stage, make_stages
 from osp.errors import UsageError
 
-Config = TypeVar("Config")
+
+class DenoiserConfig(Protocol):
+    """A frozen dataclass with the shape of a denoiser; older files may call a setting by its former name."""
+
+    former_names: ClassVar[Mapping[str, str]]
+
+
+Config = TypeVar("Config", bound=DenoiserConfig)
 
 
 class Denoiser(nn.Module):
     """A transformer from a noisy latent, the diffusion time and text to a prediction of the latent's shape.
 
-    `checkpoint_every` trades time for memory in training: of every so many blocks one keeps only its inputs and is
+    `recompute_every` trades time for memory in training: of every so many blocks one keeps only its inputs and is
     computed again for the backward pass; 1: all of them, 0: none.
     """
 
@@ -38,7 +45,7 @@ class Denoiser(nn.Module):
         self.patch_size: int = config.patch_size
         self.stages: tuple[Stage, ...] = config.stages
         self.schedule: list[Pattern] = [pattern for stage in self.stages for pattern in stage.patterns]
-        self.checkpoint_every = 0
+        self.recompute_every = 0
 
     def neutral_parts(self) -> list[Any]:
         """The modules that start without effect, so that `restage` may add them to a trained model."""
@@ -122,9 +129,9 @@ class Denoiser(nn.Module):
             block.compile(**{"dynamic": False} | options)
 
     def run_block(self, index: int, *inputs: Any) -> Any:
-        """One block, which is computed again for the backward pass if `checkpoint_every` says so."""
+        """One block, which is computed again for the backward pass if `recompute_every` says so."""
         block = self.blocks[index]
-        if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
+        if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
@@ -161,6 +168,7 @@ def as_bool(name: str, mask: Tensor) -> Tensor:
 def make_config(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     """The configuration of these settings. Raises UsageError naming one that is unknown or makes no sense."""
     known = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
+    settings = {kind.former_names.get(key, key): value for key, value in settings.items()}
     if unknown := [key for key in settings if key not in known]:
         raise UsageError(f"{kind.__name__} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
     made = {}

@@ -41,7 +41,7 @@ class DenoiserFlops:
 
     @property
     def backward(self) -> int:
-        """The backward pass, without what `checkpoint_every` computes again."""
+        """The backward pass, without what `recompute_every` computes again."""
         # A linear layer takes two products as large as its own, for the gradients of its weights and of its input;
         # those that read latent, text or time need none of the latter.
         linear = self.embedding + 2 * self.linear

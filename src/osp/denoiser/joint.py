@@ -6,7 +6,7 @@ arXiv:2403.03206); with k = 1 everywhere and without skips it is a dense MMDiT.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,10 @@ class JointTransformerConfig:
     """The shape of a joint transformer.
 
     `stages` is the schedule. With `long_skips`, what comes out of each stage of the first half returns before the
-    stage that mirrors it. `condition_channels` is the width of the conditioning by time and pooled text.
+    stage that mirrors it. `modulation_width` is the width of the conditioning by time and pooled text.
     """
+
+    former_names: ClassVar[Mapping[str, str]] = {"condition_channels": "modulation_width"}
 
     channels: int = 32
     out_channels: int = 32
@@ -36,7 +38,7 @@ class JointTransformerConfig:
     head_dim: int = 128
     text_channels: int = 2048
     pooled_channels: int = 1280
-    condition_channels: int = 1024
+    modulation_width: int = 1024
     patch_size: int = 2
     stages: tuple[Stage, ...] = tuple(Stage(blocks, "skiparse", k) for blocks, k in _U)
     long_skips: bool = True
@@ -59,13 +61,13 @@ class JointTransformer(Denoiser):
 
     def __init__(self, stages: Sequence[Stage | Mapping[str, Any]] | None = None, **settings: Any) -> None:
         c = make_config(JointTransformerConfig, settings if stages is None else settings | {"stages": stages})
-        if c.condition_channels % 2:
-            raise UsageError(f"condition_channels={c.condition_channels} must be even")
+        if c.modulation_width % 2:
+            raise UsageError(f"modulation_width={c.modulation_width} must be even")
         check_heads(c.head_dim, c.rotary_parts)
         super().__init__(c, c.channels, c.text_channels, c.pooled_channels)
         self.patch = PatchEmbedding(c.channels, c.width, c.patch_size)
-        self.time = MLP(c.condition_channels, c.condition_channels, c.condition_channels, nn.SiLU())
-        self.pooled_text = MLP(c.pooled_channels, c.condition_channels, c.condition_channels, nn.SiLU())
+        self.time = MLP(c.modulation_width, c.modulation_width, c.modulation_width, nn.SiLU())
+        self.pooled_text = MLP(c.pooled_channels, c.modulation_width, c.modulation_width, nn.SiLU())
         self.text = nn.Linear(c.text_channels, c.width)
         last = len(self.schedule) - 1
         self.blocks = nn.ModuleList(JointBlock(c, is_last=i == last) for i in range(last + 1))
@@ -74,7 +76,7 @@ class JointTransformer(Denoiser):
         self.text_skips = nn.ModuleList(LongSkip(c.width) for _ in range(skips))
         self.norm = nn.LayerNorm(c.width, NORM_EPS)
         self.out_norm = nn.LayerNorm(c.width, NORM_EPS)
-        self.out_modulation = nn.Linear(c.condition_channels, 2 * c.width)
+        self.out_modulation = nn.Linear(c.modulation_width, 2 * c.width)
         self.out = nn.Linear(c.width, c.patch_size**2 * c.out_channels)
         # A new model predicts zero, and its blocks pass on what they are given (adaLN-Zero, arXiv:2212.09748).
         initialise(self, "out", "out_modulation", "attention_modulation", "feed_forward_modulation")
@@ -108,7 +110,7 @@ class JointTransformer(Denoiser):
 
         dtype = self.out.weight.dtype
         x, text = self.patch(latent.to(dtype)), self.text(text.to(dtype))
-        condition = self.time(sinusoid(time, c.condition_channels).to(dtype)) + self.pooled_text(pooled_text.to(dtype))
+        condition = self.time(sinusoid(time, c.modulation_width).to(dtype)) + self.pooled_text(pooled_text.to(dtype))
         condition = F.silu(condition)
         rotary = rotary_tables(c.rotary_parts, grid, (1.0, 1.0, 1.0), x.device, _precise(x.dtype))
         held: list[tuple[Tensor, Tensor]] = []
@@ -183,8 +185,8 @@ class JointBlock(nn.Module):
     def __init__(self, config: JointTransformerConfig, is_last: bool) -> None:
         super().__init__()
         self.is_last = is_last
-        self.attention_modulation = nn.Linear(config.condition_channels, 6 * config.width)
-        self.feed_forward_modulation = nn.Linear(config.condition_channels, 6 * config.width)
+        self.attention_modulation = nn.Linear(config.modulation_width, 6 * config.width)
+        self.feed_forward_modulation = nn.Linear(config.modulation_width, 6 * config.width)
         self.video = Branch(config, goes_on=True)
         self.text = Branch(config, goes_on=not is_last)
 

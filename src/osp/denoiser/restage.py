@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=Denoiser)
 def restage(model: Model, stages: Sequence[Stage | Mapping[str, Any]] | None = None, **settings: Any) -> Model:
     """A denoiser with the weights of `model`, which it shares, and other stages (None: the same).
 
-    `settings` may change others that leave the blocks as they are: `long_skips`, `condition_channels`. What is new
+    `settings` may change others that leave the blocks as they are: `long_skips`, `frame_channels`. What is new
     starts without effect; what has no place any more is dropped. Long skips stay if the stages have as many blocks as
     before: to make a sparse model dense and keep them, make each of its stages dense. Raises UsageError if the number
     of blocks or the shape of a weight would change.
@@ -41,5 +41,5 @@ def restage(model: Model, stages: Sequence[Stage | Mapping[str, Any]] | None = N
     new.load_state_dict({key: value for key, value in weights.items() if key in wanted}, strict=False, assign=True)
     for key, value in new.named_parameters():
         value.requires_grad_(learned.get(key, True))  # loading sets it, on the tensors that are shared
-    new.checkpoint_every = model.checkpoint_every
+    new.recompute_every = model.recompute_every
     return new.train(model.training)

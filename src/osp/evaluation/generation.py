@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osp.data.oracle import UNKNOWN, Reading
-from osp.data.video import ClipError, to_float, to_uint8
+from osp.data.media.video import ClipError, to_float, to_uint8
+from osp.data.procedural.oracle import UNKNOWN, Reading
 from osp.devices import autocast_dtype
 from osp.errors import DataError, UsageError
 from osp.evaluation.contact_sheet import SheetClip, draw_contact_sheet

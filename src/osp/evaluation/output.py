@@ -10,10 +10,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from osp.data.files import write_whole
-from osp.data.pictures import encode_png
-from osp.data.video import write_video
+from osp.data.media.pictures import encode_png
+from osp.data.media.video import write_video
 from osp.errors import DataError
+from osp.files import write_whole
 
 METRICS = "metrics.json"
 TABLE = "metrics.csv"

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from scipy.stats import binomtest
 from torch import Tensor
 
-from osp.data.oracle import Reading, read
-from osp.data.scene import COLOURS, MOTIONS, SHAPES, read_caption
+from osp.data.procedural.oracle import Reading, read
+from osp.data.procedural.scene import COLOURS, MOTIONS, SHAPES, read_caption
 
 PARTS = ("colour", "shape", "motion")
 _WORDS = (COLOURS, SHAPES, MOTIONS)
@@ -60,7 +60,7 @@ class Judgement:
 
 
 def truth(prompt: str) -> Reading:
-    """What a video of this prompt must read as. Raises UsageError as `osp.data.scene.read_caption`."""
+    """What a video of this prompt must read as. Raises UsageError as `osp.data.procedural.scene.read_caption`."""
     asked = read_caption(prompt)
     return Reading(asked.colour, asked.shape, asked.motion)
 

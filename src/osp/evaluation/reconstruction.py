@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from osp.data.video import ClipError, to_float, to_uint8
+from osp.data.media.video import ClipError, to_float, to_uint8
 from osp.devices import autocast_dtype
 from osp.errors import DataError, UsageError
 from osp.evaluation.contact_sheet import SheetClip, draw_contact_sheet

@@ -1,21 +1,16 @@
 """Which weights made a video."""
 
-import hashlib
 from typing import Any
 
-import torch
-
 from osp.denoiser import Denoiser
+from osp.files import weights_digest
 from osp.sampling.generator import VideoGenerator
 
 
 def denoiser_fingerprint(denoiser: Denoiser) -> str:
     """A hash of settings and weights as they are, type included; the device does not matter."""
-    content = hashlib.sha256(f"{type(denoiser).__name__} {sorted(denoiser.settings.items())}".encode())
-    for key, value in sorted(denoiser.state_dict().items()):
-        content.update(f"{key} {value.dtype}".encode())
-        content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return content.hexdigest()[:32]
+    about = type(denoiser).__name__, sorted(denoiser.settings.items()), denoiser.out.weight.dtype
+    return weights_digest(repr(about), denoiser.state_dict())
 
 
 def generator_identity(generator: VideoGenerator) -> dict[str, Any]:

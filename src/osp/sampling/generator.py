@@ -66,9 +66,9 @@ class VideoGenerator:
                 f"({self.text.name}) gives {self.text.pooled_channels or 'none'}; give the one that it was trained with"
             )
         conditions = self.denoiser.latent_channels - config.channels
-        if conditions and tuple(config.condition_channels) != (channels, self.codec.time_stride):
+        if conditions and tuple(config.frame_channels) != (channels, self.codec.time_stride):
             raise UsageError(
-                f"the denoiser's condition_channels={list(config.condition_channels)} are not those of given frames "
+                f"the denoiser's frame_channels={list(config.frame_channels)} are not those of given frames "
                 f"with this VAE, {[channels, self.codec.time_stride]}"
             )
 

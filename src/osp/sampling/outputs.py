@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from osp.data.buckets import Shape
-from osp.data.files import write_whole
-from osp.data.pictures import animated_gif, encode_png
-from osp.data.video import encode_video, probe, read_clip, to_uint8
+from osp.data.media.pictures import animated_gif, encode_png
+from osp.data.media.shape import Shape
+from osp.data.media.video import encode_video, probe, read_clip, to_uint8
 from osp.errors import DataError, UsageError
+from osp.files import write_whole
 
 FORMATS = ("mp4", "gif", "png")
 SAMPLES = "samples.jsonl"

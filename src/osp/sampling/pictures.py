@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from osp.conditioning import MODES, GivenFrames, given_by_mode, given_frames
-from osp.data.video import probe, read_clip, to_float
+from osp.data.media.video import probe, read_clip, to_float
 from osp.errors import UsageError
 
 _FRAMES = "frames"

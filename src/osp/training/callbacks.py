@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from osp.data.pictures import animated_gif
-from osp.data.video import to_uint8
+from osp.data.media.pictures import animated_gif
+from osp.data.media.video import to_uint8
 from osp.training.module import TrainingModule
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,9 @@ import torch
 
 from osp.conditioning import EncodedText, MaskMix, TextEncoder
 from osp.data.datamodule import ClipDataModule
+from osp.data.features.format import FeatureIdentity
+from osp.data.media.shape import Shape
+from osp.data.sources import ClipSource
 from osp.denoiser import Denoiser
 from osp.errors import UsageError
 from osp.training.encode_features import text_identities
@@ -27,12 +30,12 @@ def check_parts(denoiser: Denoiser, text: TextEncoder | None, codec: LatentCodec
     conditions = denoiser.latent_channels > config.channels
     if conditions and masks is None:
         raise UsageError(
-            f"denoiser.condition_channels={list(config.condition_channels)} are for given frames; "
+            f"denoiser.frame_channels={list(config.frame_channels)} are for given frames; "
             "choose module.masks, such as stage2"
         )
     if masks is not None and not conditions:
         raise UsageError(
-            "module.masks gives frames, and the denoiser has no condition_channels for them; "
+            "module.masks gives frames, and the denoiser has no frame_channels for them; "
             "choose another denoiser, such as cross_inpaint_tiny, or module.masks=null"
         )
     if codec is not None:
@@ -51,8 +54,8 @@ def check_data(
     for source in (data.train_source, data.val_source):
         if source is None:
             continue
-        if hasattr(source, "identity"):
-            _check_features(source, denoiser, text, codec, masks)
+        if source.made_with is not None:
+            _check_features(source, source.made_with, denoiser, text, codec, masks)
         elif codec is None:
             raise UsageError(
                 "these clips are videos, and there is no VAE to encode them; give vae=trained checkpoint=FILE or "
@@ -62,8 +65,8 @@ def check_data(
             raise UsageError("these clips have captions only, and there is no text encoder; choose text=NAME")
         for shape in clip_shapes(source):
             _check_size(source, denoiser, codec, shape)
-    train: Any = data.train_source
-    if data.val_source is not None and _made_with(train) != _made_with(data.val_source):
+    train = data.train_source
+    if data.val_source is not None and _encoders(train) != _encoders(data.val_source):
         raise UsageError(
             "data.train and data.val are not encoded alike: one holds videos, or features of another VAE, scaling or "
             "text encoder; write those of data.val with `osp cache scaling_from=FOLDER` and the same encoders"
@@ -72,7 +75,7 @@ def check_data(
         raise UsageError(
             "the clips of data.train have no captions; caption them, or set module.text_dropout=1 to train without"
         )
-    if text_dropout < 1 and _mirrors(train):
+    if text_dropout < 1 and train.mirrors:
         raise UsageError(
             "data.train mirrors half of the clips, and captions say left and right; set data.train.flip=false, or "
             "module.text_dropout=1 to train without captions"
@@ -84,38 +87,30 @@ def check_data(
         )
 
 
-def _mirrors(source: Any) -> bool:
-    """Whether clips are read mirrored."""
-    if hasattr(source, "sources"):
-        return any(map(_mirrors, source.sources))
-    decoding = getattr(source, "decoding", None)
-    return decoding is not None and decoding.flip
-
-
-def _made_with(source: Any) -> tuple[Any, ...]:
-    """The encoders of features."""
-    made = getattr(source, "identity", None)
+def _encoders(source: ClipSource) -> tuple[Any, ...]:
+    """Those of features; none of videos."""
+    made = source.made_with
     return () if made is None else (made.vae_fingerprint, made.shift, made.scale, made.text, made.pooled_text)
 
 
-def uses_embeddings(source: Any, text: TextEncoder | None) -> bool:
+def uses_embeddings(source: ClipSource, text: TextEncoder | None) -> bool:
     """Whether text comes as the embeddings in features, not from captions."""
-    return hasattr(source, "identity") and (text is None or not text.trained)
+    return source.made_with is not None and (text is None or not text.trained)
 
 
-def empty_text(source: Any) -> EncodedText | None:
+def empty_text(source: ClipSource) -> EncodedText | None:
     """The embedding of the empty text in features, if they have it."""
-    if not getattr(source, "empty", None) or "text" not in source.empty:
+    if "text" not in source.empty:
         return None
     text, pooled = source.empty["text"][None], source.empty.get("pooled_text")
     mask = torch.ones(text.shape[:2], dtype=torch.bool)
     return EncodedText(text, mask, None if pooled is None else pooled[None])
 
 
-def latent_identity(source: Any, codec: LatentCodec | None) -> dict[str, Any]:
+def latent_identity(source: ClipSource, codec: LatentCodec | None) -> dict[str, Any]:
     """What latents are made with, as plain values: the codec's identity, and where its VAE was read from."""
-    if hasattr(source, "identity"):
-        held = source.identity.as_json()
+    if source.made_with is not None:
+        held = source.made_with.as_json()
         names = ("vae", "vae_fingerprint", "time_stride", "space_stride", "latent_channels", "shift", "scale")
         identity = {name: held[name] for name in names}
         origin = source.vae_origin if codec is None or codec.origin is None else codec.origin
@@ -145,17 +140,22 @@ def _check_channels(denoiser: Denoiser, masks: MaskMix | None, channels: int, ti
             f"latents of {whose} have {channels} channels, but denoiser.channels={config.channels}; "
             f"set denoiser.channels={channels} denoiser.out_channels={channels}, or use another VAE"
         )
-    if masks is not None and tuple(config.condition_channels) != (channels, time_stride):
+    if masks is not None and tuple(config.frame_channels) != (channels, time_stride):
         raise UsageError(
-            f"denoiser.condition_channels={list(config.condition_channels)} are not those of given frames with "
+            f"denoiser.frame_channels={list(config.frame_channels)} are not those of given frames with "
             f"{whose}; set [{channels},{time_stride}]"
         )
 
 
 def _check_features(
-    source: Any, denoiser: Denoiser, text: TextEncoder | None, codec: LatentCodec | None, masks: MaskMix | None
+    source: ClipSource,
+    identity: FeatureIdentity,
+    denoiser: Denoiser,
+    text: TextEncoder | None,
+    codec: LatentCodec | None,
+    masks: MaskMix | None,
 ) -> None:
-    identity, path = source.identity, source.path
+    path = source.path
     _check_channels(denoiser, masks, identity.latent_channels, identity.time_stride, f"{path} ({identity.vae})")
     if masks is not None:
         raise UsageError(
@@ -183,8 +183,12 @@ def _check_features(
     _check_text(denoiser, str(path), identity.text.width, None if pooled is None else pooled.width)
 
 
-def _check_size(source: Any, denoiser: Denoiser, codec: LatentCodec | None, shape: Any) -> None:
-    _, _, rows, columns = source.identity.latent_shape(shape) if codec is None else codec.latent_shape(*shape)
+def _check_size(source: ClipSource, denoiser: Denoiser, codec: LatentCodec | None, shape: Shape) -> None:
+    if codec is not None:
+        _, _, rows, columns = codec.latent_shape(*shape)
+    else:
+        assert source.made_with is not None
+        _, _, rows, columns = source.made_with.latent_shape(shape)
     patch = denoiser.patch_size
     for name, side, pixels in (("height", rows, shape.height), ("width", columns, shape.width)):
         if side % patch:

@@ -26,13 +26,13 @@ from osp.conditioning import (
     with_conditions,
 )
 from osp.data.datamodule import ClipDataModule
-from osp.data.features import TextIdentity
-from osp.data.sources import stable_seed
-from osp.data.video import to_float
+from osp.data.features.format import TextIdentity
+from osp.data.media.video import to_float
 from osp.denoiser import Denoiser
 from osp.diffusion import Objective, draw_normal, squared_error
 from osp.errors import UsageError
 from osp.sampling import VideoGenerator
+from osp.seeds import seeded, stable_seed
 from osp.training.clipping import AdaptiveClipping, Clipping
 from osp.training.denoiser_checks import check_data, check_parts, empty_text, latent_identity
 from osp.training.ema import ExponentialMovingAverage
@@ -51,7 +51,7 @@ _DEFAULT_FPS = 8.0  # where all clips are images
 class DenoiserModule(TrainingModule):
     """Trains a denoiser, and the text encoder if that is one that learns along.
 
-    A batch holds latents (`osp.data.features.FeatureBatch`) or videos (`osp.data.loader.Batch`). Videos go through the
+    A batch holds latents (`FeatureBatch`) or videos (`osp.data.loader.Batch`). Videos go through the
     codec's frozen VAE, and a sample of their posterior is taken; text is the batch's own embeddings, or captions that
     the text encoder reads. Neither a VAE nor a text encoder that is frozen is part of the checkpoint.
 
@@ -80,7 +80,7 @@ class DenoiserModule(TrainingModule):
         condition_noise: whether given frames get noise in training.
         image_text: where given frames are trained, half of the images have this text instead of their caption (v1.3).
         scaling_clips: the scaling of the codec is not its own but measured at the run's start, on so many clips.
-        recompute_every: gradient checkpointing, see `Denoiser.checkpoint_every`.
+        recompute_every: gradient checkpointing, see `Denoiser.recompute_every`.
         seed: of all the noise.
 
     Raises UsageError for parts that do not fit together and values out of range.
@@ -145,7 +145,7 @@ class DenoiserModule(TrainingModule):
             assert isinstance(text, nn.Module)
             parts["text"] = text.train()
         self.model = nn.ModuleDict(parts)
-        self.denoiser.checkpoint_every = recompute_every
+        self.denoiser.recompute_every = recompute_every
         self.ema = ExponentialMovingAverage(self.model, ema_decay)
         self.clipping = AdaptiveClipping() if clipping is None else clipping
         check_parts(denoiser, text, codec, self.masks)
@@ -177,13 +177,13 @@ class DenoiserModule(TrainingModule):
         """See `TrainingModule`; also keeps what checkpoints say about the data."""
         check_data(data, self.denoiser, self.text, self.codec, self.masks, self.text_dropout)
         self._prepared = True
-        source: Any = data.train_source
-        self._encodes = not hasattr(source, "identity")
+        source = data.train_source
+        self._encodes = source.made_with is None
         self._latent = latent_identity(source, self.codec)
         self._no_text = empty_text(source)
         self._text_made_by = text_identities(self.text)
-        if self.text is None:
-            self._text_made_by = source.identity.text, source.identity.pooled_text
+        if self.text is None and source.made_with is not None:
+            self._text_made_by = source.made_with.text, source.made_with.pooled_text
         if clips := first_clips(data.val_source) or first_clips(source):
             size = clips[0]["size"] if "size" in clips[0] else clips[0]["video"].shape[1:]
             self._clip = dict(zip(("frames", "height", "width"), map(int, size), strict=True))
@@ -262,7 +262,7 @@ class DenoiserModule(TrainingModule):
         self.set_rates(optimizers)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        generators = [[_generator(self.seed, "train", n) for n in batch["sample"].tolist()] for batch in batches]
+        generators = [[seeded(self.seed, "train", n) for n in batch["sample"].tolist()] for batch in batches]
         clean = [self._clean(batch, own) for batch, own in zip(batches, generators, strict=True)]
         values = self._summed(torch.tensor(float(sum(latent.numel() for latent in clean)), device=self.device))
         sums = torch.zeros(2, TIME_PARTS, device=self.device)  # errors and values in each part of the times
@@ -367,7 +367,7 @@ class DenoiserModule(TrainingModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss of the averaged weights, at one time in each part of the times."""
-        generators = [_generator(self.seed, "val", key) for key in batch["key"]]
+        generators = [seeded(self.seed, "val", key) for key in batch["key"]]
         model = self.ema.model
         clean = self._clean(batch, None)
         places = torch.stack([torch.rand((), generator=g) for g in generators])
@@ -444,7 +444,3 @@ class DenoiserModule(TrainingModule):
 def part(model: nn.ModuleDict, name: str) -> Any:
     """The denoiser or the text encoder of what is trained."""
     return model[name]
-
-
-def _generator(*parts: int | str) -> torch.Generator:
-    return torch.Generator().manual_seed(stable_seed(*parts))

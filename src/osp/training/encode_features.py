@@ -13,21 +13,20 @@ import torch
 from torch import Tensor
 
 from osp.conditioning import Pair, TextEncoder
-from osp.data.buckets import Shape
-from osp.data.feature_writer import FeatureWriter
-from osp.data.features import FeatureIdentity, Features, TextIdentity, require_feature_index
-from osp.data.loader import GIVE_UP_AFTER, source_buckets
-from osp.data.sources import BucketClips, ShardClips, stable_seed
-from osp.data.video import ClipError, to_float
+from osp.data.features.format import FeatureIdentity, Features, TextIdentity, require_feature_index
+from osp.data.features.writer import FeatureWriter
+from osp.data.loader import GIVE_UP_AFTER
+from osp.data.media.shape import Shape
+from osp.data.media.video import ClipError, to_float
+from osp.data.sources import ClipSource
 from osp.devices import autocast_dtype
 from osp.errors import DataError, UsageError
+from osp.seeds import seeded
 from osp.vae import LatentCodec, VideoVAE, measure_scaling
 
 log = logging.getLogger(__name__)
 
 _LOG_EVERY = 10.0  # seconds between two lines about the progress
-
-VideoClips = ShardClips | BucketClips
 
 
 class FeatureEncoder:
@@ -77,7 +76,7 @@ class FeatureEncoder:
             size = Shape(*clip["video"].shape[1:])
             sample = self.posterior == "sample"
             if sample:
-                generator = torch.Generator().manual_seed(stable_seed("posterior", clip["key"]))
+                generator = seeded("posterior", clip["key"])
                 latent = latent + torch.exp(0.5 * spread) * torch.randn(latent.shape, generator=generator)
             text = next(texts) if caption else {}
             features.append(
@@ -123,7 +122,7 @@ def text_identities(text: TextEncoder | None) -> tuple[TextIdentity | None, Text
 
 
 def encode_features(
-    source: VideoClips, encoder: FeatureEncoder, writer: FeatureWriter, batch_size: int = 1, workers: int = 1
+    source: ClipSource, encoder: FeatureEncoder, writer: FeatureWriter, batch_size: int = 1, workers: int = 1
 ) -> int:
     """Writes the shards that the writer has to do; gives how many clips were encoded.
 
@@ -172,16 +171,16 @@ def _encoded(encoder: FeatureEncoder, clips: Sequence[Mapping[str, Any]]) -> lis
         ) from error
 
 
-def _kept(source: VideoClips, index: int) -> dict[str, Any]:
+def _kept(source: ClipSource, index: int) -> dict[str, Any]:
     """What stays of the clip's own record."""
-    scores = source.entries[index].record.get("scores")
+    scores = source.record(index).get("scores")
     return {"scores": scores} if scores else {}
 
 
-def same_shape_batches(source: VideoClips, indices: Iterable[int], batch_size: int) -> list[list[int]]:
+def same_shape_batches(source: ClipSource, indices: Iterable[int], batch_size: int) -> list[list[int]]:
     """The clips in batches of one shape; the order is the same for the same clips."""
     shapes: dict[int, Shape] = {}
-    for bucket in source_buckets(source) or []:
+    for bucket in source.buckets() or []:
         shapes |= dict.fromkeys(bucket.clips.tolist(), bucket.shape)
     together: dict[Shape | None, list[int]] = {}
     for index in indices:
@@ -191,7 +190,7 @@ def same_shape_batches(source: VideoClips, indices: Iterable[int], batch_size: i
     ]
 
 
-def _read(source: VideoClips, indices: Sequence[int]) -> list[dict[str, Any] | ClipError]:
+def _read(source: ClipSource, indices: Sequence[int]) -> list[dict[str, Any] | ClipError]:
     clips: list[dict[str, Any] | ClipError] = []
     for index in indices:
         try:
@@ -202,7 +201,7 @@ def _read(source: VideoClips, indices: Sequence[int]) -> list[dict[str, Any] | C
 
 
 def _read_ahead(
-    source: VideoClips, batches: Sequence[Sequence[int]], workers: int
+    source: ClipSource, batches: Sequence[Sequence[int]], workers: int
 ) -> Iterator[list[dict[str, Any] | ClipError]]:
     """The batches in order; the next ones are decoded meanwhile (libav works outside of Python's lock)."""
     with ThreadPoolExecutor(workers) as pool:
@@ -237,7 +236,7 @@ def read_scaling(folder: Path, vae: VideoVAE) -> tuple[tuple[float, ...], tuple[
 
 
 def measure_source_scaling(
-    source: VideoClips,
+    source: ClipSource,
     vae: VideoVAE,
     clips: int,
     *,

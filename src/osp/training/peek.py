@@ -1,12 +1,12 @@
 """A look at the clips of a source before training begins."""
 
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from osp.data.buckets import Shape
-from osp.data.loader import source_buckets
+from osp.data.media.shape import Shape
+from osp.data.media.video import ClipError
 from osp.data.sources import ClipSource
-from osp.data.video import ClipError
 
 _TRIED = 8  # the first clips
 
@@ -18,7 +18,7 @@ def first_clips(source: ClipSource | None, clips: int = 1) -> list[dict[str, Any
     return list(islice(_readable(source), clips))
 
 
-def _readable(source: ClipSource) -> Any:
+def _readable(source: ClipSource) -> Iterator[dict[str, Any]]:
     for index in range(min(_TRIED, len(source))):
         try:
             yield source.read(index, 0)
@@ -26,20 +26,16 @@ def _readable(source: ClipSource) -> Any:
             continue
 
 
-def has_captions(source: Any) -> bool:
+def has_captions(source: ClipSource) -> bool:
     """Whether any clip has a caption: of all that are listed, else of the first few."""
-    if hasattr(source, "sources"):
-        return any(map(has_captions, source.sources))
-    if not hasattr(source, "entries"):
-        return any(clip["caption"] for clip in first_clips(source, _TRIED))
-    records = (entry.record for entry in source.entries)
-    return any(record.get("caption") or any(record.get("captions", ())) for record in records)
+    listed = source.has_captions()
+    return any(clip["caption"] for clip in first_clips(source, _TRIED)) if listed is None else listed
 
 
 def clip_shapes(source: ClipSource | None) -> list[Shape]:
     """The sizes in which the source's clips are read, as far as that is known without reading all of them."""
     if source is None:
         return []
-    if (buckets := source_buckets(source)) is not None:
+    if (buckets := source.buckets()) is not None:
         return [bucket.shape for bucket in buckets]
     return [Shape(*clip["video"].shape[1:]) for clip in first_clips(source)]

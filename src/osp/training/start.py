@@ -15,7 +15,7 @@ from osp.weights import load_pretrained
 log = logging.getLogger(__name__)
 
 # What leaves the weights as they are, or adds some that start without effect (`osp.denoiser.restage`).
-_MAY_DIFFER = ("stages", "long_skips", "condition_channels", "position_scale")
+_MAY_DIFFER = ("stages", "long_skips", "frame_channels", "position_scale")
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from osp.data.datamodule import ClipDataModule
-from osp.data.sources import stable_seed
-from osp.data.video import to_float
+from osp.data.media.video import to_float
 from osp.errors import UsageError
 from osp.evaluation.metrics import psnr
+from osp.seeds import stable_seed
 from osp.training.clipping import NormClipping
 from osp.training.discriminator import PatchDiscriminator3d, adaptive_weight, hinge_loss
 from osp.training.ema import ExponentialMovingAverage
@@ -84,7 +84,7 @@ class VAEModule(TrainingModule):
     def prepare(self, data: ClipDataModule) -> None:
         """See `TrainingModule`: sizes that the VAE does not take, and features."""
         for source in (data.train_source, data.val_source):
-            if hasattr(source, "identity"):
+            if source is not None and source.made_with is not None:
                 raise UsageError("a VAE trains on videos, and these are features; choose data=shards or data=synthetic")
             for shape in clip_shapes(source):
                 self.vae.check_size(*shape)

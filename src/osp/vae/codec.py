@@ -1,6 +1,5 @@
 """Pixels <-> the latents that a denoiser works on: a frozen VAE, and a shift and scale for each of its channels."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from osp.errors import UsageError
+from osp.files import weights_digest
 from osp.vae.autoencoder import VideoVAE
 
 _Numbers = float | Sequence[float]
@@ -94,10 +94,7 @@ class LatentCodec:
 
     def fingerprint(self) -> str:
         """A hash of the VAE's settings and weights; its precision and device do not count."""
-        content = hashlib.sha256(repr(sorted(self.vae.settings.items())).encode())
-        for key, value in sorted(self.vae.state_dict().items()):
-            content.update(key.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
-        return content.hexdigest()[:32]
+        return weights_digest(repr(sorted(self.vae.settings.items())), self.vae.state_dict())
 
     def identity(self) -> dict[str, Any]:
         """What latents are made with, as plain values: `vae`, `vae_fingerprint`, strides, channels, shift, scale."""

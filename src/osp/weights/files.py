@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from osp.data.files import sync
 from osp.errors import OspError
+from osp.files import sync
 from osp.weights.lazy import Stored, Weights
 
 _SHOWN = 20

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from osp.data.files import write_whole
 from osp.errors import UsageError
+from osp.files import write_whole
 from osp.weights.files import WeightImportError, open_checkpoint, save_weights
 from osp.weights.lazy import Stored, Weights, unwrapped
 from osp.weights.megatron import iteration_folder, read_ranks

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from osp.denoiser import CrossTransformer, JointTransformer
 from osp.errors import UsageError
 from osp.vae import WFVAE, CausalVideoVAE, VideoVAE
-from osp.weights import causalvae, opensora, ummdit, wfvae
+from osp.weights import causalvae, cross, joint, wfvae
 from osp.weights.files import check_keys
 from osp.weights.folders import config_path, read_config, read_weights, write_model
 from osp.weights.keys import KeyPair, from_published
@@ -52,25 +52,23 @@ _WFVAE = Layout(WFVAE, lambda _: "WFVAEModel", wfvae.build, wfvae.key_pairs, wfv
 _CAUSALVAE = Layout(
     CausalVideoVAE, lambda _: "CausalVAEModel", causalvae.build, causalvae.key_pairs, causalvae.published_settings
 )
-_OPENSORA = Layout(
-    CrossTransformer, opensora.class_name, opensora.build, opensora.key_pairs, opensora.published_settings
-)
-_INPAINT = replace(_OPENSORA, build=opensora.build_inpaint)
-_UMMDIT = Layout(
+_CROSS = Layout(CrossTransformer, cross.class_name, cross.build, cross.key_pairs, cross.published_settings)
+_CROSS_INPAINT = replace(_CROSS, build=cross.build_inpaint)
+_JOINT = Layout(
     JointTransformer,
     lambda _: "SparseUMMDiT",
-    ummdit.build,
-    ummdit.key_pairs,
-    ummdit.published_settings,
-    ummdit.dead_keys,
+    joint.build,
+    joint.key_pairs,
+    joint.published_settings,
+    joint.dead_keys,
 )
 KINDS: dict[str, Kind] = {
     "wfvae_v13": Kind(_WFVAE, wfvae.DEFAULTS_V13, wfvae.FULL_SIZES_V13),
     "wfvae_v15": Kind(_WFVAE, wfvae.DEFAULTS_V15, wfvae.FULL_SIZES_V15),
     "causalvae": Kind(_CAUSALVAE, causalvae.DEFAULTS, causalvae.FULL_SIZES),
-    "opensora_v13": Kind(_OPENSORA, opensora.DEFAULTS, opensora.FULL_SIZES),
-    "opensora_inpaint_v13": Kind(_INPAINT, opensora.DEFAULTS_INPAINT, opensora.FULL_SIZES),
-    "ummdit_v15": Kind(_UMMDIT, ummdit.DEFAULTS, ummdit.FULL_SIZES),
+    "opensora_v13": Kind(_CROSS, cross.DEFAULTS, cross.FULL_SIZES),
+    "opensora_inpaint_v13": Kind(_CROSS_INPAINT, cross.DEFAULTS_INPAINT, cross.FULL_SIZES),
+    "ummdit_v15": Kind(_JOINT, joint.DEFAULTS, joint.FULL_SIZES),
 }
 
 

@@ -1,93 +1,27 @@
-"""Where training clips come from: the `ClipSource` protocol, and the clips of shard folders.
-
-`ShardClips` reads all in one size, `BucketClips` each in the size that a bucket rule gives it.
-"""
+"""The clips of shard folders, in one size (`ShardClips`) or each in a size that a rule gives it (`BucketClips`)."""
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from osp.data.buckets import Bucket, BucketRule, Shape, choose, make_buckets
-from osp.data.shard_index import ClipEntry, read_index
-from osp.data.video import ClipError, probe, read_clip
+from osp.data.buckets import Bucket, BucketRule, choose, make_buckets
+from osp.data.media.shape import Shape
+from osp.data.media.video import ClipError, probe, read_clip
+from osp.data.shards.index import ClipEntry, read_index
+from osp.data.sources.source import ClipSource
 from osp.errors import DataError, UsageError
+from osp.seeds import seeded
 
 log = logging.getLogger(__name__)
 
 
-class ClipSource(Protocol):
-    """A numbered list of clips that can be read in any order, by any process.
-
-    The loaders of `osp.data.loader` decide which clip is read when; a source only reads.
-    """
-
-    def __len__(self) -> int: ...
-
-    def fingerprint(self) -> str:
-        """One line that changes when the list of clips or the way they are decoded changes."""
-        ...
-
-    def read(self, index: int, draw: int) -> dict[str, Any]:
-        """Clip `index` as {"video": uint8 `C T H W`, "caption": str, "key": str, "fps": float (frames a second)}.
-
-        All that is random about the read (window, flip) comes from `draw`: the same (index, draw) gives the same
-        tensor in any process. Raises `osp.data.video.ClipError` for a clip that cannot be used; the loaders replace it.
-        """
-        ...
-
-
-class BucketSource(ClipSource, Protocol):
-    """A source whose clips have several shapes. The loaders give batches of one bucket each."""
-
-    def buckets(self) -> list[Bucket]:
-        """Every clip in the one bucket whose shape it is read in."""
-        ...
-
-
-def stable_seed(*parts: int | str) -> int:
-    """A seed below 2^63 made of `parts`; equal in every process and version of Python, unlike `hash`."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-class FirstClips:
-    """The first so many clips of a source, or all if it has fewer. Raises UsageError for less than one."""
-
-    def __init__(self, source: ClipSource, clips: int) -> None:
-        if clips < 1:
-            raise UsageError(f"train_clips or val_clips is {clips}: must be at least 1, or null for all")
-        self.source, self.clips = source, clips
-
-    def __getattr__(self, name: str) -> Any:
-        # What only some sources have: `buckets`, `collate`, `identity`.
-        if name in ("source", "clips") or name.startswith("__"):  # a copy that is still empty
-            raise AttributeError(name)
-        if name == "buckets":
-            inner = self.source.buckets  # type: ignore[attr-defined]
-            return lambda: _below(inner(), len(self))
-        return getattr(self.source, name)
-
-    def __len__(self) -> int:
-        return min(self.clips, len(self.source))
-
-    def fingerprint(self) -> str:
-        return f"first {len(self)} of {self.source.fingerprint()}"
-
-    def read(self, index: int, draw: int) -> dict[str, Any]:
-        """See `ClipSource.read`."""
-        return self.source.read(index, draw)
-
-
-class ShardClips:
+class ShardClips(ClipSource):
     """The clips of a shard folder, decoded to one size and length.
 
     Args:
@@ -106,6 +40,8 @@ class ShardClips:
         UsageError: `frames`, `height`, `width`, `stride` or `fps` make no sense.
     """
 
+    path: Path
+
     def __init__(
         self,
         path: str | Path,
@@ -120,7 +56,7 @@ class ShardClips:
         for name, value in (("frames", frames), ("height", height), ("width", width)):
             if value < 1:
                 raise UsageError(f"{name}={value}: must be at least 1")
-        self.decoding = Decoding(stride, fps, random_start, flip)
+        self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip), flip
         self.path = Path(path)
         self.shape = Shape(frames, height, width)
 
@@ -140,6 +76,14 @@ class ShardClips:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def record(self, index: int) -> Mapping[str, Any]:
+        """See `ClipSource.record`."""
+        return self.entries[index].record
+
+    def has_captions(self) -> bool:
+        """See `ClipSource.has_captions`."""
+        return any(entry.record.get("caption") for entry in self.entries)
+
     def fingerprint(self) -> str:
         return f"shards {self.shape} {self.decoding} {_listing(self.entries)}"
 
@@ -148,7 +92,7 @@ class ShardClips:
         return self.decoding.read(self.entries[index], self.shape, draw)
 
 
-class BucketClips:
+class BucketClips(ClipSource):
     """The clips of shard folders, each decoded to the shape that a rule gives it.
 
     Args:
@@ -176,9 +120,10 @@ class BucketClips:
         flip: bool = False,
         min_clips: int = 1,
     ) -> None:
-        self.decoding = Decoding(stride, fps, random_start, flip)
+        self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip), flip
         self.rule = rule
         paths = [path] if isinstance(path, str | Path) else list(path)
+        self.path = Path(paths[0]) if len(paths) == 1 else None
         listed = [entry for folder in paths for entry in read_index(folder)]
         sizes = [clip_size(entry.record, stride, fps) for entry in listed]
         kept, self._shapes, self.dropped = choose(sizes, rule, min_clips)
@@ -195,8 +140,16 @@ class BucketClips:
         return len(self.entries)
 
     def buckets(self) -> list[Bucket]:
-        """See `BucketSource.buckets`."""
+        """See `ClipSource.buckets`."""
         return self._buckets
+
+    def record(self, index: int) -> Mapping[str, Any]:
+        """See `ClipSource.record`."""
+        return self.entries[index].record
+
+    def has_captions(self) -> bool:
+        """See `ClipSource.has_captions`."""
+        return any(entry.record.get("caption") for entry in self.entries)
 
     def fingerprint(self) -> str:
         shapes = hashlib.sha256(repr([tuple(shape) for shape in self._shapes]).encode()).hexdigest()[:16]
@@ -205,52 +158,6 @@ class BucketClips:
     def read(self, index: int, draw: int) -> dict[str, Any]:
         """See `ClipSource.read`; the window and the flip come from a generator seeded by (key, draw)."""
         return self.decoding.read(self.entries[index], self._shapes[index], draw)
-
-
-class JoinedClips:
-    """The clips of several sources, one after the other; of sources with buckets also the buckets are joined.
-
-    Sources of features must have the same encoders.
-
-    Raises:
-        UsageError: no source, or sources that do not go together.
-    """
-
-    def __init__(self, sources: Sequence[ClipSource]) -> None:
-        self.sources = list(sources)
-        if len({type(source) for source in self.sources}) != 1:
-            raise UsageError("joined clips: give at least one source, and all of the same kind")
-        self._starts = [0, *accumulate(len(source) for source in self.sources)]
-        for source in self.sources:
-            if getattr(source, "identity", None) != getattr(self.sources[0], "identity", None):
-                raise UsageError("joined clips: these features were made by different encoders")
-
-    def __getattr__(self, name: str) -> Any:
-        # What only some sources have: `buckets`, `dropped`, `collate`, `identity`.
-        if name in ("sources", "_starts") or name.startswith("__"):  # a copy that is still empty
-            raise AttributeError(name)
-        first = getattr(self.sources[0], name)
-        if name == "dropped":
-            return sum((Counter(getattr(source, name)) for source in self.sources), Counter())
-        return self._join_buckets if name == "buckets" else first
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def fingerprint(self) -> str:
-        return " + ".join(source.fingerprint() for source in self.sources)
-
-    def read(self, index: int, draw: int) -> dict[str, Any]:
-        """See `ClipSource.read`."""
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.sources[number].read(index - self._starts[number], draw)
-
-    def _join_buckets(self) -> list[Bucket]:
-        clips: dict[tuple[Shape, int], list[Any]] = {}
-        for start, source in zip(self._starts, self.sources, strict=False):
-            for bucket in source.buckets():  # type: ignore[attr-defined]
-                clips.setdefault((bucket.shape, bucket.tokens), []).append(bucket.clips + start)
-        return [Bucket(*key, np.concatenate(clips[key])) for key in sorted(clips)]
 
 
 @dataclass(frozen=True)
@@ -278,7 +185,7 @@ class Decoding:
             data = entry.source()
         except DataError as error:  # a shard cut short costs its own clips only
             raise ClipError(entry.key, str(error)) from error
-        generator = torch.Generator().manual_seed(stable_seed(entry.key, draw))
+        generator = seeded(entry.key, draw)
         mirrored = bool(torch.rand((), generator=generator) < 0.5)  # always drawn: `flip` does not move the windows
         video = read_clip(
             data,
@@ -317,12 +224,6 @@ def _listing(entries: Sequence[ClipEntry]) -> str:
     for entry in entries:
         listing.update(f"{entry.key} {entry.size}\n".encode())
     return f"clips={len(entries)} list={listing.hexdigest()[:16]}"
-
-
-def _below(buckets: list[Bucket], clips: int) -> list[Bucket]:
-    """The buckets of the first so many clips."""
-    kept = [(bucket, bucket.clips[bucket.clips < clips]) for bucket in buckets]
-    return [Bucket(bucket.shape, bucket.tokens, few) for bucket, few in kept if len(few)]
 
 
 def _fits(record: Mapping[str, Any], frames: int, stride: int, fps: float | None) -> bool:

@@ -15,7 +15,7 @@ _SETTINGS = {
     "head_dim": Setting("head_dim"),
     "caption_channels": Setting("text_channels"),
     "pooled_projection_dim": Setting("pooled_channels"),
-    "timestep_embed_dim": Setting("condition_channels"),
+    "timestep_embed_dim": Setting("modulation_width"),
     "patch_size": Setting("patch_size"),
     "skip_connection": Setting("long_skips"),
 }

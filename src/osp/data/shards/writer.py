@@ -15,10 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from osp.data.files import sync, write_whole
-from osp.data.shard_index import INDEX_FORMAT, INDEX_NAME, INDEX_VERSION, load_index
-from osp.data.tar_shard import TarShard, to_json
+from osp.data.shards.index import INDEX_FORMAT, INDEX_NAME, INDEX_VERSION, load_index
+from osp.data.shards.tar import TarShard, to_json
 from osp.errors import DataError, UsageError
+from osp.files import sync, write_whole
 
 _JOURNAL = "sources.jsonl"
 _LOCK = ".lock"

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from osp.data.files import sync, write_whole
 from osp.errors import UsageError
+from osp.files import sync, write_whole
 
 
 def to_json(value: object) -> bytes:

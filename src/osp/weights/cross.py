@@ -77,7 +77,7 @@ _IN_BLOCK = {
 
 def class_name(model: CrossTransformer) -> str:
     """That of the published class."""
-    return "OpenSoraInpaint_v1_3" if model.config.condition_channels else "OpenSoraT2V_v1_3"
+    return "OpenSoraInpaint_v1_3" if model.config.frame_channels else "OpenSoraT2V_v1_3"
 
 
 def build(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> CrossTransformer:
@@ -107,7 +107,7 @@ def _build(c: Mapping[str, Any]) -> CrossTransformer:
     conditions = (c["in_channels"], c[_MASK_CHANNELS]) if _MASK_CHANNELS in c else ()
     stages = _stages(c["num_layers"], c["sparse_n"] if c["sparse1d"] else 1)
     scale = [c[key] for key in _SCALES]
-    return CrossTransformer(stages, condition_channels=conditions, position_scale=scale, **settings)
+    return CrossTransformer(stages, frame_channels=conditions, position_scale=scale, **settings)
 
 
 def published_settings(model: CrossTransformer) -> dict[str, Any]:
@@ -119,10 +119,10 @@ def published_settings(model: CrossTransformer) -> dict[str, Any]:
     settings = settings_to_published(_SETTINGS, model.settings)
     settings |= dict(zip(_SCHEDULE, (len(model.schedule), sparsity > 1, sparsity), strict=True))
     settings |= dict(zip(_SCALES, c.position_scale, strict=True))
-    if c.condition_channels:
-        if len(c.condition_channels) != 2 or c.condition_channels[0] != c.channels:
-            raise UsageError(f"no published denoiser has condition_channels={list(c.condition_channels)}")
-        settings[_MASK_CHANNELS] = c.condition_channels[1]
+    if c.frame_channels:
+        if len(c.frame_channels) != 2 or c.frame_channels[0] != c.channels:
+            raise UsageError(f"no published denoiser has frame_channels={list(c.frame_channels)}")
+        settings[_MASK_CHANNELS] = c.frame_channels[1]
     return settings | _SAME_IN_ALL | {"cross_attention_dim": c.width}
 
 

@@ -1,7 +1,7 @@
 """Reads colour, shape and motion of a procedural clip back from its pixels, with no learned weights.
 
 It measures what is left of a clip after a VAE, or how well a generated clip follows its caption. It knows only what
-`osp.data.scene` promises: upright shapes of named colours that keep off the edge of the frame, before a background
+`scene` promises: upright shapes of named colours that keep off the edge of the frame, before a background
 whose colours lie between two tones.
 """
 
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from osp.data.scene import COLOURS, PALETTE, SHAPES, lab
-from osp.data.synthetic import shape_distance
+from osp.data.procedural.drawing import shape_distance
+from osp.data.procedural.scene import COLOURS, PALETTE, SHAPES, lab
 from osp.errors import UsageError
 
 Array = NDArray[np.float32]

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from osp.data.files import write_whole
 from osp.errors import DataError, UsageError
+from osp.files import write_whole
 
 # Real containers only: a playlist (HLS, concat) that is named .mp4 must not make us open other files or the network.
 _OPEN_OPTIONS = {

@@ -19,7 +19,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image
 
-from osp.data.video import (
+from osp.data.media.video import (
     ClipError,
     Timeline,
     VideoInfo,

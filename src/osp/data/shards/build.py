@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from osp.data.captions import Caption, Captions, read_captions
-from osp.data.clips import Clip, Examined, examine, extract
-from osp.data.folder import media_files
-from osp.data.shard_writer import ShardWriter
-from osp.data.tar_shard import to_json
-from osp.data.video import VideoInfo, encode_video, probe
-from osp.data.workers import Crashed, Workers, default_workers
+from osp.data.media.clips import Clip, Examined, examine, extract
+from osp.data.media.folder import media_files
+from osp.data.media.video import VideoInfo, encode_video, probe
+from osp.data.shards.captions import Caption, Captions, read_captions
+from osp.data.shards.tar import to_json
+from osp.data.shards.workers import Crashed, Workers, default_workers
+from osp.data.shards.writer import ShardWriter
 from osp.errors import DataError, UsageError
 
 log = logging.getLogger(__name__)
@@ -74,9 +74,9 @@ def write_shards(
 ) -> ShardReport:
     """Writes every video and image below `videos` into WebDataset shards in `output`.
 
-    Videos longer than `clip_seconds` are cut (see `osp.data.clips`). Each clip is decoded before it is stored; what is
+    Videos longer than `clip_seconds` are cut (see `media.clips`). Each clip is decoded before it is stored; what is
     damaged is left out, told in one log line a source, and listed in the index. Captions come from `captions` (see
-    `osp.data.captions`) or from files beside the videos.
+    `osp.data.shards.captions`) or from files beside the videos.
 
     Run again, it does only what is new: files are known by name, size and modification time, then by content.
 
@@ -105,7 +105,7 @@ def write_shards(
         todo = [source for source in sources if not _is_done(source, writer.sources.get(source.name))]
         if todo:
             log.info("%s: %d files, %d of them new", videos, len(sources), len(todo))
-            with Workers(workers, preload=["osp.data.clips"]) as pool, _progress(len(todo)) as progress:
+            with Workers(workers, preload=["osp.data.media.clips"]) as pool, _progress(len(todo)) as progress:
                 calls = ((examine, s.path, clip_seconds, min_frames, _known(s, writer.sources)) for s in todo)
                 for source, examined in zip(todo, pool.in_order(calls), strict=True):
                     _store(source, examined, writer, pool)

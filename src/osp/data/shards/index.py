@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from osp.data.folder import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_files
+from osp.data.media.folder import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_files
 from osp.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class ClipEntry:
     record: Mapping[str, Any]
 
     def source(self) -> Path | bytes:
-        """What `osp.data.video` reads the clip from. Raises as `read`."""
+        """What `osp.data.media.video` reads the clip from. Raises as `read`."""
         return self.read() if self.member else self.tar
 
     def read(self) -> bytes:

@@ -6,12 +6,10 @@ is there once its tar has its name; a process that is killed loses the shard it 
 way, when it is started again.
 """
 
-import fcntl
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from osp.data.features import (
+from osp.data.features.format import (
     DTYPES,
     EMPTY_NAME,
     FEATURES_FORMAT,
@@ -32,22 +30,13 @@ from osp.data.features import (
     require_feature_index,
     shard_path,
 )
-from osp.data.files import write_whole
-from osp.data.shard_index import INDEX_NAME
-from osp.data.tar_shard import TarShard
-from osp.data.video import ClipError
+from osp.data.media.video import ClipError
+from osp.data.shards.index import INDEX_NAME
+from osp.data.shards.tar import TarShard
 from osp.errors import DataError, UsageError
+from osp.files import folder_lock, write_whole
 
 _LOCK = ".lock"
-
-
-@contextmanager
-def folder_lock(folder: Path, name: str = _LOCK) -> Iterator[None]:
-    """Makes the folder, and keeps other processes out of the same block until this one has left it, or is gone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 class FeatureWriter:
@@ -212,7 +201,7 @@ class FeatureShard:
         """Stores the features of clip `index` of the source.
 
         Raises:
-            osp.data.video.ClipError: they are not finite in the files' precision; skip the clip.
+            osp.data.media.video.ClipError: they are not finite in the files' precision; skip the clip.
             ValueError: they do not have the shapes that the identity promises.
         """
         tensors = _latents(self.identity, features)

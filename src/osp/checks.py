@@ -1,0 +1,62 @@
+"""The one wording of a refused number or choice: key, value, limit."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from osp.errors import OspError, UsageError
+
+
+def check_number(
+    key: str,
+    value: Any,
+    least: float | None = None,
+    most: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+    null: str = "",
+    error: type[OspError] = UsageError,
+) -> None:
+    """Raise an error naming key, value and limits unless `value` is a finite number within them, a whole one if asked.
+
+    `least` and `most` are allowed themselves, `above` and `below` are not. `null` says what None means, where it is
+    allowed: "the model's own".
+    """
+    if value is None and null:
+        return
+    limits = (
+        (least, lambda: value >= least),
+        (most, lambda: value <= most),
+        (above, lambda: value > above),
+        (below, lambda: value < below),
+    )
+    fits = not isinstance(value, bool) and isinstance(value, int if whole else int | float) and math.isfinite(value)
+    if not fits or not all(within() for limit, within in limits if limit is not None):
+        shown = "null" if value is None else value
+        otherwise = f", or null: {null}" if null else ""
+        raise error(f"{key}={shown}: must {_limits(least, most, above, below, whole)}{otherwise}")
+
+
+def check_choice(key: str, value: Any, choices: Iterable[Any], error: type[OspError] = UsageError) -> None:
+    """Raise an error naming key, value and all choices unless `value` is one of them."""
+    known = [*choices]
+    if value not in known:
+        shown = "null" if value is None else value
+        *others, last = map(str, known)
+        listed = f"{', '.join(others)} or {last}" if others else last
+        raise error(f"{key}={shown}: is not known; choose {listed}")
+
+
+def _limits(least: float | None, most: float | None, above: float | None, below: float | None, whole: bool) -> str:
+    kind = "whole number" if whole else "number"
+    if least is not None and most is not None and not whole:
+        return f"lie between {least:g} and {most:g}"
+    parts = [
+        None if least is None else f"of at least {least:g}",
+        None if most is None else f"of at most {most:g}",
+        None if above is None else f"above {above:g}",
+        None if below is None else f"below {below:g}",
+    ]
+    return f"be a {kind} {' and '.join(part for part in parts if part is not None)}".rstrip()

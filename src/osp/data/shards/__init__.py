@@ -1,0 +1,1 @@
+"""Clips in tar files: cutting, writing, listing."""

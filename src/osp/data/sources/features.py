@@ -1,0 +1,206 @@
+"""Encoded clips as a source, so that a denoiser trains without its VAE and text encoders."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file
+from torch import Tensor
+
+from osp.data.buckets import Bucket, Patching, choose, make_buckets
+from osp.data.features.format import (
+    AGAIN,
+    DTYPES,
+    EMPTY_NAME,
+    FeatureIdentity,
+    read_feature_shard,
+    require_feature_index,
+    shard_path,
+)
+from osp.data.media.shape import Shape
+from osp.data.media.video import ClipError
+from osp.data.shards.index import ClipEntry
+from osp.data.sources.source import ClipSource
+from osp.errors import DataError
+from osp.seeds import seeded
+
+
+@dataclass(frozen=True)
+class StoredShapes(Patching):
+    """The bucket rule of clips that are encoded already: each keeps its shape, within limits on its tokens."""
+
+    min_tokens: int = 1
+    max_tokens: int = 1 << 62
+
+    def fit(self, clip: Shape) -> Shape | None:
+        """See `osp.data.buckets.BucketRule.fit`."""
+        side = self.space_stride * self.patch_size
+        suits = clip.height % side == 0 and clip.width % side == 0
+        return clip if suits and self.min_tokens <= self.tokens(clip) <= self.max_tokens else None
+
+
+class FeatureClips(ClipSource):
+    """The encoded clips of a folder: a source with buckets for the loaders, which give a `FeatureBatch`.
+
+    Args:
+        path: the folder.
+        patch_size: latent pixels along a side of the denoiser's patches; it decides how many tokens a clip has.
+        sample: draw from the posterior and among the captions; else take the mean and the first caption.
+        min_tokens, max_tokens: clips outside are left out.
+        min_clips: shapes that fewer clips than these have are left out, with their clips.
+        partial: also read a folder that is still being written; the shards that are there count.
+
+    A clip without captions gets the embedding of the empty text, if the folder has one, else a text of length 0.
+
+    Attributes:
+        made_with: the identity of the features' encoders.
+        empty: `text` (`L D`) and `pooled_text` (`P`) of the empty text, for text dropout; an empty dict if not stored.
+        dropped: clips that are left out (reason -> clips).
+        vae_origin: the file or folder that the VAE was read from when the features were made, if that is known.
+
+    Raises:
+        DataError: no such folder, not complete, damaged, or no clip is within the limits.
+    """
+
+    path: Path
+    made_with: FeatureIdentity
+
+    def __init__(
+        self,
+        path: str | Path,
+        patch_size: int = 2,
+        sample: bool = True,
+        min_tokens: int = 1,
+        max_tokens: int = 1 << 62,
+        min_clips: int = 1,
+        partial: bool = False,
+    ) -> None:
+        self.path, self.sample = Path(path), sample
+        index = require_feature_index(self.path)
+        self.made_with = FeatureIdentity.from_json(index["identity"])
+        self.vae_origin = index["vae_origin"]
+        self.empty = self._load_empty() if index["empty"] else {}
+        listed = list(self._listed(index, partial))
+        rule = StoredShapes(
+            self.made_with.time_stride,
+            self.made_with.space_stride,
+            patch_size,
+            min_tokens=min_tokens,
+            max_tokens=max_tokens,
+        )
+        rule.check()
+        sizes: list[Shape | None] = [self._shape(entry) for entry in listed]
+        kept, shapes, self.dropped = choose(sizes, rule, min_clips)
+        if not kept:
+            raise DataError(
+                f"{self.path}: none of its {len(listed)} clips has {min_tokens} to {max_tokens} tokens of "
+                f"{patch_size}x{patch_size} latent pixels; allow others"
+            )
+        self.entries = [listed[number] for number in kept]
+        self._buckets = make_buckets(shapes, rule)
+        self._shift, self._scale = (
+            torch.tensor(values).view(-1, 1, 1, 1) for values in (self.made_with.shift, self.made_with.scale)
+        )
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def buckets(self) -> list[Bucket]:
+        """See `ClipSource.buckets`."""
+        return self._buckets
+
+    def record(self, index: int) -> Mapping[str, Any]:
+        """See `ClipSource.record`."""
+        return self.entries[index].record
+
+    def has_captions(self) -> bool:
+        """See `ClipSource.has_captions`."""
+        return any(any(entry.record["captions"]) for entry in self.entries)
+
+    def fingerprint(self) -> str:
+        listing = hashlib.sha256(json.dumps(self.made_with.as_json()).encode())
+        for entry in self.entries:
+            listing.update(f"{entry.key} {entry.size} {entry.record['crc32']}\n".encode())
+        return f"features sample={self.sample} clips={len(self.entries)} list={listing.hexdigest()[:16]}"
+
+    def read(self, index: int, draw: int) -> dict[str, Any]:
+        """Clip `index`: `latent`, `text`, `pooled_text`, `caption`, `key`, `fps`, `size`, as in `FeatureBatch`.
+
+        The sample of the posterior and the caption come from a generator seeded by (key, draw). Raises
+        `osp.data.media.video.ClipError` for a clip whose bytes are not those that were written.
+        """
+        entry = self.entries[index]
+        tensors = self._tensors(entry)
+        captions: list[str] = entry.record["captions"]
+        generator = seeded(entry.key, draw)
+        chosen = int(torch.randint(max(1, len(captions)), (), generator=generator)) if self.sample else 0
+        latent = tensors["latent"].float()
+        if self.sample and "logvar" in tensors:
+            noise = torch.randn(latent.shape, generator=generator)
+            latent = latent + torch.exp(0.5 * tensors["logvar"].float()) * noise
+        clip = {
+            "latent": (latent - self._shift) * self._scale,
+            "caption": captions[chosen] if captions else "",
+            "key": entry.key,
+            "fps": float(entry.record["fps"]),
+            "size": tuple(entry.record[name] for name in ("frames", "height", "width")),
+        }
+        for name, encoder in (("text", self.made_with.text), ("pooled_text", self.made_with.pooled_text)):
+            if encoder is not None:
+                shape = (0, encoder.width) if name == "text" else (encoder.width,)
+                nothing = self.empty.get(name, torch.zeros(shape, dtype=DTYPES[self.made_with.dtype]))
+                clip[name] = tensors[f"{name}.{chosen}"] if captions else nothing
+        return clip
+
+    def collate(self, clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Clips of one bucket as a batch: latents stacked, texts padded to the longest with a mask."""
+        batch: dict[str, Any] = {name: [clip[name] for clip in clips] for name in ("caption", "key")}
+        batch["latent"] = torch.stack([clip["latent"] for clip in clips])
+        batch["fps"] = torch.tensor([clip["fps"] for clip in clips], dtype=torch.float32)
+        batch["size"] = torch.tensor([clip["size"] for clip in clips], dtype=torch.int64)
+        if self.made_with.text is not None:
+            texts = [clip["text"] for clip in clips]
+            longest = max(1, *(len(text) for text in texts))
+            batch["text"] = texts[0].new_zeros(len(texts), longest, self.made_with.text.width)
+            batch["text_mask"] = torch.zeros(len(texts), longest, dtype=torch.bool)
+            for row, text in enumerate(texts):
+                batch["text"][row, : len(text)] = text
+                batch["text_mask"][row, : len(text)] = True
+        if self.made_with.pooled_text is not None:
+            batch["pooled_text"] = torch.stack([clip["pooled_text"] for clip in clips])
+        return batch
+
+    def _tensors(self, entry: ClipEntry) -> dict[str, Tensor]:
+        try:
+            data = entry.read()
+            if zlib.crc32(data) != entry.record["crc32"]:
+                raise ClipError(entry.key, f"its bytes in {entry.tar} are damaged")
+            return load(data)
+        except ClipError:
+            raise
+        except (DataError, SafetensorError, ValueError) as error:
+            raise ClipError(entry.key, str(error)) from error
+
+    def _load_empty(self) -> dict[str, Tensor]:
+        try:
+            return load_file(self.path / EMPTY_NAME)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{self.path / EMPTY_NAME}: not readable ({error}); {AGAIN}") from error
+
+    def _listed(self, index: Mapping[str, Any], partial: bool) -> list[ClipEntry]:
+        shards = [shard_path(self.path, number) for number in range(index["shards"])]
+        there = [tar for tar in shards if tar.exists()]
+        if len(there) < len(shards) and not partial:
+            raise DataError(f"{self.path}: only {len(there)} of {len(shards)} shards are written; {AGAIN}")
+        return [entry for tar in there for entry in read_feature_shard(tar)[1]]
+
+    def _shape(self, entry: ClipEntry) -> Shape:
+        """The size that the latent stands for: clips whose frames fill the same latent frames go together."""
+        _, frames, height, width = entry.record["latent"]
+        return self.made_with.strides.pixels(frames, height, width)

@@ -1,0 +1,115 @@
+"""What training, encoding and evaluation ask of clips: the `ClipSource` protocol."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from osp.data.buckets import Bucket
+from osp.data.features.format import FeatureIdentity
+from osp.errors import UsageError
+
+
+class ClipSource(Protocol):
+    """A numbered list of clips that can be read in any order, by any process.
+
+    The loaders of `osp.data.loader` decide which clip is read when; a source only reads. A class that derives from this
+    one needs `__len__`, `fingerprint` and `read`; the rest has defaults, which say that there is no such thing.
+
+    Attributes:
+        path: the folder that the clips come from; None: they come from none.
+        made_with: what made the features that the clips are; None: the clips are videos.
+        vae_origin: the file or folder of the VAE that made the features, if that is known.
+        empty: of features the embeddings of the empty text, `text` (`L D`) and `pooled_text` (`P`), if they are kept.
+        mirrors: whether half of the clips are read mirrored.
+        dropped: clips that are left out (reason -> clips).
+    """
+
+    path: Path | None = None
+    made_with: FeatureIdentity | None = None
+    vae_origin: str | None = None
+    empty: Mapping[str, Tensor] = MappingProxyType({})
+    mirrors: bool = False
+    dropped: Mapping[str, int] = MappingProxyType({})
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """One line that changes when the list of clips or the way they are decoded changes."""
+        ...
+
+    def read(self, index: int, draw: int) -> dict[str, Any]:
+        """Clip `index` as {"video": uint8 `C T H W`, "caption": str, "key": str, "fps": float (frames a second)}.
+
+        Features have other tensors in the place of the video; `collate` knows them. All that is random about the read
+        (window, flip) comes from `draw`: the same (index, draw) gives the same tensor in any process. Raises
+        `osp.data.media.video.ClipError` for a clip that cannot be used; the loaders replace it.
+        """
+        ...
+
+    def buckets(self) -> list[Bucket] | None:
+        """Every clip in the one bucket whose shape it is read in; None: all clips have one shape.
+
+        The loaders give batches of one bucket each.
+        """
+        return None
+
+    def record(self, index: int) -> Mapping[str, Any]:
+        """What is listed about clip `index` without reading it; empty where nothing is listed."""
+        return {}
+
+    def has_captions(self) -> bool | None:
+        """Whether any of the clips has a caption; None: only reading them tells."""
+        return None
+
+    def collate(self, clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Clips of one shape, as `read` gives them, as a batch: videos stacked, `B C T H W`."""
+        return {
+            "video": torch.stack([clip["video"] for clip in clips]),
+            "caption": [clip["caption"] for clip in clips],
+            "key": [clip["key"] for clip in clips],
+            "fps": torch.tensor([clip["fps"] for clip in clips], dtype=torch.float32),
+        }
+
+
+class FirstClips(ClipSource):
+    """The first so many clips of a source, or all if it has fewer. Raises UsageError for less than one."""
+
+    def __init__(self, source: ClipSource, clips: int) -> None:
+        if clips < 1:
+            raise UsageError(f"train_clips or val_clips is {clips}: must be at least 1, or null for all")
+        self.source, self.clips = source, clips
+        self.path, self.made_with, self.vae_origin = source.path, source.made_with, source.vae_origin
+        self.empty, self.mirrors, self.dropped = source.empty, source.mirrors, source.dropped
+
+    def __len__(self) -> int:
+        return min(self.clips, len(self.source))
+
+    def fingerprint(self) -> str:
+        return f"first {len(self)} of {self.source.fingerprint()}"
+
+    def read(self, index: int, draw: int) -> dict[str, Any]:
+        """See `ClipSource.read`."""
+        return self.source.read(index, draw)
+
+    def buckets(self) -> list[Bucket] | None:
+        """See `ClipSource.buckets`; a bucket without any of the first clips is left out."""
+        if (buckets := self.source.buckets()) is None:
+            return None
+        kept = [(bucket, bucket.clips[bucket.clips < len(self)]) for bucket in buckets]
+        return [Bucket(bucket.shape, bucket.tokens, few) for bucket, few in kept if len(few)]
+
+    def record(self, index: int) -> Mapping[str, Any]:
+        """See `ClipSource.record`."""
+        return self.source.record(index)
+
+    def has_captions(self) -> bool | None:
+        """See `ClipSource.has_captions`; of all clips of the source."""
+        return self.source.has_captions()
+
+    def collate(self, clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """See `ClipSource.collate`."""
+        return self.source.collate(clips)

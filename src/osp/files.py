@@ -1,0 +1,70 @@
+"""Files that are written whole or not at all, and digests of what is in them."""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file under a temporary name, then rename it: whatever happens, there is all of it or the old one.
+
+    What is not UTF-8 in a string (a file name may hold it) is escaped.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+            sync(file)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def sync(file: BinaryIO | io.BufferedWriter) -> None:
+    """Bring what was written to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def folder_lock(folder: Path, name: str = ".lock", wait: bool = True) -> Iterator[int]:
+    """Make the folder, and keep other processes out of the same block until this one has left it, or is gone.
+
+    Gives the lock's file descriptor; a child that inherits it holds the lock too. Without `wait`, BlockingIOError says
+    that another has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield lock.fileno()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain values as a JSON file, as a whole."""
+    write_whole(path, json.dumps(value, indent=1))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(about: str, weights: Mapping[str, Tensor]) -> str:
+    """32 hexadecimal digits that change with `about` (what the tensors alone do not say) and with any value.
+
+    Neither the order of the keys, nor the device, nor the precision in which equal values are held counts.
+    """
+    content = hashlib.sha256(about.encode())
+    for key, value in sorted(weights.items()):
+        content.update(key.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:32]
