@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 OSP := $(BIN)/osp
 OUT ?= outputs
 INSTALLED := $(VENV)/.installed
+CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
 .PHONY: setup demo demo-long study test lint train-vae eval bench-vae bench-denoiser sweep clean help
@@ -62,8 +63,10 @@ study: setup  ## sparse beside dense attention on the demo's features, 21 runs: 
 	$(BIN)/python tools/study.py features=$(DEMO)/features/train heldout_features=$(DEMO)/features/heldout \
 		heldout=$(DEMO)/shards/heldout output=$(OUT)/study $(ARGS)
 
+# A process of one thread for each core, as most tests are too small to share; at most 8, for each takes 1.5 GB. The
+# tests of a file stay in one process, so that what they share is made once.
 test: lint  ## every check: lint, types, import contract, tests, notebooks
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=$(CORES) --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 lint: setup  ## ruff, mypy, import contract
 	$(BIN)/ruff check .
