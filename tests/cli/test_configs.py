@@ -117,7 +117,7 @@ def test_the_benchmark_takes_every_vae() -> None:
 def test_the_benchmark_takes_every_denoiser() -> None:
     for name in names("denoiser"):
         source = {"published": ["denoiser.kind=opensora_v13", "denoiser.source=x"]}.get(name, [])
-        cfg = composed("bench", "target=denoiser", f"denoiser={name}", *source)
+        cfg = composed("bench", "bench/target=denoiser", f"denoiser={name}", *source)
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert cfg.output == "outputs/bench/denoiser"
         assert "vae" not in cfg
@@ -126,7 +126,7 @@ def test_the_benchmark_takes_every_denoiser() -> None:
 @pytest.mark.parametrize("name", sorted({*names("denoiser")} - {"pretrained", "published"}))
 def test_a_denoiser_is_what_its_configuration_says(name: str) -> None:
     with torch.device("meta"):
-        model = instantiate(composed("bench", "target=denoiser", f"denoiser={name}").denoiser)
+        model = instantiate(composed("bench", "bench/target=denoiser", f"denoiser={name}").denoiser)
         again = [type(model)(**model.settings), type(model)(**json.loads(json.dumps(model.settings)))]
     size = f"{sum(value.numel() for value in model.parameters()):,}"
     comment = [

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from osp.cli.overrides import check_choices, with_quoted_prompts
+from osp.cli.overrides import check_choices, with_own_groups, with_quoted_prompts
 from osp.errors import DataError, OspError, UsageError
 
 VERBS = {
@@ -79,6 +79,7 @@ def _run(verb: str, overrides: list[str]) -> list[OspError]:
             print(json.dumps(result), flush=True)
         return result
 
+    overrides = with_own_groups(verb, overrides, config_folder())
     check_choices(overrides, config_folder())
     if verb in ("sample", "eval"):
         overrides, given = with_quoted_prompts(overrides), overrides

@@ -19,7 +19,7 @@ from osp.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-TARGETS: dict[str, Target] = {"vae": VAE, "denoiser": DENOISER}  # conf/target has the settings of each
+TARGETS: dict[str, Target] = {"vae": VAE, "denoiser": DENOISER}  # conf/bench/target has the settings of each
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:

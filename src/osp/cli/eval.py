@@ -9,7 +9,7 @@ from osp.cli.eval_generation import generation
 from osp.cli.eval_reconstruction import reconstruction
 from osp.errors import UsageError
 
-# conf/target has the settings of each
+# conf/eval/target has the settings of each
 TARGETS: Mapping[str, Callable[[DictConfig], dict[str, Any]]] = {
     "reconstruction": reconstruction,
     "generation": generation,

@@ -28,6 +28,12 @@ def with_quoted_prompts(overrides: Sequence[str]) -> list[str]:
     return prepared
 
 
+def with_own_groups(verb: str, overrides: Sequence[str], configs: Path) -> list[str]:
+    """The overrides with a verb's own groups by their full name: `target=vae` of bench is `bench/target=vae`."""
+    own = {path.name for path in (configs / verb).glob("*/")}
+    return [f"{verb}/{override}" if override.partition("=")[0] in own else override for override in overrides]
+
+
 def check_choices(overrides: Sequence[str], configs: Path) -> None:
     """Raise UsageError for a choice of a group in `configs` that is set to null, which Hydra does not take."""
     for override in overrides:
