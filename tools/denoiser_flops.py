@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from osp.cli import config_folder
+from osp.data.media.shape import Strides
 from osp.denoiser import Stage
 from osp.denoiser.flops import DenoiserFlops, denoiser_flops
 
@@ -35,7 +36,7 @@ def main() -> None:
     for video in args.videos:
         frames, height, width = map(int, video.split("x"))
         for name in args.models:
-            latent = (1 - (1 - frames) // MODELS[name], height // 8, width // 8)  # the last stride is filled up
+            latent = Strides(MODELS[name], 8).latent(frames, height, width)
             sparse, dense = count(name, latent, args.text_tokens)
             tokens = latent[0] * (latent[1] // 2) * (latent[2] // 2)
             cells = [video, name, "x".join(map(str, latent)), f"{tokens:,}", *described(dense)]

@@ -171,7 +171,7 @@ WRONG = [
     (["part=2", "parts=2"], 2, "part=2, parts=2: the parts are 0 to 1"),
     (["parts=0"], 2, "parts=0 makes no sense"),
     (["processes=none"], 2, "processes=none makes no sense"),
-    (["clip.height=36"], 2, "height=36 does not fit this VAE"),
+    (["clip.height=36"], 2, "height=36: must be a multiple of 8"),
     (["clip.frames=99"], 1, "none of its 7 clips is long enough"),
     (["path=null"], 2, "give checkpoint=FILE"),
     (["vae=wfvae_tiny"], 2, "random weights"),

@@ -133,7 +133,7 @@ WRONG = [
     (["data=synthetic", "checkpoint={world}/none.ckpt"], 1, r"checkpoint=\S*none\.ckpt: no such file; give a checkp"),
     (["data=synthetic", "vae=pretrained", "path={world}/wide"], 2, r"have 8 channels, but denoiser\.channels=4; set"),
     (["data=synthetic", "vae=pretrained", "path={world}/vae", "clip.height=24"], 2, "height=24 makes 3 latent pixels"),
-    (["data=synthetic", "vae=pretrained", "path={world}/vae", "clip.width=20"], 2, "width=20 does not fit this VAE"),
+    (["data=synthetic", "vae=pretrained", "path={world}/vae", "clip.width=20"], 2, "width=20: must be a multiple of 8"),
     (
         [
             "data=shards",

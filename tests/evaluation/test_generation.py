@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from osp.data.media.shape import Strides
 from osp.data.media.video import ClipError, probe, to_float
 from osp.data.procedural.drawing import render
 from osp.data.procedural.scene import Scene, backgrounds_for, read_caption
@@ -36,15 +37,13 @@ def one_thread() -> Iterator[None]:
 class Blur(nn.Module):
     """A VAE that keeps one pixel of `space_stride` x `space_stride`, or grey only."""
 
-    time_stride = 4
-
     def __init__(self, space_stride: int, grey: bool = False) -> None:
         super().__init__()
-        self.space_stride, self.grey = space_stride, grey
+        self.strides, self.grey = Strides(4, space_stride), grey
 
     def encode(self, video: Tensor) -> Any:
         video = video.mean(dim=1, keepdim=True).expand_as(video) if self.grey else video
-        latent = F.avg_pool3d(video, (1, self.space_stride, self.space_stride))
+        latent = F.avg_pool3d(video, (1, self.strides.space, self.strides.space))
 
         class Posterior:
             def mode(self) -> Tensor:
@@ -53,7 +52,7 @@ class Blur(nn.Module):
         return Posterior()
 
     def decode(self, latent: Tensor) -> Tensor:
-        return F.interpolate(latent, scale_factor=(1.0, self.space_stride, self.space_stride), mode="trilinear")
+        return F.interpolate(latent, scale_factor=(1.0, self.strides.space, self.strides.space), mode="trilinear")
 
 
 def real(count: int = 40) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from osp.data.media.shape import Strides
 from osp.data.media.video import ClipError, read_clip
 from osp.errors import DataError, UsageError
 from osp.evaluation.frechet import Random3D
@@ -37,13 +38,13 @@ class Pooling(nn.Module):
 
     def __init__(self, space_stride: int, time_stride: int = 4, offset: float = 0.0) -> None:
         super().__init__()
-        self.space_stride, self.time_stride, self.offset = space_stride, time_stride, offset
+        self.strides, self.offset = Strides(time_stride, space_stride), offset
 
     def encode(self, video: Tensor) -> Latent:
-        return Latent(F.avg_pool3d(video, (1, self.space_stride, self.space_stride)))
+        return Latent(F.avg_pool3d(video, (1, self.strides.space, self.strides.space)))
 
     def decode(self, latent: Tensor) -> Tensor:
-        return F.interpolate(latent, scale_factor=(1.0, self.space_stride, self.space_stride)) + self.offset
+        return F.interpolate(latent, scale_factor=(1.0, self.strides.space, self.strides.space)) + self.offset
 
 
 class NaNForBright(Pooling):
@@ -183,8 +184,8 @@ class Untouchable(Pooling):
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ((5, 36, 32), "36x32 .* does not fit Untouchable: use multiples of 8"),
-        ((5, 32, 20), "32x20 .* does not fit Untouchable: use multiples of 8"),
+        ((5, 36, 32), "height=36: must be a multiple of 8, the stride of Untouchable; use 32 or 40"),
+        ((5, 32, 20), "width=20: must be a multiple of 8, the stride of Untouchable; use 16 or 24"),
     ],
 )
 def test_sizes_are_checked_before_any_compute(size: tuple[int, int, int], message: str, tmp_path: Path) -> None:

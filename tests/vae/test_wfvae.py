@@ -62,7 +62,7 @@ def test_group_norm_over_time_refuses_to_stream(tiny_wfvae: Build) -> None:
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [((5, 20, 16), "height=20"), ((5, 16, 4), "width=4 .* use 8")],
+    [((5, 20, 16), "height=20"), ((5, 16, 4), "width=4: must .* use 8")],
 )
 def test_sizes_that_do_not_fit_are_refused(size: tuple[int, int, int], message: str, tiny_wfvae: Build) -> None:
     with pytest.raises(UsageError, match=message):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from osp.data.media.shape import Strides
 from osp.errors import UsageError
 
 # The logarithm of the noise that is added to condition frames (Yang et al., CogVideoX, arXiv:2408.06072, image to
@@ -61,7 +62,7 @@ def latent_mask(mask: Tensor, time_stride: int, height: int, width: int) -> Tens
     if mask.ndim != 4 or not mask.shape[1]:
         raise UsageError(f"the mask has the shape {tuple(mask.shape)}; it must be B T H W")
     mask = F.interpolate(mask.float(), size=(height, width), mode="bilinear", align_corners=False)
-    before, after = time_stride - 1, -(mask.shape[1] - 1) % time_stride
+    before, after = time_stride - 1, Strides(time_stride, 1).missing_frames(mask.shape[1])
     parts = [mask[:, :1].expand(-1, before, -1, -1), mask, mask[:, -1:].expand(-1, after, -1, -1)]
     return torch.cat(parts, dim=1).unflatten(1, (-1, time_stride)).transpose(1, 2).contiguous()
 

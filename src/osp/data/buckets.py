@@ -4,6 +4,7 @@
 shape in it that is training at a fixed size. Nothing is decoded: sizes come from the shards' index.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,18 +44,13 @@ class Patching:
     patch_size: int = 2
 
     @property
-    def strides(self) -> Strides:
-        """Those of the VAE."""
-        return Strides(self.time_stride, self.space_stride)
+    def token_strides(self) -> Strides:
+        """From pixels to tokens."""
+        return Strides(self.time_stride, self.space_stride * self.patch_size)
 
     def tokens(self, shape: Shape) -> int:
         """Tokens of a clip of this shape; frames that do not fill a time stride count as one that does."""
-        side = self.space_stride * self.patch_size
-        return self.latent_frames(shape.frames) * (shape.height // side) * (shape.width // side)
-
-    def latent_frames(self, frames: int) -> int:
-        """Latent frames of so many video frames."""
-        return self.strides.latent(frames, 0, 0).frames
+        return math.prod(self.token_strides.latent(*shape))
 
     def check(self) -> None:
         """Raise UsageError for strides or patches below 1."""
@@ -99,7 +95,7 @@ class TokenRule(Patching):
 
     def __post_init__(self) -> None:
         self.check()
-        side = self.space_stride * self.patch_size
+        side = self.token_strides.space
         if self.size_stride < 1 or self.size_stride % side:
             raise UsageError(
                 f"buckets: size_stride={self.size_stride} must be a multiple of {side}, the pixels along a side of a "
@@ -130,12 +126,12 @@ class TokenRule(Patching):
         else:
             least = 1 + self.time_stride if self.min_frames is None else self.min_frames
             most = frames if self.max_frames is None else min(frames, self.max_frames)
-        longest = 1 + (most - 1) // self.time_stride * self.time_stride
+        longest = self.token_strides.whole_frames(most)
         yield from (length for length in range(longest, 0, -self.time_stride) if length >= least)
 
     def limits(self, frames: int) -> tuple[int, int]:
         """(least, most) tokens of one latent frame in a shape of so many frames."""
-        latent_frames = self.latent_frames(frames)
+        latent_frames = self.token_strides.latent_frames(frames)
         least, most = -(-self.min_tokens // latent_frames), self.max_tokens // latent_frames
         if self.frame_tokens is not None:
             least = self.frame_tokens[0] if frames == 1 else max(least, self.frame_tokens[0])
@@ -148,7 +144,7 @@ def _fit(rule: TokenRule, clip: Shape) -> Shape | None:
     step = rule.size_stride
     heights = np.arange(step, clip.height + 1, step)[:, None]
     widths = np.arange(step, clip.width + 1, step)[None]
-    side = rule.space_stride * rule.patch_size
+    side = rule.token_strides.space
     tokens = (heights // side) * (widths // side)
     for frames in rule.lengths(clip.frames):
         least, most = rule.limits(frames)
@@ -187,12 +183,11 @@ class ShapeList(Patching):
         object.__setattr__(self, "shapes", tuple(Shape(*shape) for shape in self.shapes))
         if not self.shapes:
             raise UsageError("buckets: the list of shapes is empty")
-        side = self.space_stride * self.patch_size
         for shape in self.shapes:
-            if min(shape) < 1 or (shape.frames - 1) % self.time_stride or shape.height % side or shape.width % side:
+            if not self.token_strides.fits(*shape):
                 raise UsageError(
                     f"buckets: no shape can be {shape} (frames x height x width): frames must be 1 + a multiple of "
-                    f"{self.time_stride}, height and width multiples of {side}"
+                    f"{self.time_stride}, height and width multiples of {self.token_strides.space}"
                 )
 
     def fit(self, clip: Shape) -> Shape | None:

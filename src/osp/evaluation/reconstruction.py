@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from osp.data.media.shape import Strides
 from osp.data.media.video import ClipError, to_float, to_uint8
 from osp.devices import autocast_dtype
 from osp.errors import DataError, UsageError
@@ -39,13 +40,15 @@ class Posterior(Protocol):
 
 
 class VideoAutoencoder(Protocol):
-    """What is evaluated: takes any number of frames, and height and width that are multiples of `space_stride`.
+    """What is evaluated: takes any number of frames, and height and width that are multiples of `strides.space`.
 
-    A clip comes back with its own number of frames or with the next one that is 1 + a multiple of `time_stride`.
+    A clip comes back with its own number of frames or with as many as its latent decodes to.
     """
 
-    time_stride: int
-    space_stride: int
+    @property
+    def strides(self) -> Strides:
+        """Down-sampling in time and space."""
+        ...
 
     def encode(self, video: Tensor) -> Posterior:
         """Video `B C T H W` in [-1, 1] -> posterior of the latent."""
@@ -63,7 +66,7 @@ def reconstruct(vae: VideoAutoencoder, video: Tensor, autocast: torch.dtype | No
     """
     with torch.no_grad(), torch.autocast(video.device.type, dtype=autocast, enabled=autocast is not None):
         reconstruction = vae.decode(vae.encode(video).mode()).float()
-    if reconstruction.shape[2] == 1 + -(-(video.shape[2] - 1) // vae.time_stride) * vae.time_stride:
+    if reconstruction.shape[2] == video.shape[2] + vae.strides.missing_frames(video.shape[2]):
         reconstruction = reconstruction[:, :, : video.shape[2]]  # without what filled the last stride
     if reconstruction.shape != video.shape:
         raise UsageError(
@@ -90,11 +93,7 @@ class _Networks:
     def check_size(self, frames: int, height: int, width: int) -> None:
         """Raises UsageError for clips of a size that one of the networks does not take."""
         for vae in (self.vae, *self.baselines.values()):
-            if height % vae.space_stride or width % vae.space_stride:
-                name = type(vae).__name__
-                raise UsageError(
-                    f"{height}x{width} (height x width) does not fit {name}: use multiples of {vae.space_stride}"
-                )
+            vae.strides.check_sides(height, width, f"the stride of {type(vae).__name__}")
         if self.features is not None and frames < self.features.min_frames:
             raise UsageError(f"frames={frames}: {self.features.name} needs at least {self.features.min_frames} frames")
 

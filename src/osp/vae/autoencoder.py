@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from osp.checks import check_number
+from osp.data.media.shape import Strides
 from osp.errors import UsageError
 from osp.vae.posterior import GaussianPosterior
 from osp.vae.stream import StreamState
@@ -41,6 +43,11 @@ class VideoVAE(nn.Module):
     """Shift and scale that make its latents fit for a denoiser, of published weights that come with them."""
 
     @property
+    def strides(self) -> Strides:
+        """Down-sampling in time and space."""
+        return Strides(self.time_stride, self.space_stride)
+
+    @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """The keyword arguments that build this VAE again."""
@@ -59,14 +66,8 @@ class VideoVAE(nn.Module):
 
     def check_size(self, frames: int, height: int, width: int) -> None:
         """Raise UsageError unless a clip of this size can be encoded."""
-        if frames < 1:
-            raise UsageError(f"frames={frames} makes no sense; a clip has at least one")
-        for name, value in (("height", height), ("width", width)):
-            if value < self.space_stride or value % self.space_stride:
-                raise UsageError(
-                    f"{name}={value} does not fit this VAE, which takes multiples of {self.space_stride}; "
-                    f"use {max(1, round(value / self.space_stride)) * self.space_stride}"
-                )
+        check_number("frames", frames, 1, whole=True)
+        self.strides.check_sides(height, width)
 
     def check_video(self, video: Tensor) -> None:
         """Raise UsageError unless this can be encoded."""
@@ -81,7 +82,7 @@ class VideoVAE(nn.Module):
 
     def pad_frames(self, video: Tensor) -> Tensor:
         """`B 3 T H W` -> the same with the last frame repeated until T is 1 + a multiple of the time stride."""
-        missing = -(video.shape[2] - 1) % self.time_stride
+        missing = self.strides.missing_frames(video.shape[2])
         return torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2) if missing else video
 
     def encode(self, video: Tensor, chunk_frames: int | None = None, tiling: Tiling | None = None) -> GaussianPosterior:
@@ -95,7 +96,8 @@ class VideoVAE(nn.Module):
         """
         self.check_video(video)
         frames, video = video.shape[2], self.pad_frames(video)
-        moments = self._run("encoder", video, chunk_frames, tiling, 1 + (video.shape[2] - 1) // self.time_stride)
+        length = self.strides.latent_frames(frames)
+        moments = self._run("encoder", video, chunk_frames, tiling, length)
         return GaussianPosterior.from_moments(moments, frames)
 
     def decode(
@@ -112,9 +114,9 @@ class VideoVAE(nn.Module):
         where the VAE cannot stream.
         """
         self.check_latent(latent)
-        held = 1 + (latent.shape[2] - 1) * self.time_stride
-        if frames is not None and not held - self.time_stride < frames <= held:
-            least = max(1, held - self.time_stride + 1)
+        held = self.strides.pixel_frames(latent.shape[2])
+        least = max(1, held - self.time_stride + 1)
+        if frames is not None and not least <= frames <= held:
             raise UsageError(f"frames={frames} do not go with {latent.shape[2]} latent frames; use {least} to {held}")
         return self._run("decoder", latent, chunk_frames, tiling, held)[:, :, :frames]
 
@@ -134,8 +136,7 @@ class VideoVAE(nn.Module):
     def _run(self, half: Half, x: Tensor, chunk_frames: int | None, tiling: Tiling | None, frames: int) -> Tensor:
         """One half over a whole clip, one tile after the other; `frames` is the length of the result."""
         if chunk_frames is not None:
-            if chunk_frames < 1:
-                raise UsageError(f"chunk_frames={chunk_frames} makes no sense; a chunk has at least one frame")
+            check_number("chunk_frames", chunk_frames, 1, whole=True)
             check_streams(self, half)
         streams = chunk_frames is not None or (not torch.is_grad_enabled() and self.can_stream(half))
         network, length = self.network(half), x.shape[2]

@@ -30,7 +30,7 @@ class LatentCodec:
         if shift is None and scale is None and vae.scaling is not None:
             shift, scale = vae.scaling
         self.shift, self.scale = self._values("shift", shift, 0.0), self._values("scale", scale, None)
-        self.time_stride, self.space_stride = vae.time_stride, vae.space_stride
+        self.strides = vae.strides
         self.latent_channels = vae.latent_channels
 
     def _values(self, name: str, given: _Numbers | None, default: float | None) -> tuple[float, ...]:
@@ -45,6 +45,16 @@ class LatentCodec:
         if len(listed) != channels or (name == "scale" and not all(value > 0 for value in listed)):
             raise UsageError(f"latent.{name} has {len(listed)} values; {channels} are needed, all above 0 for a scale")
         return tuple(listed)
+
+    @property
+    def time_stride(self) -> int:
+        """That of the VAE."""
+        return self.strides.time
+
+    @property
+    def space_stride(self) -> int:
+        """That of the VAE."""
+        return self.strides.space
 
     @property
     def origin(self) -> str | None:
@@ -89,8 +99,7 @@ class LatentCodec:
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """`C T H W` of the latent of such a clip. Raises UsageError for a size that the VAE does not take."""
         self.vae.check_size(frames, height, width)
-        steps = 1 + -(-(frames - 1) // self.time_stride)
-        return self.latent_channels, steps, height // self.space_stride, width // self.space_stride
+        return self.latent_channels, *self.strides.latent(frames, height, width)
 
     def fingerprint(self) -> str:
         """A hash of the VAE's settings and weights; its precision and device do not count."""
@@ -101,8 +110,8 @@ class LatentCodec:
         return {
             "vae": self.name,
             "vae_fingerprint": self.fingerprint(),
-            "time_stride": self.time_stride,
-            "space_stride": self.space_stride,
+            "time_stride": self.strides.time,
+            "space_stride": self.strides.space,
             "latent_channels": self.latent_channels,
             "shift": list(self.shift),
             "scale": list(self.scale),

@@ -69,13 +69,12 @@ def working_bytes(vae: VideoVAE, half: Half, height: int, width: int, dtype: tor
     """
     with torch.device("meta"), torch.no_grad():
         twin = type(vae)(**vae.settings).to(dtype)
-        frames = 1 + (8 if vae.can_stream(half) else 1) * vae.time_stride
+        frames = vae.strides.pixel_frames(9 if vae.can_stream(half) else 2)
         with LiveBytes() as live:
             if half == "encoder":
                 twin.encode(torch.empty(1, COLOURS, frames, height, width, dtype=dtype))
             else:
-                latent_frames = 1 + (frames - 1) // vae.time_stride
-                size = (latent_frames, height // vae.space_stride, width // vae.space_stride)
+                size = vae.strides.latent(frames, height, width)
                 twin.decode(torch.empty(1, vae.latent_channels, *size, dtype=dtype))
     return live.peak
 

@@ -38,7 +38,7 @@ def stream_encode(
         yield from map(GaussianPosterior.from_moments, stream(piece, last=False))
     if final is None:
         raise UsageError("there are no frames to encode")
-    if missing := -(seen - 1) % vae.time_stride:
+    if missing := vae.strides.missing_frames(seen):
         filling = final.expand(-1, -1, missing, -1, -1)
         yield from map(GaussianPosterior.from_moments, stream(filling, last=True))
 

@@ -40,9 +40,8 @@ class StoredShapes(Patching):
 
     def fit(self, clip: Shape) -> Shape | None:
         """See `osp.data.buckets.BucketRule.fit`."""
-        side = self.space_stride * self.patch_size
-        suits = clip.height % side == 0 and clip.width % side == 0
-        return clip if suits and self.min_tokens <= self.tokens(clip) <= self.max_tokens else None
+        whole = self.token_strides.fits(1, clip.height, clip.width)  # a stored clip may have any number of frames
+        return clip if whole and self.min_tokens <= self.tokens(clip) <= self.max_tokens else None
 
 
 class FeatureClips(ClipSource):
