@@ -338,6 +338,6 @@ def test_one_batch_of_shards_is_learnt_by_heart(tmp_path: Path, osp: Osp) -> Non
 
 
 def _psnr_curve(run: Path) -> dict[int, float]:
-    from osp.cli.curves import read_curves
+    from osp.report.curves import read_curves
 
     return dict(read_curves(run)["val/psnr"])

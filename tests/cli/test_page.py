@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from osp.cli.page_parts import charts
 from osp.data.media.video import encode_video, to_float
 from osp.data.sources import SyntheticClips
 from osp.evaluation.frechet import Random3D
 from osp.evaluation.generation import GeneratedClip, evaluate_generation
 from osp.evaluation.reconstruction import evaluate_reconstruction
+from osp.report.html import charts
 from osp.sampling.outputs import SampleFolder
 from osp.vae.lowest_band import LowestBand
 

@@ -20,11 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from osp.cli import config_folder, user_error
 from osp.cli.checks import check_numbers
-from osp.cli.compare import print_table, text_of, write_table
 from osp.cli.overrides import check_choices, quoted
 from osp.cli.runs import RESULT, other_setting
 from osp.errors import DataError, OspError, UsageError
-from osp.files import folder_lock
+from osp.files import folder_lock, write_whole
+from osp.report.tables import as_texts, csv_text, print_table
 from osp.training.checkpoints import LAST
 
 log = logging.getLogger(__name__)
@@ -104,9 +104,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             if (result := stage.result()) is None:
                 raise StageError(f"stage {stage.name}: ended before its last step; the same command goes on", 1)
             results.append(result)
-            write_table(output / TABLE, *_table(stages, results))
+            write_whole(output / TABLE, csv_text(*_table(stages, results)))
     columns, rows = _table(stages, results)
-    write_table(output / TABLE, columns, rows)
+    write_whole(output / TABLE, csv_text(columns, rows))
     print_table(f"{len(stages)} stages in {output}", columns, rows)
     return {
         "output": str(output),
@@ -243,10 +243,10 @@ def _ended_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _table(stages: Sequence[Stage], results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def _table(stages: Sequence[Stage], results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and rows of the stages that are finished."""
     columns = ["stage", "experiment", "best_val_loss", "val/loss", "steps", "parameters", "seconds", "checkpoint"]
-    return columns, [[text_of(value) for value in row] for row in _values(stages, results, columns)]
+    return columns, as_texts(dict(zip(columns, row, strict=True)) for row in _values(stages, results, columns))
 
 
 def _values(

@@ -1,21 +1,17 @@
 """The table at the end of a sweep."""
 
-import csv
-import io
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
 from osp.cli.runs import RESULT, is_first_process
 from osp.files import write_whole
+from osp.report.tables import as_texts, csv_text, print_table
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +29,7 @@ class CompareRuns(Callback):
         result = Path(config.hydra.runtime.output_dir) / RESULT
         if result.exists():
             self._results.append(json.loads(result.read_text()))
-            write_table(self._path(config), *self._rows())
+            write_whole(self._path(config), csv_text(*self._table()))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the runs, best first."""
@@ -43,14 +39,14 @@ class CompareRuns(Callback):
         if not self._results:
             log.warning("%s: no run of the sweep left a result", path.parent)
             return
-        columns, rows = self._rows()
+        columns, rows = self._table()
         print_table(f"{len(rows)} runs in {path.parent}", columns, rows)
         print(json.dumps({"runs": len(rows), "comparison": str(path)}))
 
     def _path(self, config: DictConfig) -> Path:
         return Path(config.hydra.sweep.dir) / "comparison.csv"
 
-    def _rows(self) -> tuple[list[str], list[list[str]]]:
+    def _table(self) -> tuple[list[str], list[dict[str, str]]]:
         shared = set.intersection(*(set(result["overrides"]) for result in self._results))
         runs = [
             result | {"run": " ".join(override for override in result["overrides"] if override not in shared)}
@@ -61,24 +57,4 @@ class CompareRuns(Callback):
         runs.sort(key=lambda run: (run[best] is None, sign * (run[best] or 0.0)))
         columns = ["run", *sorted({key for run in runs for key in run if key.startswith("val/")})]
         columns += [best, "steps", "parameters", "seconds"]
-        return columns, [[text_of(run.get(column)) for column in columns] for run in runs]
-
-
-def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table as a CSV file."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-    write_whole(path, text.getvalue())
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table for people to stderr."""
-    table = Table(*columns, title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console(stderr=True, width=None if Console(stderr=True).is_terminal else 140).print(table)
-
-
-def text_of(value: Any) -> str:
-    """A cell of a table."""
-    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+        return columns, as_texts(runs)

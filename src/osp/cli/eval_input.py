@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from osp.data.media.video import ClipError
 from osp.data.sources import ClipSource
+from osp.training.runs import TrainingRun
 
 
 def read_clips(source: ClipSource, count: int) -> Iterator[Mapping[str, Any] | ClipError]:
@@ -24,6 +25,5 @@ def model_name(cfg: DictConfig) -> str:
     if cfg.checkpoint is None:
         origin = cfg.vae.get("path") or cfg.vae.get("source") or ""
         return f"{cfg.vae.get('kind', 'VAE')} {Path(str(origin)).name}".strip()
-    path = Path(cfg.checkpoint)
-    settings = path.parent.parent / "config.yaml"
-    return f"{OmegaConf.load(settings).name} {path.stem}" if settings.is_file() else path.stem
+    trained_by = TrainingRun.of_checkpoint(cfg.checkpoint).name()
+    return " ".join(filter(None, (trained_by, Path(cfg.checkpoint).stem)))

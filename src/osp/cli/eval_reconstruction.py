@@ -9,12 +9,12 @@ from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig
 
 from osp.cli.checks import CLIP, build_vae, check_numbers, check_vae_source
-from osp.cli.curves import read_curves
 from osp.cli.eval_input import model_name, read_clips
 from osp.data.sources import ShardClips
 from osp.devices import choose_device, choose_precision
 from osp.evaluation.frechet import video_features
 from osp.evaluation.reconstruction import evaluate_reconstruction
+from osp.training.runs import TrainingRun
 from osp.vae import fit_tiling
 from osp.vae.lowest_band import LowestBand
 
@@ -60,6 +60,6 @@ def reconstruction(cfg: DictConfig) -> dict[str, Any]:
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
     settings = {"input": cfg.input, "checkpoint": cfg.checkpoint, "clip": dict(cfg.clip)}
-    if cfg.checkpoint is not None and (curve := read_curves(Path(cfg.checkpoint).parent.parent).get("val/psnr")):
+    if cfg.checkpoint is not None and (curve := TrainingRun.of_checkpoint(cfg.checkpoint).curves().get("val/psnr")):
         settings["training_val_psnr"] = curve
     return settings

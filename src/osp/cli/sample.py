@@ -17,12 +17,12 @@ from osp.cli.solver import build_solver
 from osp.devices import autocast_dtype, choose_device, choose_precision
 from osp.diffusion import Flow, Solver, Velocity, solvers
 from osp.errors import UsageError
+from osp.report.progress import shown_progress
 from osp.sampling import VideoGenerator
 from osp.sampling.fingerprint import generator_identity
 from osp.sampling.memory import plan_memory
 from osp.sampling.outputs import SampleFolder
 from osp.sampling.pictures import PictureFiles, joined
-from osp.sampling.progress import shown_progress
 from osp.sampling.requests import Request, Video, batches, list_videos, read_requests
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,5 @@
 """Judge generated videos and write what was found: do they show their prompts, how far are they from real ones."""
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,12 +15,13 @@ from osp.data.media.video import ClipError, to_float, to_uint8
 from osp.data.procedural.oracle import UNKNOWN, Reading
 from osp.devices import autocast_dtype
 from osp.errors import DataError, UsageError
-from osp.evaluation.contact_sheet import SheetClip, draw_contact_sheet
 from osp.evaluation.frechet import FrechetDistance, VideoFeatures, frechet_record
 from osp.evaluation.metrics import psnr
 from osp.evaluation.output import begin, save_clip, write_results
 from osp.evaluation.prompt_accuracy import CHANCE, PARTS, Judgement, accuracy, judge, shuffled_accuracy, truth
 from osp.evaluation.reconstruction import NO_SETTINGS, VideoAutoencoder, reconstruct
+from osp.report.contact_sheet import SheetClip, draw_contact_sheet
+from osp.report.tables import csv_text
 
 logger = logging.getLogger(__name__)
 
@@ -309,15 +308,13 @@ def _given(records: Sequence[Mapping[str, Any]], given: Sequence[int]) -> dict[s
 
 def _table(records: Sequence[Mapping[str, Any]]) -> str:
     """The prompts as CSV: what each asks for, what was read, and whether that is right."""
-    text = io.StringIO()
     words = [column for part in PARTS for column in (part, f"{part}_read", f"{part}_right")]
     kept = [name for name in ("given_psnr", "vae_psnr") if name in records[0]]
-    table = csv.DictWriter(text, ["key", "prompt", "seed", *words, "right", *kept, "file"], lineterminator="\n")
-    table.writeheader()
+    rows = []
     for record in records:
         row = {name: record.get(name) for name in ("key", "prompt", "seed", *kept, "file")}
         for part in PARTS:
             row[part], row[f"{part}_read"] = record["asked"][part], record["read"][part]
             row[f"{part}_right"] = record["right"][part]
-        table.writerow(row | {"right": record["right"]["all"]})
-    return text.getvalue()
+        rows.append(row | {"right": record["right"]["all"]})
+    return csv_text(["key", "prompt", "seed", *words, "right", *kept, "file"], rows)

@@ -1,6 +1,5 @@
 """The files that an evaluation leaves in its folder."""
 
-import io
 import json
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from osp.data.media.pictures import encode_png
 from osp.data.media.video import write_video
 from osp.errors import DataError
 from osp.files import write_whole
+from osp.report.contact_sheet import write_sheet
 
 METRICS = "metrics.json"
 TABLE = "metrics.csv"
@@ -40,9 +40,7 @@ def write_results(output: Path, results: Mapping[str, Any], table: str, sheet: I
     write_whole(output / METRICS, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False, default=str))
     write_whole(output / TABLE, table)
     if sheet is not None:
-        png = io.BytesIO()
-        sheet.save(png, format="PNG")
-        write_whole(output / SHEET, png.getvalue())
+        write_sheet(output / SHEET, sheet)
 
 
 def save_clip(folder: Path, name: str, video: Tensor, fps: float) -> Path:

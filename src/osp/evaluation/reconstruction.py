@@ -1,7 +1,5 @@
 """Run a VAE over clips and write what it loses: numbers for each clip, a contact sheet, videos side by side."""
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,11 +16,12 @@ from osp.data.media.shape import Strides
 from osp.data.media.video import ClipError, to_float, to_uint8
 from osp.devices import autocast_dtype
 from osp.errors import DataError, UsageError
-from osp.evaluation.contact_sheet import SheetClip, draw_contact_sheet
 from osp.evaluation.frechet import FrechetDistance, VideoFeatures, frechet_record
 from osp.evaluation.lpips import PerceptualDistance
 from osp.evaluation.metrics import clip_metrics, psnr
 from osp.evaluation.output import begin, save_clip, write_results
+from osp.report.contact_sheet import SheetClip, draw_contact_sheet
+from osp.report.tables import csv_text
 
 logger = logging.getLogger(__name__)
 
@@ -260,15 +259,13 @@ def _table(results: Mapping[str, Any]) -> str:
     metrics = list(results["mean"])
     about = ["key", "frames", "height", "width", "fps"]
     baselines = {f"psnr_{name}": name for name in results["baselines"]}
-    text = io.StringIO()
-    table = csv.DictWriter(text, [*about, *metrics, *baselines], lineterminator="\n")
-    table.writeheader()
+    rows = []
     for record in results["clips"]:
         others = {column: record["baselines"][name]["psnr"] for column, name in baselines.items()}
-        table.writerow({key: record[key] for key in about} | record["metrics"] | others)
+        rows.append({key: record[key] for key in about} | record["metrics"] | others)
     others = {column: results["baselines"][name]["psnr"] for column, name in baselines.items()}
-    table.writerow({"key": "mean", **results["mean"], **others})
-    return text.getvalue()
+    rows.append({"key": "mean", **results["mean"], **others})
+    return csv_text([*about, *metrics, *baselines], rows)
 
 
 # How metrics are called on the contact sheet, where that is not their key

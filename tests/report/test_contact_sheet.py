@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from osp.evaluation.contact_sheet import ERROR, ERROR_GAIN, SheetClip, draw_contact_sheet, error_map
+from osp.report.contact_sheet import ERROR, ERROR_GAIN, SheetClip, draw_contact_sheet, error_map
 
 INPUT, OUTPUT = (10, 200, 30), (200, 20, 160)
 

@@ -1,13 +1,17 @@
 """One picture of many clips, a few frames of each: what a model reconstructs, or what it generates."""
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from osp.files import write_whole
 
 ERROR_GAIN = 5  # the error line is brightest at 255 / 5 = 51 grey levels of error and above
 ERROR = f"error x{ERROR_GAIN}"
@@ -112,6 +116,13 @@ def draw_contact_sheet(clips: Sequence[SheetClip], title: str, headline: Sequenc
             _draw_clip(sheet, draw, clip, (_MARGIN + column * (column_width + _MARGIN), top), column_width)
         top += height + _MARGIN
     return sheet
+
+
+def write_sheet(path: Path, sheet: Image.Image) -> None:
+    """Write a contact sheet as PNG, as a whole."""
+    png = io.BytesIO()
+    sheet.save(png, format="PNG")
+    write_whole(path, png.getvalue())
 
 
 def error_map(video: Tensor, reconstruction: Tensor) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""How far sampling is, and how long it will still take."""
+"""How far a long piece of work is, and how long it will still take."""
 
 import logging
 import sys

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from osp.sampling import progress
+from osp.report import progress
 
 
 def test_a_log_line_now_and_then_says_what_is_left(

@@ -1,0 +1,85 @@
+"""Plots of many lines in panels, as PNG files."""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from osp.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
+_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ("--", "v"), (":", "x"))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot: the panel it is in, what its colour and its style mean, and (x, y) for each quantity."""
+
+    panel: str
+    colour: str
+    style: str
+    points: Sequence[Sequence[tuple[float, float]]]
+
+    @property
+    def label(self) -> str:
+        """As the legend names it."""
+        return f"{self.colour} {self.style}".strip()
+
+
+def draw_panels(lines: Sequence[Line], x: str, quantities: Sequence[str], title: str) -> "Figure":
+    """A row of panels for each quantity, whose axis starts at 0; `x` names what all of them share.
+
+    Lines of one colour, or one style, mean the same in every panel. The axis of x is logarithmic from a factor of 8 on.
+    """
+    from matplotlib.figure import Figure  # takes its time to load
+
+    panels = list(dict.fromkeys(line.panel for line in lines))
+    colours, styles = (_looks(lines, *pair) for pair in (("colour", _COLOURS), ("style", _STYLES)))
+    figure = Figure(figsize=(2 + 4.5 * len(panels), 8), layout="constrained")
+    grid = figure.subplots(len(quantities), len(panels), sharex=True, squeeze=False)
+    for number, (row, quantity) in enumerate(zip(grid, quantities, strict=True)):
+        row[0].set_ylabel(quantity)
+        for axes, panel in zip(row, panels, strict=True):
+            axes.set_title(panel)
+            axes.grid(alpha=0.3)
+        for line in lines:
+            linestyle, marker = styles[line.style]
+            look = {"color": colours[line.colour], "linestyle": linestyle, "marker": marker, "label": line.label}
+            points = line.points[number]
+            row[panels.index(line.panel)].plot([x for x, _ in points], [y for _, y in points], **look)
+    _set_axes(grid, x, sorted({point[0] for line in lines for points in line.points for point in points}))
+    drawn = {str(line.get_label()): line for axes in grid[0] for line in axes.get_lines()}
+    names = (f"{colour} {style}".strip() for colour in colours for style in styles)
+    legend = [name for name in names if name in drawn]
+    figure.legend([drawn[name] for name in legend], legend, loc="outside lower center", ncols=3)
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    """Write a figure as PNG, as a whole."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_whole(path, image.getvalue())
+
+
+def _looks(lines: Sequence[Line], what: str, looks: Sequence[Any]) -> dict[str, Any]:
+    """A look for each meaning, in the order in which they come."""
+    meanings = dict.fromkeys(getattr(line, what) for line in lines)
+    return {meaning: looks[number % len(looks)] for number, meaning in enumerate(meanings)}
+
+
+def _set_axes(grid: Any, x: str, values: Sequence[float]) -> None:
+    for axes in grid.flat:
+        if 0 < axes.dataLim.y1 < math.inf:  # what took no memory that shows, or where nobody can tell, has none
+            axes.set_ylim(0, 1.1 * axes.dataLim.y1)
+    for below in grid[-1]:
+        below.set_xlabel(x)
+        below.set_xscale("log" if values[-1] >= 8 * values[0] else "linear")
+        below.set_xticks(values, [str(value) for value in values])
+        below.set_xticks([], minor=True)
