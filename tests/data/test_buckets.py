@@ -18,6 +18,7 @@ from osp.data.media.shape import Shape
 from osp.data.media.video import ClipError
 from osp.data.shards.build import write_rendered
 from osp.data.sources import BucketClips, ClipSource, FirstClips, clip_size
+from osp.devices.mesh import Mesh
 from osp.errors import DataError, UsageError
 
 V13 = TokenRule(4, 8, min_tokens=1, max_tokens=24 * 924, max_frames=93, frame_tokens=(400, 924))
@@ -195,7 +196,7 @@ def test_every_batch_has_one_shape_and_keeps_to_the_budget(
 ) -> None:
     shapes = [shape for shape, count in zip(TOKENS, counts, strict=True) for _ in range(count)]
     ranks = [
-        loader(shapes, batch_tokens=tokens, seed=seed, rank=rank, world_size=world_size) for rank in range(world_size)
+        loader(shapes, batch_tokens=tokens, seed=seed, mesh=Mesh(world_size, rank=rank)) for rank in range(world_size)
     ]
     seen: Counter[str] = Counter()
     samples: set[int] = set()
@@ -233,7 +234,7 @@ def test_ranks_and_workers_change_nothing() -> None:
         ranks = [
             content(
                 take(
-                    loader(broken=(2, 10, 11, 12, 9), rank=r, world_size=world_size, devices=4, workers=workers),
+                    loader(broken=(2, 10, 11, 12, 9), mesh=Mesh(world_size, rank=r), devices=4, workers=workers),
                     25,
                 )
             )
@@ -275,7 +276,7 @@ def test_ratios_and_budgets_that_cannot_be_are_refused() -> None:
         ({"batch_tokens": 0}, "at least 1"),
         ({"batch_size": 3}, "give one of them"),
         ({"batch_tokens": None}, "give one of them"),
-        ({"devices": 3, "world_size": 2}, "multiple of the 2 devices"),
+        ({"devices": 3, "mesh": Mesh(2)}, "multiple of the 2 devices"),
         ({"shapes": [A], "image_ratio": 0.5}, "there are no images"),
         ({"shapes": [C], "image_ratio": 0.5}, "there are no videos"),
     ):
@@ -289,7 +290,7 @@ def test_a_changed_budget_or_ratio_is_refused() -> None:
         ({"image_ratio": 0.25}, "image_ratio was 0.5, is 0.25"),
         ({}, "image_ratio was 0.5, is None"),
         ({"image_ratio": 0.5, "batch_tokens": 13}, "batch_tokens was 12, is 13"),
-        ({"image_ratio": 0.5, "world_size": 2}, "devices was 1, is 2"),
+        ({"image_ratio": 0.5, "mesh": Mesh(2)}, "devices was 1, is 2"),
     ):
         with pytest.raises(UsageError, match=told):
             loader(**wanted).load_state_dict(state)
@@ -307,7 +308,7 @@ def test_a_bucket_without_a_readable_clip_costs_its_clips_not_the_run() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_counts_each_clip_once_bucket_by_bucket(world_size: int) -> None:
     source = Numbers(MIXED, broken=(20, 5))
-    ranks = [list(FixedLoader(source, batch_tokens=12, rank=r, world_size=world_size)) for r in range(world_size)]
+    ranks = [list(FixedLoader(source, batch_tokens=12, mesh=Mesh(world_size, rank=r))) for r in range(world_size)]
     assert len({tuple(batch["video"].shape for batch in rank) for rank in ranks}) == 1
     counted: Counter[str] = Counter()
     for batch in itertools.chain(*ranks):

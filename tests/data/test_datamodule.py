@@ -19,7 +19,7 @@ from torch import Tensor
 
 from osp.data.datamodule import ClipDataModule
 from osp.data.loader import ResumableLoader
-from osp.data.sources import SyntheticClips
+from osp.data.sources import ClipSource, SyntheticClips
 from osp.errors import DataError, UsageError
 
 pytestmark = [
@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 
-class NumberClips:
+class NumberClips(ClipSource):
     """Clip i is a 3x1x2x2 video of the value i."""
 
     def __init__(self, clips: int) -> None:
@@ -80,6 +80,9 @@ class Recorder(pl.LightningModule):
 
 
 class Accumulating(Recorder):
+    def setup(self, stage: str) -> None:
+        self.trainer.datamodule.batches_per_step = self.batches_per_step
+
     def batches_per_step(self, step: int) -> int:
         return 1 if step < 4 else 3
 

@@ -24,6 +24,7 @@ from osp.data.loader import FixedLoader, ResumableLoader
 from osp.data.media.shape import Shape
 from osp.data.media.video import ClipError
 from osp.data.sources import FeatureClips, FirstClips
+from osp.devices.mesh import Mesh
 from osp.errors import DataError, UsageError
 from osp.seeds import stable_seed
 
@@ -220,7 +221,7 @@ def test_training_resumes_whatever_reads(undisturbed: Path) -> None:
     take(first, 5)
     ranks = []
     for rank in range(2):
-        second = batches(workers=rank, rank=rank, world_size=2)
+        second = batches(workers=rank, mesh=Mesh(2, rank=rank))
         second.load_state_dict(first.state_dict())
         ranks.append(take(second, 11))
     for wanted, *parts in zip(whole[5:], *ranks, strict=True):

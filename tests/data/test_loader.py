@@ -22,6 +22,7 @@ from PIL import Image
 from osp.data.loader import Batch, FixedLoader, ResumableLoader
 from osp.data.media.video import ClipError, encode_video, read_clip
 from osp.data.sources import ClipSource, FirstClips, ShardClips
+from osp.devices.mesh import Mesh
 from osp.errors import DataError, UsageError
 
 
@@ -112,7 +113,7 @@ def test_a_source_smaller_than_a_batch_goes_round() -> None:
 def test_length_is_a_nominal_epoch_and_each_iteration_goes_on() -> None:
     first = loader(clips=17, batch_size=4)
     assert len(first) == 4
-    assert len(loader(clips=17, batch_size=4, world_size=2)) == 2
+    assert len(loader(clips=17, batch_size=4, mesh=Mesh(2))) == 2
     assert len(loader(clips=17, batch_size=4, batches_per_step=lambda step: 2)) == 2
     epochs = [list(first) for _ in range(3)]
     assert [len(epoch) for epoch in epochs] == [4, 4, 4]
@@ -130,7 +131,7 @@ def test_workers_change_nothing(workers: int) -> None:
 def test_ranks_share_the_same_global_batches(world_size: int) -> None:
     whole = take(loader(clips=10, broken=(7,), batch_size=8), 5)
     ranks = [
-        take(loader(clips=10, broken=(7,), batch_size=8 // world_size, rank=rank, world_size=world_size), 5)
+        take(loader(clips=10, broken=(7,), batch_size=8 // world_size, mesh=Mesh(world_size, rank=rank)), 5)
         for rank in range(world_size)
     ]
     for step, batch in enumerate(whole):
@@ -163,7 +164,7 @@ def test_resume_at_another_world_size_with_the_same_global_batch() -> None:
     take(first, 2)
     ranks = []
     for rank in range(2):
-        second = loader(batch_size=2, rank=rank, world_size=2)
+        second = loader(batch_size=2, mesh=Mesh(2, rank=rank))
         second.load_state_dict(first.state_dict())
         ranks.append(content(take(second, 4)))
         assert second.state_dict() == first.state_dict() | {"steps": 6, "batches": 6}
@@ -255,7 +256,7 @@ def test_too_many_broken_clips_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPa
     [
         ({"seed": 5}, "seed was 0, is 5"),
         ({"batch_size": 8}, r"global batch \(batch_size x devices\) was 4, is 8"),
-        ({"world_size": 2}, "was 4, is 8"),
+        ({"mesh": Mesh(2)}, "was 4, is 8"),
         ({"shuffle": False}, "shuffle was True, is False"),
         ({"clips": 11}, "clips was 10, is 11"),
     ],
@@ -274,9 +275,7 @@ def test_a_changed_source_and_a_foreign_state_are_refused() -> None:
         other.load_state_dict({"steps": 3})
 
 
-@pytest.mark.parametrize(
-    "settings", [{"batch_size": 0}, {"workers": -1}, {"rank": 2, "world_size": 2}, {"rank": -1}, {"prefetch": 0}]
-)
+@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"workers": -1}, {"prefetch": 0}])
 def test_senseless_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         loader(**settings)
@@ -291,7 +290,7 @@ def test_an_empty_source_is_refused() -> None:
 def test_the_fixed_pass_counts_each_clip_once_over_equal_ranks(world_size: int) -> None:
     source = NumberClips(12)
     ranks = [
-        FixedLoader(FirstClips(source, 10), batch_size=2, rank=rank, world_size=world_size)
+        FixedLoader(FirstClips(source, 10), batch_size=2, mesh=Mesh(world_size, rank=rank))
         for rank in range(world_size)
     ]
     passes = [list(rank) for rank in ranks]
@@ -306,7 +305,7 @@ def test_the_fixed_pass_counts_each_clip_once_over_equal_ranks(world_size: int) 
 
 
 def test_more_ranks_than_clips_in_the_fixed_pass() -> None:
-    (batch,) = FixedLoader(NumberClips(2), batch_size=4, rank=2, world_size=3)
+    (batch,) = FixedLoader(NumberClips(2), batch_size=4, mesh=Mesh(3, rank=2))
     assert (batch["key"], batch["weight"].tolist()) == (["clip0"], [0.0])
 
 

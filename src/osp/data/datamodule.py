@@ -1,6 +1,7 @@
 """The LightningDataModule: the resumable training loader and the fixed validation pass, as the Trainer wants them."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -8,6 +9,7 @@ import lightning.pytorch as pl
 from osp.data.buckets import bucket_table
 from osp.data.loader import FixedLoader, ResumableLoader
 from osp.data.sources import ClipSource, FirstClips
+from osp.devices.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
@@ -18,9 +20,9 @@ class ClipDataModule(pl.LightningDataModule):
     Args:
         train: the training clips, read in the exactly resumable order of `osp.data.loader.ResumableLoader`.
         val: the validation clips; None trains without validation.
-        batch_size: clips in a training batch of one device; the global batch is this x the world size.
+        batch_size: clips in a training batch of one device; the global batch is this x `mesh.data`.
         val_batch_size: the same for validation; None takes `batch_size`.
-        workers: reading processes of each rank, for training and again during a validation pass.
+        workers: reading processes beside each training process, for training and again during a validation pass.
         seed: of the training order.
         train_clips, val_clips: take the first so many clips of `train`, `val`; None takes all.
         batch_tokens: for sources with buckets, instead of `batch_size`: the most tokens in a batch of one device, in
@@ -28,8 +30,8 @@ class ClipDataModule(pl.LightningDataModule):
         image_ratio: for sources with buckets: the part of the training batches that are images.
         devices: how many devices the training batches are made for, see `osp.data.loader.ResumableLoader`.
 
-    If the LightningModule has a method `batches_per_step(step: int) -> int`, `training_step` gets a list of so many
-    batches instead of one batch.
+    A LightningModule whose steps take several batches sets `batches_per_step` in its `setup`: how many step `step`
+    (0, 1, ...) needs. `training_step` then gets a list of so many batches instead of one batch.
 
     The loaders deal clips to ranks (and so to nodes) and to workers by their plan, and are no torch DataLoaders:
     Lightning adds no distributed sampler to them, whatever its `use_distributed_sampler`. `Trainer(overfit_batches=n)`
@@ -64,6 +66,7 @@ class ClipDataModule(pl.LightningDataModule):
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.workers, self.seed = workers, seed
         self.batch_tokens, self.image_ratio, self.devices = batch_tokens, image_ratio, devices
+        self.batches_per_step: Callable[[int], int] | None = None
         self._loader: ResumableLoader | None = None
         self._resume_from: dict[str, Any] = {}
         # A bad setting shows here, not at the first validation. How many devices there are is not known yet.
@@ -76,7 +79,7 @@ class ClipDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         loader = self._new_train_loader()
-        if self._loader is None and loader.plan.rank == 0:
+        if self._loader is None and loader.plan.mesh.rank == 0:
             self._log_buckets(loader)
         # Asked again within a fit (`reload_dataloaders_every_n_epochs`), the new loader goes on where the old one is.
         if state := self._resume_from or (self._loader.state_dict() if self._loader is not None else {}):
@@ -85,16 +88,13 @@ class ClipDataModule(pl.LightningDataModule):
         return loader
 
     def _new_train_loader(self) -> ResumableLoader:
-        rank, world_size = self._place()
-        module = None if self.trainer is None else self.trainer.lightning_module
         return ResumableLoader(
             self.train_source,
             batch_size=self.batch_size,
             seed=self.seed,
             workers=self.workers,
-            rank=rank,
-            world_size=world_size,
-            batches_per_step=getattr(module, "batches_per_step", None),
+            mesh=self.mesh,
+            batches_per_step=self.batches_per_step,
             batch_tokens=self.batch_tokens,
             image_ratio=self.image_ratio,
             devices=self.devices,
@@ -110,18 +110,18 @@ class ClipDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> FixedLoader | list[FixedLoader]:
         if self.val_source is None:
             return []
-        rank, world_size = self._place()
         return FixedLoader(
             self.val_source,
             batch_size=self.val_batch_size,
             batch_tokens=self.batch_tokens if self.val_batch_size is None else None,
             workers=self.workers,
-            rank=rank,
-            world_size=world_size,
+            mesh=self.mesh,
         )
 
-    def _place(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+    @property
+    def mesh(self) -> Mesh:
+        """Which part of the clips is read here."""
+        return Mesh.of(self.trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return self._resume_from if self._loader is None else self._loader.state_dict()

@@ -1,10 +1,11 @@
 """Loaders that follow a plan (`osp.data.plan`): a stopped run goes on exactly.
 
-- The state of a run is one count, the batches done; it is the same on every rank (Lightning keeps rank 0's only).
-- The clips of a global batch depend on the seed and its size alone: any split into ranks and any number of workers see
-  the same, so nothing is split "by node" or "by worker", and no distributed sampler may be added on top.
-- A run goes on at another number of workers, and at another world size if the global batches keep their size.
-- A batch has one shape. Of a source with buckets, all ranks read the same bucket in the same step.
+- The state of a run is one count, the batches done; it is the same in every process (Lightning keeps rank 0's only).
+- The clips of a global batch depend on the seed and its size alone: any split into processes and any number of workers
+  see the same, so nothing is split "by node" or "by worker", and no distributed sampler may be added on top.
+- Processes that share clips (`osp.devices.mesh`) read the same ones.
+- A run goes on at another number of workers, and on another mesh if the global batches keep their size.
+- A batch has one shape. Of a source with buckets, all processes read the same bucket in the same step.
 """
 
 import itertools
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from osp.checks import check_number
 from osp.data.buckets import batch_sizes
 from osp.data.media.video import ClipError
 from osp.data.plan import FixedPlan, Group, Slot, TrainPlan
 from osp.data.sources import ClipSource
+from osp.devices.mesh import Mesh
 from osp.errors import DataError, OspError, UsageError
 
 log = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ class Batch(TypedDict):
 
 
 class ResumableLoader:
-    """Endless, exactly resumable training batches of one rank, by a `TrainPlan`.
+    """Endless, exactly resumable training batches of one process, by a `TrainPlan`.
 
     Args:
         source: the clips. If it has buckets, every batch is of one of them.
@@ -54,11 +57,11 @@ class ResumableLoader:
             bucket has its own batch size by it.
         image_ratio: for a source with buckets: the part of the batches that are images, evenly spread; None: images are
             buckets like the others.
-        devices: how many devices the batches are made for. None: `world_size`. A run that began on 8 devices with
+        devices: how many devices the batches are made for. None: `mesh.data`. A run that began on 8 devices with
             `batch_tokens` goes on at 2 with `devices=8`, and each then reads four times as many clips.
         seed: of the order, the windows and the flips.
         workers: processes that read ahead, whole batches each; 0 reads in the training process.
-        rank, world_size: which part of each global batch is read here.
+        mesh: which part of each global batch is read here; None: all of it.
         shuffle: a new order in every pass; False keeps the source's.
         batches_per_step: how many batches step `step` (0, 1, ...) of the optimiser needs; one iteration then gives a
             list of so many. None: one iteration gives one batch.
@@ -86,8 +89,7 @@ class ResumableLoader:
         batch_size: int | None = None,
         seed: int,
         workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        mesh: Mesh | None = None,
         shuffle: bool = True,
         batches_per_step: Callable[[int], int] | None = None,
         prefetch: int = 2,
@@ -95,14 +97,16 @@ class ResumableLoader:
         image_ratio: float | None = None,
         devices: int | None = None,
     ) -> None:
-        _check(source, workers, rank, world_size, prefetch)
-        devices = world_size if devices is None else devices
-        if devices < 1 or devices % world_size:
-            raise UsageError(f"devices={devices}: must be a multiple of the {world_size} devices that there are")
+        mesh = mesh or Mesh.single()
+        _check(source, workers, prefetch)
+        devices = mesh.data if devices is None else devices
+        check_number("devices", devices, least=1, whole=True)
+        if devices % mesh.data:
+            raise UsageError(f"devices={devices}: must be a multiple of the {mesh.data} devices that there are")
         groups = _groups(source, batch_size, batch_tokens, devices)
         _check_images(groups, image_ratio)
         self.source, self.workers, self.prefetch = source, workers, prefetch
-        self.plan = TrainPlan(groups, seed, rank, world_size, shuffle, image_ratio)
+        self.plan = TrainPlan(groups, seed, mesh, shuffle, image_ratio)
         self.batches_per_step = batches_per_step
         self._settings: dict[str, Any] = {}  # what a state tells of them, beside what it always tells
         if batch_tokens is not None:
@@ -152,7 +156,7 @@ class ResumableLoader:
         self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the plan, and what the plan is made of. The same on all ranks."""
+        """The place in the plan, and what the plan is made of. The same in all processes."""
         return {"steps": self.steps, "batches": self.batches} | self._identity()
 
     def _identity(self) -> dict[str, Any]:
@@ -187,12 +191,12 @@ class ResumableLoader:
 
 
 class FixedLoader:
-    """The clips of a source once each, in the same order in every pass, one rank's share of them.
+    """The clips of a source once each, in the same order in every pass, one process's share of them.
 
-    For validation. All ranks get equally many batches; `weight` (see FixedPlan) is 0 where a clip only fills a batch,
-    so averages weighted by it count each readable clip exactly once over all ranks. A batch, on a rank without any
-    clip of its own, may have weight 0 throughout. Windows and flips are those of draw 0. Of a source with buckets one
-    bucket is read after the other; `batch_size` and `batch_tokens` are as in `ResumableLoader`.
+    For validation. All processes get equally many batches; `weight` (see FixedPlan) is 0 where a clip only fills a
+    batch, so averages weighted by it count each readable clip exactly once over all ranks of `mesh.data`. A batch, on a
+    rank without any clip of its own, may have weight 0 throughout. Windows and flips are those of draw 0. Of a source
+    with buckets one bucket is read after the other; `batch_size` and `batch_tokens` are as in `ResumableLoader`.
 
     Raises:
         UsageError: a setting makes no sense.
@@ -205,14 +209,13 @@ class FixedLoader:
         *,
         batch_size: int | None = None,
         workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        mesh: Mesh | None = None,
         prefetch: int = 2,
         batch_tokens: int | None = None,
     ) -> None:
-        _check(source, workers, rank, world_size, prefetch)
+        _check(source, workers, prefetch)
         self.source, self.workers, self.prefetch = source, workers, prefetch
-        self.plan = FixedPlan(_groups(source, batch_size, batch_tokens, devices=1), rank, world_size)
+        self.plan = FixedPlan(_groups(source, batch_size, batch_tokens, devices=1), mesh)
         self._reported: set[int] = set()
 
     def __len__(self) -> int:
@@ -223,20 +226,17 @@ class FixedLoader:
         return _read_batches(self.source, self.plan.attempts, numbers, self.workers, self.prefetch, self._reported)
 
 
-def _check(source: ClipSource, workers: int, rank: int, world_size: int, prefetch: int) -> None:
-    for name, value, least in (("workers", workers, 0), ("prefetch", prefetch, 1)):
-        if value < least:
-            raise UsageError(f"{name}={value}: must be at least {least}")
-    if not 0 <= rank < world_size:
-        raise UsageError(f"rank={rank}, world_size={world_size}: a rank lies between 0 and world_size - 1")
+def _check(source: ClipSource, workers: int, prefetch: int) -> None:
+    check_number("workers", workers, least=0, whole=True)
+    check_number("prefetch", prefetch, least=1, whole=True)
     if len(source) == 0:
         raise DataError(f"no clips to read: the source ({source.fingerprint()}) is empty")
 
 
 def _groups(source: ClipSource, batch_size: int | None, batch_tokens: int | None, devices: int) -> list[Group]:
     for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name}={value}: must be at least 1")
+        if value is not None:
+            check_number(name, value, least=1, whole=True)
     if (batch_size is None) == (batch_tokens is None):
         raise UsageError(f"batch_size={batch_size}, batch_tokens={batch_tokens}: give one of them")
     buckets = source.buckets()
@@ -251,8 +251,7 @@ def _groups(source: ClipSource, batch_size: int | None, batch_tokens: int | None
 def _check_images(groups: list[Group], image_ratio: float | None) -> None:
     if image_ratio is None:
         return
-    if not 0 <= image_ratio <= 1:
-        raise UsageError(f"image_ratio={image_ratio}: must lie between 0 and 1")
+    check_number("image_ratio", image_ratio, least=0, most=1)
     for is_image, name in ((True, "images"), (False, "videos")):
         if image_ratio != (0 if is_image else 1) and not any(group.is_image == is_image for group in groups):
             raise UsageError(f"image_ratio={image_ratio}: there are no {name} among the clips; leave it out")

@@ -1,12 +1,13 @@
 """Plans: which clip is read when follows from a few integers, so a stopped run goes on exactly.
 
 A plan deals with groups: clips that may share a batch (one shape), and how many of them a global batch has (over all
-ranks). Where all clips have one size there is one group.
+processes). Where all clips have one size there is one group.
 
 The samples of a group are numbered 0, 1, 2, ... without end. Sample n is read in pass n // clips over the group, at
 place n % clips of a permutation that follows from (seed, pass). The group's batch k holds the samples k * G .. k * G +
-G - 1 (G = its clips in a global batch) and rank r takes the r-th run of them. What fills no batch at the end of a pass
-is not lost: the next pass goes on.
+G - 1 (G = its clips in a global batch) and of the processes that hold different clips the r-th takes the r-th run of
+them; those that share clips take the same (`osp.devices.mesh`). What fills no batch at the end of a pass is not lost:
+the next pass goes on.
 
 Which group global batch b is of: in pass e over the whole source each group has as many batches as it has filled since
 the pass before, floor((e + 1) * clips / G) - floor(e * clips / G), and they come in an order that follows from (seed,
@@ -23,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from osp.devices.mesh import Mesh
 from osp.seeds import stable_seed
 
 
@@ -46,10 +48,11 @@ class Group:
 
 
 class TrainPlan:
-    """The endless plan of the module's docstring, as one rank sees it.
+    """The endless plan of the module's docstring, as one process sees it.
 
     Args:
-        groups: of which `batch` is a multiple of `world_size`.
+        groups: of which `batch` is a multiple of `mesh.data`.
+        mesh: which part of each global batch is read here; None: all of it.
         image_ratio: the part of the batches that are images, evenly spread; None: images are groups like the others.
     """
 
@@ -57,12 +60,12 @@ class TrainPlan:
         self,
         groups: Sequence[Group],
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        mesh: Mesh | None = None,
         shuffle: bool = True,
         image_ratio: float | None = None,
     ) -> None:
-        self.groups, self.seed, self.rank, self.world_size, self.shuffle = groups, seed, rank, world_size, shuffle
+        self.groups, self.seed, self.shuffle = groups, seed, shuffle
+        self.mesh = mesh or Mesh.single()
         self._readers = [_Reader(group, seed, shuffle) for group in groups]
         self._widest = max(group.batch for group in groups)
         numbers = range(len(groups))
@@ -83,7 +86,7 @@ class TrainPlan:
         return images if self._images == 1 else videos / float(1 - self._images)
 
     def attempts(self, batch: int) -> Iterator[list[Slot]]:
-        """What this rank reads for global batch `batch`; then, for where no clip of that group can be read, others'."""
+        """What is read here for global batch `batch`; then, for where no clip of that group can be read, others'."""
         number, turn = self._locate(batch)
         yield self._slots(batch, number, turn)
         stream = next(stream for stream in self._streams if number in stream.numbers)
@@ -98,9 +101,9 @@ class TrainPlan:
         return pictures.locate(images) if is_image else videos.locate(batch - images)
 
     def _slots(self, batch: int, number: int, turn: int) -> list[Slot]:
-        size = self.groups[number].batch // self.world_size
+        size = self.groups[number].batch // self.mesh.data
         reader, first = self._readers[number], turn * self.groups[number].batch
-        places = range(self.rank * size, (self.rank + 1) * size)
+        places = range(self.mesh.data_rank * size, (self.mesh.data_rank + 1) * size)
         return [Slot(batch * self._widest + place, reader.candidates(first + place)) for place in places]
 
 
@@ -171,33 +174,34 @@ def _permutation(length: int, *seed: int | str) -> Tensor:
 
 
 class FixedPlan:
-    """The clips of each group once, in order, dealt to the ranks in turn; `Group.batch` is that of one rank here.
+    """The clips of each group once, in order, dealt to the ranks of `mesh.data` in turn.
 
-    All ranks get equally many clips, since a forward pass may be collective: where the clips of a group do not divide,
-    its first ones fill up with weight 0. A clip that replaces a broken one has weight 0 as well.
+    `Group.batch` is that of one rank here. All ranks get equally many clips, since a forward pass may be collective:
+    where the clips of a group do not divide, its first ones fill up with weight 0. A clip that replaces a broken one
+    has weight 0 as well.
     """
 
-    def __init__(self, groups: Sequence[Group], rank: int = 0, world_size: int = 1) -> None:
-        self.groups, self.rank, self.world_size = groups, rank, world_size
+    def __init__(self, groups: Sequence[Group], mesh: Mesh | None = None) -> None:
+        self.groups, self.mesh = groups, mesh or Mesh.single()
         self._starts = [0]  # the first batch of each group
         self._samples = [0]  # the first sample of each group
         for group in groups:
             self._starts.append(self._starts[-1] - (-self._clips_of_rank(group) // group.batch))
-            self._samples.append(self._samples[-1] + self._clips_of_rank(group) * world_size)
+            self._samples.append(self._samples[-1] + self._clips_of_rank(group) * self.mesh.data)
 
     @property
     def batches(self) -> int:
         return self._starts[-1]
 
     def _clips_of_rank(self, group: Group) -> int:
-        return -(-len(group.clips) // self.world_size)
+        return -(-len(group.clips) // self.mesh.data)
 
     def attempts(self, batch: int) -> Iterator[list[Slot]]:
         """The slots of a batch; then, for where no clip of its group can be read, others' without weight."""
         number = bisect.bisect_right(self._starts, batch) - 1
         group, start = self.groups[number], (batch - self._starts[number]) * self.groups[number].batch
         turns = range(start, min(start + group.batch, self._clips_of_rank(group)))
-        samples = [turn * self.world_size + self.rank for turn in turns]
+        samples = [turn * self.mesh.data + self.mesh.data_rank for turn in turns]
         first = self._samples[number]
         yield [
             Slot(first + s, self._candidates(group, s), float(s < len(group.clips)), replaced_weight=0.0)

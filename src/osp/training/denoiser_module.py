@@ -264,17 +264,17 @@ class DenoiserModule(TrainingModule):
             optimizer.zero_grad()
         generators = [[seeded(self.seed, "train", n) for n in batch["sample"].tolist()] for batch in batches]
         clean = [self._clean(batch, own) for batch, own in zip(batches, generators, strict=True)]
-        values = self._summed(torch.tensor(float(sum(latent.numel() for latent in clean)), device=self.device))
+        values = self.summed(torch.tensor(float(sum(latent.numel() for latent in clean)), device=self.device))
         sums = torch.zeros(2, TIME_PARTS, device=self.device)  # errors and values in each part of the times
         for number, (batch, latent, own) in enumerate(zip(batches, clean, generators, strict=True)):
             # The processes' gradients are brought together once, with the last batch's.
             with self._unsynchronised() if number < len(batches) - 1 else nullcontext():
                 errors, counted, parts = self._errors(batch, latent, own)
-                # Their mean is taken, where a sum is meant.
-                self.manual_backward(errors.sum() * (self.trainer.world_size / values))
+                # The mean over all processes is taken, where a sum over different clips is meant.
+                self.manual_backward(errors.sum() * (self.mesh.data / values))
             sums[0].index_add_(0, parts, errors.detach())
             sums[1].index_add_(0, parts, counted)
-        sums = self._summed(sums)
+        sums = self.summed(sums)
         loss = sums[0].sum() / sums[1].sum()
         logs: dict[str, Any] = {"lr": self.lr * self.rate_at(self.global_step)}
         logs |= self.take_step(optimizers, loss, {"loss": loss})
@@ -282,7 +282,7 @@ class DenoiserModule(TrainingModule):
         clips = sum(len(latent) for latent in clean)
         now = time.monotonic()
         if self._since:
-            logs["clips_per_second"] = clips * self.trainer.world_size / (now - self._since)
+            logs["clips_per_second"] = clips * self.mesh.data / (now - self._since)
         self._since = now
         self.log_step(logs, loss, batches, clips)
 
@@ -356,10 +356,6 @@ class DenoiserModule(TrainingModule):
             default = draw_dropped(0.5, generators).tolist()
             captions = [self.image_text if use else text for text, use in zip(captions, default, strict=True)]
         return encoder(captions if dropped is None else drop_prompts(captions, dropped))
-
-    def _summed(self, value: Tensor) -> Tensor:
-        """Over all processes."""
-        return self.trainer.strategy.reduce(value, reduce_op="sum")
 
     def _unsynchronised(self) -> AbstractContextManager[Any]:
         strategy = self.trainer.strategy

@@ -10,6 +10,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from osp.data.datamodule import ClipDataModule
+from osp.devices.mesh import Mesh
 from osp.errors import DataError, UsageError
 from osp.training.clipping import Clipping, DivergedError
 from osp.training.ema import ExponentialMovingAverage
@@ -79,9 +80,24 @@ class TrainingModule(lightning.LightningModule):
         """What to show of a validation's first batch, `N 3 T H W` in [-1, 1], N up to `clips`; None: nothing."""
         raise NotImplementedError
 
+    def setup(self, stage: str) -> None:
+        """Tell the loader how many batches a step needs."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data.batches_per_step = self.batches_per_step
+
     def batches_per_step(self, step: int) -> int:
         """How many batches a step needs."""
         return self.accumulate
+
+    @property
+    def mesh(self) -> Mesh:
+        """Which processes hold different clips."""
+        return Mesh.of(self.trainer)
+
+    def summed(self, value: Tensor) -> Tensor:
+        """The sum of a value of clips over all different clips of all processes."""
+        total: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")
+        return total / self.mesh.sharing  # processes that share a clip have added it as often
 
     def adamw(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
         """An optimiser of those that learn."""
@@ -163,7 +179,7 @@ class TrainingModule(lightning.LightningModule):
         Raises DataError if no clip of the validation could be read.
         """
         # Lightning's own weighted mean over processes rounds the weights to whole numbers.
-        sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in self._sums.items()}
+        sums = {name: self.summed(value) for name, value in self._sums.items()}
         clips = sums.pop("clips")
         if not clips:
             raise DataError("no clip of data.val could be read; give another data.val.path")

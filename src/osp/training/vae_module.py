@@ -27,8 +27,8 @@ class VAEModule(TrainingModule):
     update of the discriminator on `accumulate` batches of its own; the loader asks `batches_per_step` how many to hand
     over. Only the VAE's updates count as Lightning's `global_step`, so `max_steps`, checkpoints and validation mean VAE
     steps with and without a discriminator. All randomness of a step (latents, dropout) derives from the seed, the step
-    and the rank: a resumed run repeats an uninterrupted one. Without a `discriminator_start` there is no discriminator.
-    Raises UsageError for values out of range.
+    and the rank among different clips: a resumed run repeats an uninterrupted one. Without a `discriminator_start`
+    there is no discriminator. Raises UsageError for values out of range.
     """
 
     monitor = "val/psnr"
@@ -119,7 +119,7 @@ class VAEModule(TrainingModule):
         Raises DivergedError when the VAE's loss or gradients are not finite.
         """
         step = self.global_step
-        torch.manual_seed(stable_seed(self.seed, step, self.global_rank))
+        torch.manual_seed(stable_seed(self.seed, step, self.mesh.data_rank))
         optimizers = self.optimizers()
         vae_optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
 
