@@ -15,6 +15,7 @@ from osp.conditioning import (
     MODES,
     MaskMix,
     add_condition_noise,
+    call_denoiser,
     find_mix,
     frame_mask,
     given_by_mode,
@@ -191,14 +192,17 @@ def test_the_input_of_the_inpainting_model() -> None:
     torch.manual_seed(0)
     noisy, masked = torch.randn(2, 8, 3, 4, 4), torch.randn(2, 8, 3, 4, 4)
     mask = latent_mask(spread(find_mix("step6").draw(9, generators(2))[0], 32, 32), 4, 4, 4)
-    model_input = with_conditions(noisy, masked, mask)
+    beside = torch.cat((masked, mask), dim=1)
+    model_input = with_conditions(noisy, beside)
     assert torch.equal(model_input, torch.cat((noisy, masked, mask), dim=1))
     model = CrossTransformer([Stage(1)], frame_channels=(8, 4), heads=2, head_dim=12, text_channels=16)
     assert model(model_input, torch.zeros(2), torch.zeros(2, 1, 16)).shape == noisy.shape
-    with pytest.raises(UsageError, match="the masked video's latent has the shape"):
-        with_conditions(noisy, masked[:, :4], mask)
-    with pytest.raises(UsageError, match="the latent mask has the shape"):
-        with_conditions(noisy, masked, mask[:, :, :2])
+    text = torch.zeros(2, 1, 16)
+    assert call_denoiser(model, noisy, torch.zeros(2), beside=beside, text=text).shape == noisy.shape
+    with pytest.raises(UsageError, match="takes 20 channels, and the latent with its conditions has 16"):
+        call_denoiser(model, noisy, torch.zeros(2), beside=beside[:, 4:], text=text)
+    with pytest.raises(UsageError, match="the conditions have the shape"):
+        with_conditions(noisy, beside[:, :, :2])
 
 
 # --- noise ---

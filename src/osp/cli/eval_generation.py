@@ -15,7 +15,7 @@ from torch import Tensor
 from osp.cli.checks import check_generator_source, check_numbers
 from osp.cli.eval_input import model_name, read_clips
 from osp.cli.solver import build_solver
-from osp.conditioning import GivenFrames, given_by_mode
+from osp.conditioning import GivenFrames, given_by_mode, joined
 from osp.conditioning.given import frame_numbers
 from osp.data.media.shape import Shape
 from osp.data.media.video import ClipError, to_float
@@ -163,7 +163,7 @@ def _given(mode: str, numbers: Sequence[int], clips: Sequence[Tensor]) -> GivenF
     if not numbers:
         return None
     each = [given_by_mode(mode, [clip[:, number] for number in numbers], *clip.shape[1:]) for clip in clips]
-    return GivenFrames(torch.cat([one.mask for one in each]), torch.cat([one.video for one in each]))
+    return joined(each)
 
 
 def _to_read(cfg: DictConfig) -> _Work:

@@ -14,6 +14,7 @@ from torch import Tensor
 from osp import __version__
 from osp.cli.checks import check_generator_source, check_numbers
 from osp.cli.solver import build_solver
+from osp.conditioning import joined
 from osp.devices import autocast_dtype, choose_device, choose_precision
 from osp.diffusion import Flow, Solver, Velocity, solvers
 from osp.errors import UsageError
@@ -22,7 +23,7 @@ from osp.sampling import VideoGenerator
 from osp.sampling.fingerprint import generator_identity
 from osp.sampling.memory import plan_memory
 from osp.sampling.outputs import SampleFolder
-from osp.sampling.pictures import PictureFiles, joined
+from osp.sampling.pictures import PictureFiles
 from osp.sampling.requests import Request, Video, batches, list_videos, read_requests
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,15 @@
-"""Prompts and frames: text encoders, and masks of the frames that are given."""
+"""What a video is asked for by: text encoders, and conditions beside the text, such as given frames."""
 
+from osp.conditioning.condition import (
+    Condition,
+    ConditionInputs,
+    call_denoiser,
+    denoiser_inputs,
+    with_conditions,
+)
 from osp.conditioning.dropout import draw_dropped, drop_prompts
-from osp.conditioning.frames import add_condition_noise, latent_mask, masked_video, spread, with_conditions
-from osp.conditioning.given import MODES, GivenFrames, given_by_mode, given_frames
+from osp.conditioning.frames import add_condition_noise, latent_mask, masked_video, spread
+from osp.conditioning.given import MODES, GivenFrames, frame_channels, given_by_mode, given_frames, joined
 from osp.conditioning.masks import KINDS, MIXES, MaskMix, find_mix, frame_mask
 from osp.conditioning.pretrained import CLIPPooled, Pair, T5Text
 from osp.conditioning.text import EncodedText, TextEncoder
@@ -13,6 +20,8 @@ __all__ = [
     "MIXES",
     "MODES",
     "CLIPPooled",
+    "Condition",
+    "ConditionInputs",
     "EncodedText",
     "GivenFrames",
     "MaskMix",
@@ -21,12 +30,16 @@ __all__ = [
     "TextEncoder",
     "WordText",
     "add_condition_noise",
+    "call_denoiser",
+    "denoiser_inputs",
     "draw_dropped",
     "drop_prompts",
     "find_mix",
+    "frame_channels",
     "frame_mask",
     "given_by_mode",
     "given_frames",
+    "joined",
     "latent_mask",
     "masked_video",
     "spread",

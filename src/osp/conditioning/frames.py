@@ -1,4 +1,4 @@
-"""Given frames as a denoiser's input: the video that is kept, its mask, and both beside the noisy latent."""
+"""Masks of given frames: the video that is kept by them, noise on it, and the mask on the latent's grid."""
 
 from collections.abc import Sequence
 
@@ -65,19 +65,6 @@ def latent_mask(mask: Tensor, time_stride: int, height: int, width: int) -> Tens
     before, after = time_stride - 1, Strides(time_stride, 1).missing_frames(mask.shape[1])
     parts = [mask[:, :1].expand(-1, before, -1, -1), mask, mask[:, -1:].expand(-1, after, -1, -1)]
     return torch.cat(parts, dim=1).unflatten(1, (-1, time_stride)).transpose(1, 2).contiguous()
-
-
-def with_conditions(noisy: Tensor, masked: Tensor, mask: Tensor) -> Tensor:
-    """[noisy latent | latent of the masked video | latent mask] by channels: the input of the inpainting model.
-
-    All are `B C T H W` on one grid; the masked video's latent is scaled like the noisy one. Raises UsageError if the
-    grids differ, or the two latents in their channels.
-    """
-    for name, part, dims in (("the masked video's latent", masked, noisy.shape), ("the latent mask", mask, None)):
-        grid = (part.shape[0], *part.shape[2:])
-        if part.ndim != 5 or grid != (noisy.shape[0], *noisy.shape[2:]) or (dims is not None and part.shape != dims):
-            raise UsageError(f"{name} has the shape {tuple(part.shape)}, the noisy latent {tuple(noisy.shape)}")
-    return torch.cat((noisy, masked.to(noisy), mask.to(noisy)), dim=1)
 
 
 def _check_mask(video: Tensor, mask: Tensor) -> None:

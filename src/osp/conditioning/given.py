@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from osp.conditioning.frames import spread
+from osp.conditioning.condition import ConditionInputs
+from osp.conditioning.frames import latent_mask, spread
+from osp.data.media.shape import Shape
 from osp.errors import UsageError
+from osp.vae import LatentCodec
 
 MODES: Mapping[str, str] = {
     "text": "no picture",
@@ -20,10 +23,54 @@ MODES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class GivenFrames:
-    """The frames that are given: `mask` `1 T H W` (1: to be generated), `video` `1 3 T H W`, mid-grey where it is 1."""
+    """The frames that are given, a `Condition`; see there.
+
+    `mask` is `B T H W` (1: to be generated), `video` `B 3 T H W` in [-1, 1], mid-grey where the mask is 1. B is 1 for
+    the same frames in all videos.
+    """
 
     mask: Tensor
     video: Tensor
+
+    @property
+    def guided(self) -> bool:
+        """False: the model is given them with the prompt and without, as published."""
+        return False
+
+    def check(self, size: Shape, videos: int) -> None:
+        """Raise UsageError unless they are for so many videos of this size, or for one."""
+        mine = Shape(*self.mask.shape[1:])
+        if mine != size:
+            raise UsageError(
+                f"the given frames are for {_spelled(mine)} (frames, height, width), and the video has {_spelled(size)}"
+            )
+        if len(self.mask) not in (1, videos):
+            raise UsageError(f"the given frames are for {len(self.mask)} videos, and there are {videos}")
+
+    def encode(self, codec: LatentCodec) -> ConditionInputs:
+        """[latent of the kept video | its mask] as channels: the input of the inpainting model.
+
+        Known are the latent frames that are wholly given, from the first on without a gap: frames after a gap are coded
+        together with what is missing.
+        """
+        clean = codec.encode(self.video.to(codec.device, codec.dtype))
+        mask = latent_mask(self.mask.to(clean.device), codec.time_stride, *clean.shape[3:])
+        whole = (mask.amax(dim=(1, 3, 4)) == 0).long().cumprod(dim=1).bool()
+        return ConditionInputs(torch.cat((clean, mask), dim=1), clean=clean, known=whole[:, None, :, None, None])
+
+    def without(self) -> "GivenFrames":
+        """No frame given: all are to be generated."""
+        return GivenFrames(torch.ones_like(self.mask), torch.zeros_like(self.video))
+
+
+def joined(given: Sequence[GivenFrames]) -> GivenFrames:
+    """Those of several videos of one size as one batch."""
+    return GivenFrames(torch.cat([each.mask for each in given]), torch.cat([each.video for each in given]))
+
+
+def frame_channels(codec: LatentCodec) -> tuple[int, int]:
+    """The channels beside the noisy latent that an inpainting model has for given frames with this VAE."""
+    return codec.latent_channels, codec.time_stride
 
 
 def frame_numbers(mode: str, pictures: int, frames: int) -> list[int]:
@@ -77,3 +124,7 @@ def given_frames(pictures: Mapping[int, Tensor], frames: int, height: int, width
     if not mask.any():
         raise UsageError(f"all {frames} frames are given, so that none is left to generate")
     return GivenFrames(spread(mask[None], height, width), video)
+
+
+def _spelled(size: Shape) -> str:
+    return " x ".join(map(str, size))

@@ -12,6 +12,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from osp.conditioning.frames import add_condition_noise, masked_video, spread
+from osp.conditioning.given import GivenFrames
 from osp.errors import UsageError
 
 LEAST_FRAMES: Mapping[str, int] = MappingProxyType(
@@ -97,6 +99,16 @@ class MaskMix:
             for kind, generator in zip(kinds, generators, strict=True)
         ]
         return torch.stack(masks), kinds
+
+    def draw_given(self, video: Tensor, generators: Sequence[torch.Generator], noise: bool = False) -> GivenFrames:
+        """The frames of clips `B 3 T H W` in [-1, 1] that are given, drawn; with `noise`, the kept ones have some.
+
+        Each is drawn with the sample's own generator: first the kind, then the frames, then `add_condition_noise`.
+        """
+        drawn, _ = self.draw(video.shape[2], generators)
+        mask = spread(drawn.to(video.device), *video.shape[3:])
+        kept = add_condition_noise(video, mask, generators) if noise else video
+        return GivenFrames(mask, masked_video(kept, mask))
 
 
 _MOSTLY_GIVEN = {"text": 10, "continuation": 40, "random": 40, "clear": 10}

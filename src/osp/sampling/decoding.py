@@ -21,7 +21,7 @@ def decode_in_pieces(codec: LatentCodec, latent: Tensor, frames: int) -> Tensor:
 def _decode_one(codec: LatentCodec, latent: Tensor, frames: int) -> Tensor:
     if not codec.vae.can_stream("decoder"):
         return codec.decode(latent, frames)[0].cpu()
-    dtype = next(codec.vae.parameters()).dtype
+    dtype = codec.dtype
     video, done = torch.empty(0), 0
     for piece in _pieces(codec, latent, dtype):
         piece = piece[0, :, : frames - done].float().clamp(-1.0, 1.0).cpu()

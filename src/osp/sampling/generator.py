@@ -3,13 +3,24 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from osp.conditioning import EncodedText, GivenFrames, TextEncoder, given_frames, latent_mask, with_conditions
+from osp.conditioning import (
+    Condition,
+    ConditionInputs,
+    EncodedText,
+    TextEncoder,
+    call_denoiser,
+    denoiser_inputs,
+    frame_channels,
+    given_frames,
+)
 from osp.conditioning.text import LengthCheck
+from osp.data.media.shape import Shape
 from osp.denoiser import Denoiser, Grid
 from osp.diffusion import Objective, Progress, Solver, draw_normal, guided_prediction, held_prediction, sample
 from osp.errors import UsageError
@@ -66,10 +77,10 @@ class VideoGenerator:
                 f"({self.text.name}) gives {self.text.pooled_channels or 'none'}; give the one that it was trained with"
             )
         conditions = self.denoiser.latent_channels - config.channels
-        if conditions and tuple(config.frame_channels) != (channels, self.codec.time_stride):
+        if conditions and tuple(config.frame_channels) != frame_channels(self.codec):
             raise UsageError(
                 f"the denoiser's frame_channels={list(config.frame_channels)} are not those of given frames "
-                f"with this VAE, {[channels, self.codec.time_stride]}"
+                f"with this VAE, {list(frame_channels(self.codec))}"
             )
 
     @property
@@ -110,7 +121,7 @@ class VideoGenerator:
         guidance: float = GUIDANCE,
         rescale: float = 0.0,
         negative_prompt: str = "",
-        given: GivenFrames | None = None,
+        given: Condition | None = None,
     ) -> None:
         """Raise UsageError for what `generate` would refuse, before anything is computed."""
         grid = self.check_size(frames, height, width)
@@ -139,11 +150,7 @@ class VideoGenerator:
                 "frames are given, but this denoiser was not trained with any; sample with mode=text, or with an "
                 "inpainting model"
             )
-        if tuple(given.mask.shape[1:]) != (frames, height, width) or len(given.mask) not in (1, len(prompts)):
-            raise UsageError(
-                f"the given frames are for {' x '.join(map(str, given.mask.shape[1:]))} (frames, height, width), and "
-                f"the video has {frames} x {height} x {width}"
-            )
+        given.check(Shape(frames, height, width), len(prompts))
 
     @torch.no_grad()
     def generate(
@@ -158,7 +165,7 @@ class VideoGenerator:
         guidance: float = GUIDANCE,
         rescale: float = 0.0,
         negative_prompt: str = "",
-        given: GivenFrames | None = None,
+        given: Condition | None = None,
         hold_given: bool = True,
         together: bool = True,
         low_memory: bool = False,
@@ -197,12 +204,12 @@ class VideoGenerator:
             negative_prompt=negative_prompt,
             given=given,
         )
-        wanted, without = self._encode([*prompts, negative_prompt], low_memory)
-        conditions = {}
+        texts = self._encode([*prompts, negative_prompt], low_memory)
+        conditions: tuple[ConditionInputs | None, ConditionInputs | None] = (None, None)
         if self.takes_frames:
-            conditions = self._conditions(given, len(prompts), frames, height, width, low_memory)
-            wanted, without = wanted | conditions, without | conditions
-
+            given = given_frames({}, frames, height, width) if given is None else given
+            conditions = self._conditions(given, len(prompts), low_memory)
+        wanted, without = map(partial(denoiser_inputs, self.denoiser), texts, conditions)
         offloads = low_memory and self.device.type != "cpu"
         if not offloads:
             self.denoiser.to(self.device)
@@ -210,28 +217,24 @@ class VideoGenerator:
         shape = self.codec.latent_shape(frames, height, width)
         with offloaded(self.denoiser, self.device) if offloads else nullcontext():
             predict = guided_prediction(
-                self._predict, wanted, without, scale=guidance, rescale=rescale, together=together and not low_memory
+                partial(call_denoiser, self.denoiser),
+                wanted,
+                without,
+                scale=guidance,
+                rescale=rescale,
+                together=together and not low_memory,
             )
-            if hold_given and self.takes_frames:
-                # Frames after a gap are coded together with what is missing.
-                known = (conditions["mask"].amax(dim=(1, 3, 4)) == 0).long().cumprod(dim=1).bool()
-                predict = held_prediction(predict, self.objective, conditions["masked"], known[:, None, :, None, None])
+            held = conditions[0]
+            if hold_given and held is not None and held.clean is not None and held.known is not None:
+                predict = held_prediction(predict, self.objective, held.clean, held.known)
             # The solver's state is float32, whatever the weights are.
             noise = draw_normal((len(prompts), *shape), generators, self.device)
             tokens = shape[2] * shape[3] // self.denoiser.patch_size**2
             latent = sample(predict, noise, solver, generators, tokens=tokens, callback=progress)
         return self._decode(latent, frames, low_memory)
 
-    def _predict(
-        self, latent: Tensor, time: Tensor, masked: Tensor | None = None, mask: Tensor | None = None, **text: Tensor
-    ) -> Tensor:
-        if masked is not None and mask is not None:
-            latent_and_conditions = with_conditions(latent, masked, mask)
-            return self.denoiser(latent_and_conditions, time, **text)
-        return self.denoiser(latent, time, **text)
-
-    def _encode(self, prompts: Sequence[str], low_memory: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The denoiser's inputs with all prompts but the last, and with the last instead."""
+    def _encode(self, prompts: Sequence[str], low_memory: bool) -> tuple[EncodedText, EncodedText]:
+        """The text of all prompts but the last, and as often that of the last."""
         self.text.to(self.device)
         encoded = self.text(prompts, strict=True)
         if low_memory:
@@ -239,30 +242,20 @@ class VideoGenerator:
         encoded = encoded.to(self.device)
         length, last = encoded.text.shape[1], len(prompts) - 1
         # Padded to one length, so that they make one batch.
-        wanted, without = (
+        return (
             encoded[:last].padded(length),
             encoded[torch.full((last,), last, device=self.device)].padded(length),
         )
-        return self._inputs(wanted), self._inputs(without)
 
-    def _inputs(self, text: EncodedText) -> dict[str, Tensor]:
-        inputs = {"text": text.text, "text_mask": text.mask}
-        if self.denoiser.pooled_channels is not None and text.pooled is not None:
-            inputs["pooled_text"] = text.pooled
-        return inputs
-
-    def _conditions(
-        self, given: GivenFrames | None, batch: int, frames: int, height: int, width: int, low_memory: bool
-    ) -> dict[str, Tensor]:
-        """The latent of the given frames and their mask on its grid, `B C T H W` each."""
-        given = given_frames({}, frames, height, width) if given is None else given
-        _, _, rows, columns = self.codec.latent_shape(frames, height, width)
+    def _conditions(self, given: Condition, batch: int, low_memory: bool) -> tuple[ConditionInputs, ConditionInputs]:
+        """What the calls with and without the prompt are given."""
         self.codec.to(self.device)
-        masked = self.codec.encode(given.video.to(self.device, self._vae_dtype())).float()
+        wanted = without = given.encode(self.codec).expanded(batch)
+        if given.guided:
+            without = given.without().encode(self.codec).expanded(batch)
         if low_memory:
             self.codec.to("cpu")
-        mask = latent_mask(given.mask.to(self.device), self.codec.time_stride, rows, columns)
-        return {key: value.expand(batch, -1, -1, -1, -1) for key, value in (("masked", masked), ("mask", mask))}
+        return wanted, without
 
     def _decode(self, latent: Tensor, frames: int, low_memory: bool) -> Tensor:
         self.codec.to(self.device)
@@ -271,6 +264,3 @@ class VideoGenerator:
         video = decode_in_pieces(self.codec, latent, frames)
         self.codec.to("cpu")
         return video
-
-    def _vae_dtype(self) -> torch.dtype:
-        return next(self.codec.vae.parameters()).dtype

@@ -67,7 +67,6 @@ def plan_memory(
     shape = codec.latent_shape(frames, height, width)
     latent = 4 * batch * shape[0] * shape[1] * shape[2] * shape[3]
     rows = batch * (1 if low_memory else 2)
-    vae_dtype = next(codec.vae.parameters()).dtype
     decoded = 1 if low_memory and codec.vae.can_stream("decoder") else batch
     video = 2 * batch * 3 * frames * height * width * 4  # before and after it is clamped
     parts = {
@@ -76,11 +75,11 @@ def plan_memory(
         "one call of the denoiser": call_bytes(denoiser, (rows, *shape[1:]), generator.text.max_tokens),
         "latents": _LATENTS * latent,
         "VAE": _bytes(codec.vae),
-        "VAE decoder at work": decoded * working_bytes(codec.vae, "decoder", height, width, vae_dtype),
+        "VAE decoder at work": decoded * working_bytes(codec.vae, "decoder", height, width, codec.dtype),
         "video": video,
     }
     if generator.takes_frames:
-        parts["VAE encoder at work"] = batch * working_bytes(codec.vae, "encoder", height, width, vae_dtype)
+        parts["VAE encoder at work"] = batch * working_bytes(codec.vae, "encoder", height, width, codec.dtype)
     text, vae = parts["text encoder"], parts["VAE"]
     offloads = low_memory and generator.device.type != "cpu"
     if offloads:

@@ -1,11 +1,9 @@
 """Files of pictures -> the frames that are given."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from osp.conditioning import MODES, GivenFrames, given_by_mode, given_frames
@@ -81,8 +79,3 @@ class PictureFiles:
     def contents(self) -> dict[str, str]:
         """A hash of each file's content, which says what was given wherever the file lies."""
         return {key: hashlib.sha256(path.read_bytes()).hexdigest()[:32] for key, path in self.files.items()}
-
-
-def joined(given: Sequence[GivenFrames]) -> GivenFrames:
-    """Those of several videos of one size as one batch."""
-    return GivenFrames(torch.cat([each.mask for each in given]), torch.cat([each.video for each in given]))

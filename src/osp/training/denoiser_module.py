@@ -12,18 +12,16 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from osp.conditioning import (
+    ConditionInputs,
     EncodedText,
     MaskMix,
     TextEncoder,
-    add_condition_noise,
+    call_denoiser,
+    denoiser_inputs,
     draw_dropped,
     drop_prompts,
     find_mix,
     given_frames,
-    latent_mask,
-    masked_video,
-    spread,
-    with_conditions,
 )
 from osp.data.datamodule import ClipDataModule
 from osp.data.features.format import TextIdentity
@@ -294,9 +292,9 @@ class DenoiserModule(TrainingModule):
         ).to(clean.device)
         dropped = draw_dropped(self.text_dropout, generators)
         noise = draw_normal(clean.shape, generators, clean.device)
-        conditions = self._conditions(batch, clean, generators, training=True)
+        condition = self._condition(batch, generators, training=True)
         text = self._encoded(batch, self.text, dropped, generators)
-        errors, counted = self._squared_error(self.denoiser, clean, noise, times, text, conditions)
+        errors, counted = self._squared_error(self.denoiser, clean, noise, times, text, condition)
         return errors, counted, (times.float() / self.objective.time_span * TIME_PARTS).long().clamp(0, TIME_PARTS - 1)
 
     def _squared_error(
@@ -306,13 +304,10 @@ class DenoiserModule(TrainingModule):
         noise: Tensor,
         times: Tensor,
         text: EncodedText,
-        conditions: tuple[Tensor, Tensor] | None,
+        condition: ConditionInputs | None,
     ) -> tuple[Tensor, Tensor]:
         noisy = self.objective.corrupt(clean, noise, times)
-        if conditions is not None:
-            noisy = with_conditions(noisy, *conditions)
-        pooled = None if denoiser.pooled_channels is None else text.pooled
-        prediction = denoiser(noisy, times, text.text, text_mask=text.mask, pooled_text=pooled)
+        prediction = call_denoiser(denoiser, noisy, times, **denoiser_inputs(denoiser, text, condition))
         target = self.objective.target(clean, noise, times)
         return squared_error(prediction, target, self.objective.weight(times))
 
@@ -323,19 +318,12 @@ class DenoiserModule(TrainingModule):
         assert self.codec is not None
         return self.codec.encode(to_float(batch["video"]), generators)
 
-    def _conditions(
-        self, batch: Batch, clean: Tensor, generators: Sequence[torch.Generator], training: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """The latent of what is given of the videos, and the mask on its grid."""
+    def _condition(self, batch: Batch, generators: Sequence[torch.Generator], training: bool) -> ConditionInputs | None:
+        """What the denoiser is given of the batch's videos."""
         if self.masks is None or self.codec is None:
             return None
-        video = to_float(batch["video"])
-        frame_masks, _ = self.masks.draw(video.shape[2], generators)
-        mask = spread(frame_masks.to(video.device), *video.shape[3:])
-        if training and self.condition_noise:
-            video = add_condition_noise(video, mask, generators)
-        masked = self.codec.encode(masked_video(video, mask))
-        return masked, latent_mask(mask, self.codec.time_stride, *clean.shape[3:])
+        noise = training and self.condition_noise
+        return self.masks.draw_given(to_float(batch["video"]), generators, noise).encode(self.codec)
 
     def _encoded(
         self,
@@ -368,12 +356,12 @@ class DenoiserModule(TrainingModule):
         clean = self._clean(batch, None)
         places = torch.stack([torch.rand((), generator=g) for g in generators])
         noise = draw_normal(clean.shape, generators, clean.device)
-        conditions = self._conditions(batch, clean, generators, training=False)
+        condition = self._condition(batch, generators, training=False)
         text = self._encoded(batch, part(model, "text") if self.trains_text else self.text)
         scores = {}
         for number in range(TIME_PARTS):
             times = self.objective.time_at((number + places) / TIME_PARTS).to(clean.device)
-            errors, counted = self._squared_error(part(model, "denoiser"), clean, noise, times, text, conditions)
+            errors, counted = self._squared_error(part(model, "denoiser"), clean, noise, times, text, condition)
             scores[f"loss_time_{number}"] = errors / counted
         self.add_scores(batch, {"loss": torch.stack(list(scores.values())).mean(dim=0)} | scores)
 

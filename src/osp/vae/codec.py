@@ -61,6 +61,16 @@ class LatentCodec:
         """The file or folder that the VAE was read from, if it was."""
         return self.vae.origin
 
+    @property
+    def device(self) -> torch.device:
+        """Where the VAE is."""
+        return next(self.vae.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the VAE's weights."""
+        return next(self.vae.parameters()).dtype
+
     def to(self, device: torch.device | str) -> Self:
         """Move the VAE."""
         self.vae.to(device)
@@ -93,8 +103,7 @@ class LatentCodec:
     @torch.no_grad()
     def decode(self, latent: Tensor, frames: int | None = None) -> Tensor:
         """The denoiser's latent `B C T' H' W'` -> video `B 3 T H W` in [-1, 1], float32; `frames` as in the VAE."""
-        dtype = next(self.vae.parameters()).dtype
-        return self.vae.decode(self.unscaled(latent).to(dtype), frames=frames).float().clamp(-1.0, 1.0)
+        return self.vae.decode(self.unscaled(latent).to(self.dtype), frames=frames).float().clamp(-1.0, 1.0)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """`C T H W` of the latent of such a clip. Raises UsageError for a size that the VAE does not take."""
