@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from osp.conditioning import T5Text
 from osp.data.media.video import to_float
@@ -148,7 +149,6 @@ def test_a_folder_goes_on_only_as_it_was_begun(world: Path, cache: Cache, monkey
 
 
 def test_frozen_text_goes_into_the_features(cache: Cache) -> None:
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 384}
     transformers.MT5EncoderModel(transformers.MT5Config(**shape)).save_pretrained("mt5")

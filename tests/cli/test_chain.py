@@ -152,10 +152,19 @@ def test_two_chains_do_not_share_a_folder(osp: Osp) -> None:
     assert "runs: another `osp chain`, or a stage that it began, is still running" in err
 
 
-@pytest.mark.parametrize(
-    ("name", "needs", "stages"),
-    [("v13", [], 3), ("v13_inpaint", ["start_from=it's there"], 8), ("v15", [], 10), ("tiny", ["checkpoint=x"], 4)],
-)
+CHAINS = {  # what each needs, and how many stages it has
+    "v13": ([], 3),
+    "v13_inpaint": (["start_from=it's there"], 8),
+    "v15": ([], 10),
+    "tiny": (["checkpoint=x"], 4),
+}
+
+
+def test_no_chain_is_left_out() -> None:
+    assert {*CHAINS} == {path.stem for path in (config_folder() / "chain").glob("*.yaml")}
+
+
+@pytest.mark.parametrize(("name", "needs", "stages"), [(name, *rest) for name, rest in CHAINS.items()])
 def test_each_stage_begins_with_what_it_is_meant_for(name: str, needs: list[str], stages: int, osp: Osp) -> None:
     quoted = [need.replace("it's there", "'it\\'s there'") for need in needs]
     code, out, err = osp("chain", f"chain={name}", *quoted, "dry_run=true", "output=runs")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from osp.cli import VERBS
 from osp.data.media.video import encode_video
 from osp.training.checkpoints import load_trained_vae
 from osp.weights import load_pretrained, load_published
@@ -310,14 +311,15 @@ def test_a_wrong_command_is_told_in_one_line(
 
 
 def test_verbs_that_do_not_train_start_without_lightning() -> None:
-    script = "import sys, osp.cli.sample, osp.cli.cache, osp.cli.chain; sys.exit('lightning' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+    modules = ", ".join(f"osp.cli.{verb.replace('-', '_')}" for verb in VERBS if verb != "train")
+    script = f"import sys, {modules}; sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=100).returncode == 0
 
 
 def test_help_names_every_verb(osp: Osp) -> None:
     code, out, _ = osp()
     assert code == 0
-    assert {"shards", "train", "eval", "bench", "import-weights", "export-weights"} <= set(out.split())
+    assert {*VERBS} <= {line.split()[0] for line in out.splitlines() if line.startswith(" ")}
 
 
 def test_one_batch_of_shards_is_learnt_by_heart(tmp_path: Path, osp: Osp) -> None:

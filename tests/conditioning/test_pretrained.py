@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
+import transformers
 import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from osp.conditioning import CLIPPooled, Pair, T5Text
 from osp.errors import DataError, OspError, UsageError
-
-transformers = pytest.importorskip("transformers")
 
 CONF = Path(__file__).parents[2] / "conf" / "text"
 PROMPTS = ["a red ring grows", "", "on a grey background, a small blue star moves to the left"]
@@ -98,7 +98,6 @@ def test_a_whole_t5_in_several_files_is_read_without_its_decoder(tmp_path: Path)
 
 
 def test_sentencepiece_vocabularies_of_the_published_folders(tmp_path: Path) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
     folder = save_t5(tmp_path / "t5", "mt5")
     for file in folder.glob("*token*"):
         file.unlink()

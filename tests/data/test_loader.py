@@ -277,7 +277,8 @@ def test_a_changed_source_and_a_foreign_state_are_refused() -> None:
 
 @pytest.mark.parametrize("settings", [{"batch_size": 0}, {"workers": -1}, {"prefetch": 0}])
 def test_senseless_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UsageError):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(UsageError, match=f"^{name}={value}\\b"):
         loader(**settings)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from osp.denoiser import CrossTransformer, Denoiser, JointTransformer, Stage, restage
+from osp.denoiser.patterns import Pattern
 from osp.denoiser.rotary import rotary_tables
 from osp.errors import UsageError
 
@@ -47,6 +48,10 @@ ALL_PATTERNS = [
     Stage(2, "skip_window", 2),
     Stage(2, "skiparse_2d", 2),
 ]
+
+
+def test_no_pattern_is_left_out(pattern_kinds: set[type[Pattern]]) -> None:
+    assert {type(pattern) for stage in ALL_PATTERNS for pattern in stage.patterns} == pattern_kinds
 
 
 @KINDS

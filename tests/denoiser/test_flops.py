@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from osp.denoiser import CrossTransformer, Denoiser, JointTransformer, Stage
 from osp.denoiser.flops import denoiser_flops
+from osp.denoiser.patterns import Pattern
 from osp.devices import count_flops
 from osp.errors import UsageError
 
@@ -29,6 +30,10 @@ MODELS: dict[str, Callable[..., Denoiser]] = {
 }
 # The patterns fill up none of the first's tokens, some of the second's; of the third's they leave groups empty.
 LATENTS = [(2, 8, 8), (3, 6, 10), (1, 2, 6)]
+
+
+def test_no_pattern_is_left_out(pattern_kinds: set[type[Pattern]]) -> None:
+    assert {type(pattern) for stage in ALL_PATTERNS for pattern in stage.patterns} == pattern_kinds
 
 
 def inputs(model: Denoiser, latent: tuple[int, int, int], text: int, batch: int, device: str) -> list[Any]:

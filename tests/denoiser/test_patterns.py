@@ -35,6 +35,10 @@ patterns = st.one_of(
 quick = settings(deadline=None, max_examples=150)
 
 
+def test_no_pattern_is_left_out(pattern_kinds: set[type[Pattern]]) -> None:
+    assert {*PLAIN, *SPARSE} == pattern_kinds
+
+
 def up(size: int, step: int) -> int:
     return math.ceil(size / step) * step
 

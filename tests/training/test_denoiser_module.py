@@ -24,7 +24,7 @@ from osp.data.media.shape import Shape
 from osp.data.shards.build import write_rendered
 from osp.data.sources import BucketClips, FeatureClips, SyntheticClips
 from osp.denoiser import CrossTransformer, JointTransformer
-from osp.diffusion import Flow, Velocity
+from osp.diffusion import Epsilon, Flow, Objective, Velocity
 from osp.errors import DataError, UsageError
 from osp.seeds import stable_seed
 from osp.training.checkpoints import load_trained_generator
@@ -267,8 +267,10 @@ def test_rates_rise_and_fall_and_muon_takes_the_matrices_of_blocks(tmp_path: Pat
     named = {parameter: name for name, parameter in module.model.named_parameters()}
     both = [[named[p] for p in optimizer.param_groups[0]["params"]] for optimizer in (adamw, muon)]
     assert sorted(both[0] + both[1]) == sorted(named.values())
-    assert {"denoiser.blocks.0.attention.weight", "text.blocks.0.qkv.weight"} & set(both[1])
-    assert not [name for name in both[1] if ".blocks." not in name or name.endswith("bias")]
+    tables = {"denoiser.blocks.0.table", "denoiser.blocks.1.table"}  # modulation, not a product of matrices
+    matrices = [name for parameter, name in named.items() if ".blocks." in name and parameter.ndim == 2]
+    assert {"denoiser.blocks.0.qkv.weight", "text.blocks.0.qkv.weight"} <= {*matrices}
+    assert sorted(both[1]) == sorted({*matrices} - tables)
 
     before = copy.deepcopy(module.model.state_dict())
     record = fit(tmp_path, module, feature_data(one_size), 5)
@@ -320,9 +322,9 @@ def test_validation_is_the_same_each_time_and_splits_by_time(tmp_path: Path, one
     assert parts == {f"train/loss_time_{i}" for i in range(4)}
 
 
-@pytest.mark.parametrize("objective", [FLOW, Flow(), Velocity()])
+@pytest.mark.parametrize("objective", [FLOW, Flow(), Velocity(), Epsilon()])
 def test_every_objective_trains_in_mixed_precision_and_gives_a_generator(
-    tmp_path: Path, objective: Flow, shards: Path
+    tmp_path: Path, objective: Objective, shards: Path
 ) -> None:
     vae = new_vae()
     vae.origin = str(tmp_path / "gone.ckpt")

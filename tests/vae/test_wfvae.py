@@ -70,10 +70,17 @@ def test_sizes_that_do_not_fit_are_refused(size: tuple[int, int, int], message: 
 
 
 @pytest.mark.parametrize(
-    "settings", [{"level1": "4d"}, {"latent_channels": 0}, {"norm": "batch"}, {"base": 3}, {"norm": "group"}]
+    ("settings", "message"),
+    [
+        ({"level1": "4d"}, "level1="),
+        ({"latent_channels": 0}, "latent_channels=0"),
+        ({"norm": "batch"}, "norm="),
+        ({"base": 3}, "no setting base; it has"),
+        ({"norm": "group"}, "group norm needs channels in multiples of 32, got 4"),
+    ],
 )
-def test_shapes_that_cannot_be_built_are_refused(settings: dict, tiny_wfvae: Build) -> None:
-    with pytest.raises(UsageError):
+def test_shapes_that_cannot_be_built_are_refused(settings: dict, message: str, tiny_wfvae: Build) -> None:
+    with pytest.raises(UsageError, match=message):
         tiny_wfvae(**settings)
 
 
