@@ -20,10 +20,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 # DEMO_CLIPS are drawn; DEMO_VAE and DEMO_DENOISER are steps; PROMPTS held-out captions are judged. The VAE trains in
-# four processes of one thread each, as convolutions so small gain little from threads; the denoiser's step is too short
-# to be shared.
+# one, two or four processes, as there are cores, since convolutions so small gain little from threads. These share the
+# 16 clips of a step, so that it has the same clips on any machine. The denoiser's step is too short to be shared.
 DEMO := $(OUT)/demo
-PROCESSES := trainer=ddp_cpu trainer.devices=4 trainer.strategy=ddp data.workers=0
+PROCESSES := $(if $(filter 1,$(CORES)),1,$(if $(filter 2 3,$(CORES)),2,4))
+SHARED := trainer=ddp_cpu trainer.devices=$(PROCESSES) trainer.strategy=ddp data.workers=0 \
+	data.batch_size=$(shell expr 16 / $(PROCESSES))
 DEMO_CLIPS ?= 3072
 DEMO_VAE ?= 800
 DEMO_DENOISER ?= 1000
@@ -32,13 +34,13 @@ PROMPTS ?= 64
 demo: setup  ## from nothing to videos of sentences: outputs/demo/index.html, in under 15 minutes on 4 cores
 	$(OSP) shards output=$(DEMO)/shards/train synthetic=plain synthetic.frames=9 synthetic.clips=$(DEMO_CLIPS) synthetic.seed=0
 	$(OSP) shards output=$(DEMO)/shards/heldout synthetic=plain synthetic.frames=9 synthetic.clips=256 synthetic.seed=1
-	$(OSP) train experiment=wfvae_tiny output=$(DEMO)/vae data=shards data.batch_size=4 data.val_clips=32 \
+	$(OSP) train experiment=wfvae_tiny output=$(DEMO)/vae data=shards data.val_clips=32 \
 		data.train.path=$(DEMO)/shards/train data.val.path=$(DEMO)/shards/heldout \
-		trainer.max_steps=$(DEMO_VAE) trainer.val_check_interval=300 $(PROCESSES)
+		trainer.max_steps=$(DEMO_VAE) trainer.val_check_interval=300 $(SHARED)
 	$(OSP) eval checkpoint=$(DEMO)/vae/checkpoints/last.ckpt input=$(DEMO)/shards/heldout output=$(DEMO)/reconstruction \
 		clip.frames=9 max_clips=64 perceptual.download=false
 	$(OSP) cache checkpoint=$(DEMO)/vae/checkpoints/last.ckpt input=$(DEMO)/shards/train output=$(DEMO)/features/train \
-		clip.frames=9 batch_size=16 processes=4
+		clip.frames=9 batch_size=16 processes=$(PROCESSES)
 	$(OSP) cache checkpoint=$(DEMO)/vae/checkpoints/last.ckpt input=$(DEMO)/shards/heldout \
 		output=$(DEMO)/features/heldout scaling_from=$(DEMO)/features/train clip.frames=9 batch_size=16
 	$(OSP) train experiment=t2v_tiny denoiser=suv_tiny output=$(DEMO)/denoiser data.val_clips=64 \
