@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from osp.training.runs import RESULT, difference
 
-__all__ = ["RESULT", "is_first_process", "other_setting"]
+__all__ = ["RESULT", "is_first_process", "other_setting", "plain"]
 
 
 def is_first_process() -> bool:
@@ -18,10 +18,11 @@ def is_first_process() -> bool:
 
 def other_setting(before: Any, cfg: DictConfig) -> str | None:
     """Why a run with settings `before` cannot go on with those of `cfg`: "KEY=BEFORE, not NOW"; None if it can."""
-    return difference(*(_plain(config) for config in (before, cfg)))
+    return difference(*(plain(config) for config in (before, cfg)))
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as plain values, its references followed."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
