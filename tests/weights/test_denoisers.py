@@ -12,7 +12,7 @@ from torch import Tensor
 from osp.denoiser import CrossTransformer, JointTransformer, Stage
 from osp.errors import UsageError
 from osp.weights import WeightImportError, load_pretrained, load_published, published_settings, save_pretrained
-from osp.weights.published import KINDS
+from osp.weights.families import find_kind
 
 MANIFESTS = Path(__file__).parent.parent / "golden" / "manifests"
 # (kind, manifest, keys, parameters), as published
@@ -27,10 +27,11 @@ FULL = [
 @pytest.mark.parametrize(("kind", "name", "keys", "parameters"), FULL)
 def test_full_sizes_are_the_published_ones(kind: str, name: str, keys: int, parameters: int) -> None:
     manifest = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
-    layout = KINDS[kind].layout
+    family, published = find_kind(kind)
+    layout = family.layout
     for config in (manifest["config"], {}):  # also where no configuration is at hand
         with torch.device("meta"):
-            model = layout.build({**KINDS[kind].defaults, **config}, {})
+            model = published.build({**published.defaults, **config}, {})
         own = {key: list(pair.published_shape) for pair in layout.key_pairs(model) for key in pair.published}
         own_count = sum(value.numel() for value in model.parameters())
         dead = {key: list(shape) for key, shape in layout.ignored(model).items()} if name.endswith("merged") else {}
@@ -43,7 +44,7 @@ Case = tuple[str, dict, dict[str, Tensor]]
 
 
 def dead_weights(model: JointTransformer) -> dict[str, Tensor]:
-    return {key: torch.randn(shape) for key, shape in KINDS["ummdit_v15"].layout.ignored(model).items()}
+    return {key: torch.randn(shape) for key, shape in find_kind("ummdit_v15")[0].layout.ignored(model).items()}
 
 
 def test_dead_weights_are_left_out(joint: Case) -> None:

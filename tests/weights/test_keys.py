@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osp.weights import WeightImportError, load_published, published, to_published
+from osp.weights import WeightImportError, load_published, to_published
+from osp.weights.families import FAMILIES
 from osp.weights.keys import KeyPair
+from osp.weights.layout import Family, Kind, Layout
 
 ROWS = (2, 0, 3, 1)
 
@@ -40,10 +42,9 @@ def pairs(model: Fused) -> list[KeyPair]:
 @pytest.fixture
 def weights(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Published ones, of a kind that is known for the length of a test."""
-    layout = published.Layout(
-        Fused, "FusedModel", build, pairs, lambda model: model.settings, lambda _: {"dead.weight": (7, 7)}
-    )
-    monkeypatch.setitem(published.KINDS, "fused", published.Kind(layout, {}, ({"width": 3}, {"width": 4})))
+    layout = Layout(lambda _: "FusedModel", pairs, lambda model: model.settings, lambda _: {"dead.weight": (7, 7)})
+    kinds = {"fused": Kind(build, {}, ({"width": 3}, {"width": 4}))}
+    monkeypatch.setitem(FAMILIES, "fused", Family("fused", Fused, layout, kinds))
     torch.manual_seed(0)
     keys = {
         f"{layer}.{name}": torch.randn(4, 4)[: 4 if name == "weight" else 1]

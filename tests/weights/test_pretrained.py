@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from osp.cli.checks import build_vae
 from osp.errors import UsageError
 from osp.vae import WFVAE, CausalVideoVAE
-from osp.weights import WeightImportError, load_pretrained, pretrained, save_pretrained
+from osp.weights import WeightImportError, load_pretrained, save_pretrained
+from osp.weights.families import FAMILIES
+from osp.weights.layout import Family, Layout
 from osp.weights.pretrained import published_part
 
 WF = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 6}
@@ -52,7 +54,8 @@ class Other(torch.nn.Module):
 
 
 def test_a_model_that_is_no_vae_is_saved_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(pretrained._MODELS, "Other", Other)
+    layout = Layout(lambda _: "Other", lambda _: [], lambda model: model.settings)
+    monkeypatch.setitem(FAMILIES, "other", Family("other", Other, layout, {}))
     model = Other([[1, 2], [3]], {"out": 5})
     save_pretrained(model, tmp_path)
     loaded = load_pretrained(tmp_path)
@@ -77,7 +80,7 @@ def test_damage_is_told_with_the_file(tmp_path: Path) -> None:
         load_pretrained(tmp_path)
     vae = WFVAE(**WF)
     for changes, message in (
-        ({"model": "VAE"}, "model='VAE' is not known; choose WFVAE or CausalVideoVAE"),
+        ({"model": "VAE"}, "model=VAE: is not known; choose WFVAE, CausalVideoVAE"),
         ({"model": ["WFVAE"]}, "is not known"),
         ({"settings": {"latent_channels": "4"}}, r"config\.json: its settings build no WFVAE"),
         ({"settings": {"latents": 4}}, r"config\.json: its settings build no WFVAE.*no setting latents"),

@@ -217,7 +217,7 @@ def test_settings_with_one_value_only_are_accepted() -> None:
 
 
 def test_other_kinds_and_models_are_refused() -> None:
-    with pytest.raises(UsageError, match="kind='wfvae' is not known; choose wfvae_v13 or wfvae_v15 or causalvae"):
+    with pytest.raises(UsageError, match="kind=wfvae: is not known; choose wfvae_v13, wfvae_v15, causalvae"):
         load_published("wfvae", {})
     with pytest.raises(UsageError, match="no published form of a Linear"):
         to_published(torch.nn.Linear(1, 1))

@@ -21,9 +21,9 @@ from osp.weights import (
     save_pretrained,
     to_published,
 )
+from osp.weights.families import find_kind
 from osp.weights.files import _read_tensor, save_weights
 from osp.weights.lazy import Stored, Weights
-from osp.weights.published import KINDS
 
 Case = tuple[str, dict, dict[str, Tensor]]
 
@@ -54,7 +54,7 @@ def test_published_tensors_are_let_go_one_after_another(case: Case) -> None:
     assert counted.alive == 0
     assert len(weights) <= counted.reads <= len(weights) + 1  # a filter is looked at to know the settings
     assert counted.most <= max(
-        sum(weights[key].nbytes for key in pair.published) for pair in KINDS[kind].layout.key_pairs(model)
+        sum(weights[key].nbytes for key in pair.published) for pair in find_kind(kind)[0].layout.key_pairs(model)
     )
 
 
@@ -137,7 +137,7 @@ print(importing, saving, exporting, loading)
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.ckpt"])
 def test_one_copy_of_the_model_is_in_memory(name: str, tmp_path: Path) -> None:
     with torch.device("meta"):
-        model = KINDS["causalvae"].layout.build({"hidden_size": 96}, {})
+        model = find_kind("causalvae")[1].build({"hidden_size": 96}, {})
     weights = {key: torch.ones(value.shape) for key, value in to_published(model).items()}
     size = sum(value.nbytes for value in weights.values()) / 2**20
     largest = max(value.nbytes for value in weights.values()) / 2**20

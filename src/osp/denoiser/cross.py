@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from osp.denoiser.attention import GroupAttention
-from osp.denoiser.denoiser import Denoiser, check_heads, make_config, trim_text
+from osp.denoiser.denoiser import Denoiser, LinearLayers, check_heads, make_config, trim_text
 from osp.denoiser.layers import MLP, FeedForward, PatchEmbedding, initialise, modulated_norm, sinusoid
 from osp.denoiser.rotary import rotary_tables, rotate
 from osp.denoiser.schedule import Stage
@@ -57,6 +57,28 @@ class CrossTransformer(Denoiser):
     """See the module; settings are those of `CrossTransformerConfig`. Raises UsageError for impossible ones."""
 
     config: CrossTransformerConfig
+    linear_layers = LinearLayers(
+        {
+            "patch.linear": "video",
+            "condition_patches.*.linear": "video",
+            "condition_patches.*.zero": "video",
+            "time.up": "once",
+            "time.down": "once",
+            "modulation": "once",
+            "text.up": "text",
+            "text.down": "text",
+            "blocks.*.qkv": "video",
+            "blocks.*.attention_out": "video",
+            "blocks.*.text_q": "video",
+            "blocks.*.text_kv": "text",
+            "blocks.*.text_out": "video",
+            "blocks.*.feed_forward.up": "video",
+            "blocks.*.feed_forward.down": "video",
+            "out": "video",
+        },
+        inputs=("patch.linear", "condition_patches.*.linear", "time.up", "text.up"),
+        joint_text=False,
+    )
 
     def __init__(self, stages: Sequence[Stage | Mapping[str, Any]] | None = None, **settings: Any) -> None:
         c = make_config(CrossTransformerConfig, settings if stages is None else settings | {"stages": stages})

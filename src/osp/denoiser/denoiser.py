@@ -1,8 +1,8 @@
 """What the two transformers share: their inputs, checked, and the way through their blocks."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from typing import Any, ClassVar, Protocol, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,28 @@ class DenoiserConfig(Protocol):
 Config = TypeVar("Config", bound=DenoiserConfig)
 
 
+@dataclass(frozen=True)
+class LinearLayers:
+    """What a family says of its linear layers, so that their operations can be counted (`osp.denoiser.flops`).
+
+    `rows` says for each, by its name with `*` for a number, which rows of a sample it sees: the "video" tokens, the
+    "text" tokens, or one row ("once"). `inputs` are those that see an input of the model itself. `joint_text`: text
+    takes part in the attention of the patterns; else the video's tokens attend to it once more in each block.
+    """
+
+    rows: Mapping[str, Literal["video", "text", "once"]]
+    inputs: Collection[str]
+    joint_text: bool
+
+
 class Denoiser(nn.Module):
     """A transformer from a noisy latent, the diffusion time and text to a prediction of the latent's shape.
 
-    `recompute_every` trades time for memory in training: of every so many blocks one keeps only its inputs and is
-    computed again for the backward pass; 1: all of them, 0: none.
+    A family has the attributes below. `recompute_every` trades time for memory in training: of every so many blocks one
+    keeps only its inputs and is computed again for the backward pass; 1: all of them, 0: none.
     """
 
+    linear_layers: ClassVar[LinearLayers]
     blocks: nn.ModuleList
     patch: PatchEmbedding
     out: nn.Linear

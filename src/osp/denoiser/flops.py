@@ -7,17 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from osp.denoiser.cross import CrossTransformer
 from osp.denoiser.denoiser import Denoiser
 from osp.denoiser.grid import Grid
 from osp.denoiser.patterns import Pattern
+from osp.errors import UsageError
 
-# Linear layers by a part of their name: those that see a sample once, and those that see its text. All others see the
-# video's tokens.
-_ONCE = {"time", "pooled_text", "modulation", "out_modulation", "attention_modulation", "feed_forward_modulation"}
-_TEXT = {"text", "text_kv", "text_skips"}
-# Those that are the first to see an input
-_EMBEDDINGS = re.compile(r"(time|pooled_text|text)\.up|text|(patch|condition_patches\.\d+)\.linear")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+# What torch's counter counts and `LinearLayers` has no word for.
+_UNCOUNTED = (nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
 
 
 @dataclass(frozen=True)
@@ -59,14 +56,15 @@ def denoiser_flops(model: Denoiser, latent: Sequence[int], text: int, batch: int
     """The operations for so many latents of frames, height and width, each with so many tokens of text.
 
     They do not depend on masks, which leave out what does not count but not, in general, its computation. The model may
-    be on the meta device. Raises UsageError for a latent or a text that the model does not take.
+    be on the meta device. Raises UsageError for a latent or a text that the model does not take, and for a layer that
+    its family does not name.
     """
     grid = _grid(model, latent, text, batch)
-    joint = not isinstance(model, CrossTransformer)
+    layers, joint = linear_layers(model), model.linear_layers.joint_text
     heads_width: int = model.config.width
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    products = {name: _rows(name, grid, text) * layer.weight.numel() for name, layer in layers.items()}
-    embedding = sum(count for name, count in products.items() if _EMBEDDINGS.fullmatch(name))
+    rows = {"video": grid.tokens, "text": text, "once": 1}
+    products = {name: rows[model.linear_layers.rows[name]] * weights for name, weights in layers.items()}
+    embedding = sum(products.get(name, 0) for name in model.linear_layers.inputs)
     pairs = {pattern: _pairs(pattern, grid, text if joint else 0) for pattern in dict.fromkeys(model.schedule)}
     # Queries times keys, and probabilities times values, in all heads.
     attention = 2 * heads_width * sum(pairs[pattern] for pattern in model.schedule)
@@ -83,10 +81,24 @@ def _grid(model: Denoiser, latent: Sequence[int], text: int, batch: int) -> Grid
         return model.check(video, torch.empty(batch), torch.empty(batch, text, model.text_channels), None, pooled, None)
 
 
-def _rows(name: str, grid: Grid, text: int) -> int:
-    """How many rows a linear layer sees of a sample."""
-    parts = set(name.split("."))
-    return 1 if parts & _ONCE else text if parts & _TEXT else grid.tokens
+def linear_layers(model: Denoiser) -> dict[str, int]:
+    """How many weights the linear layers have, by their names in the family's `LinearLayers`; all blocks' together.
+
+    Raises UsageError for a family without these, and for a layer that is not in them: it would be counted wrong.
+    """
+    family = type(model).__name__
+    if not hasattr(model, "linear_layers"):
+        raise UsageError(f"{family}: its operations cannot be counted, as it has no linear_layers; declare them there")
+    weights: dict[str, int] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            pattern = _NUMBER.sub("*", name)
+            if pattern not in model.linear_layers.rows:
+                raise UsageError(f"{family}: its linear_layers do not say which rows {name} sees; add {pattern!r}")
+            weights[pattern] = weights.get(pattern, 0) + layer.weight.numel()
+        elif isinstance(layer, _UNCOUNTED):
+            raise UsageError(f"{family}: the operations of {name}, a {type(layer).__name__}, cannot be counted")
+    return weights
 
 
 def _pairs(pattern: Pattern, grid: Grid, text: int) -> int:

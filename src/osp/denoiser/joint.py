@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osp.denoiser.attention import QKV, GroupAttention
-from osp.denoiser.denoiser import Denoiser, check_heads, make_config, trim_text
+from osp.denoiser.denoiser import Denoiser, LinearLayers, check_heads, make_config, trim_text
 from osp.denoiser.layers import MLP, NORM_EPS, FeedForward, PatchEmbedding, initialise, modulated_norm, sinusoid
 from osp.denoiser.rotary import rotary_tables, rotate
 from osp.denoiser.schedule import Stage
@@ -58,6 +58,32 @@ class JointTransformer(Denoiser):
     """See the module; settings are those of `JointTransformerConfig`. Raises UsageError for impossible ones."""
 
     config: JointTransformerConfig
+    linear_layers = LinearLayers(
+        {
+            "patch.linear": "video",
+            "time.up": "once",
+            "time.down": "once",
+            "pooled_text.up": "once",
+            "pooled_text.down": "once",
+            "text": "text",
+            "video_skips.*.linear": "video",
+            "text_skips.*.linear": "text",
+            "blocks.*.attention_modulation": "once",
+            "blocks.*.feed_forward_modulation": "once",
+            "blocks.*.video.qkv": "video",
+            "blocks.*.video.attention_out": "video",
+            "blocks.*.video.feed_forward.up": "video",
+            "blocks.*.video.feed_forward.down": "video",
+            "blocks.*.text.qkv": "text",
+            "blocks.*.text.attention_out": "text",
+            "blocks.*.text.feed_forward.up": "text",
+            "blocks.*.text.feed_forward.down": "text",
+            "out_modulation": "once",
+            "out": "video",
+        },
+        inputs=("patch.linear", "time.up", "pooled_text.up", "text"),
+        joint_text=True,
+    )
 
     def __init__(self, stages: Sequence[Stage | Mapping[str, Any]] | None = None, **settings: Any) -> None:
         c = make_config(JointTransformerConfig, settings if stages is None else settings | {"stages": stages})

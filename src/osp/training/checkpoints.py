@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from osp.conditioning import TextEncoder, WordText
-from osp.denoiser import CrossTransformer, Denoiser, JointTransformer
+from osp.denoiser import Denoiser
 from osp.diffusion import Epsilon, Flow, Objective, Velocity
 from osp.errors import DataError, OspError, UsageError
 from osp.sampling import VideoGenerator
 from osp.training.encode_features import text_identities
 from osp.vae import WFVAE, LatentCodec, VideoVAE
 from osp.weights import load_pretrained
+from osp.weights.families import find_class
 from osp.weights.files import load_exactly, open_checkpoint
 
-_DENOISERS: dict[str, type[Denoiser]] = {kind.__name__: kind for kind in (CrossTransformer, JointTransformer)}
 _OBJECTIVES: dict[str, type[Objective]] = {kind.__name__: kind for kind in (Epsilon, Velocity, Flow)}
 
 _GIVE_VAE = "vae=trained vae.path=CHECKPOINT, or vae=pretrained vae.path=FOLDER"
@@ -89,8 +89,9 @@ def open_generator(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any]]
 def averaged_denoiser(checkpoint: Mapping[str, Any], path: str | Path) -> Denoiser:
     """The denoiser of a training checkpoint with its averaged weights, in eval mode."""
     entry = checkpoint["generator"]["denoiser"]
+    kind = find_class(entry["model"], Denoiser, f"{path}: generator.denoiser.model", DataError)
     with torch.device("meta"):
-        denoiser = _DENOISERS[entry["model"]](**entry["settings"])
+        denoiser = kind(**entry["settings"])
     load_exactly(denoiser, averaged_weights(checkpoint, "denoiser."), path)
     return denoiser.eval()
 

@@ -14,6 +14,7 @@ from osp.weights.keys import (
     settings_from_published,
     settings_to_published,
 )
+from osp.weights.layout import Family, Kind, Layout
 
 # Ours -> theirs, one after another.
 _RENAMED = tuple(
@@ -142,3 +143,11 @@ def _flat_parts(vae: CausalVideoVAE) -> tuple[str, ...]:
         parts += [f"{half}.levels.{i}.blocks." for i, kernel in enumerate(blocks) if kernel == "2d"]
         parts += [f"{half}.levels.{i}.resize." for i, resize in enumerate(resizes) if resize == "frame"]
     return tuple(parts)
+
+
+FAMILY = Family(
+    "causalvae",
+    CausalVideoVAE,
+    Layout(lambda _: "CausalVAEModel", key_pairs, published_settings),
+    {"causalvae": Kind(build, DEFAULTS, FULL_SIZES)},
+)

@@ -8,6 +8,7 @@ from osp.denoiser import CrossTransformer, Stage
 from osp.denoiser.rotary import halves_first
 from osp.errors import UsageError
 from osp.weights.keys import KeyPair, Setting, check_settings, settings_from_published, settings_to_published
+from osp.weights.layout import Family, Kind, Layout
 
 _SETTINGS = {
     "in_channels": Setting("channels"),
@@ -162,3 +163,14 @@ def _stages(blocks: int, sparsity: int) -> tuple[Stage, ...]:
         (blocks - _FIRST_DENSE_AGAIN, 1),
     )
     return tuple(Stage(size, "skiparse" if k > 1 else "dense", k) for size, k in sizes if size > 0)
+
+
+FAMILY = Family(
+    "cross",
+    CrossTransformer,
+    Layout(class_name, key_pairs, published_settings),
+    {
+        "opensora_v13": Kind(build, DEFAULTS, FULL_SIZES),
+        "opensora_inpaint_v13": Kind(build_inpaint, DEFAULTS_INPAINT, FULL_SIZES),
+    },
+)

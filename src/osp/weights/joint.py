@@ -7,6 +7,7 @@ from osp.denoiser import JointTransformer, Stage
 from osp.denoiser.rotary import halves_first
 from osp.errors import UsageError
 from osp.weights.keys import KeyPair, Setting, check_settings, settings_from_published, settings_to_published
+from osp.weights.layout import Family, Kind, Layout
 
 _SETTINGS = {
     "in_channels": Setting("channels"),
@@ -150,3 +151,11 @@ def dead_keys(model: JointTransformer) -> dict[str, tuple[int, ...]]:
         f"{last}.ff_enc.net.0.proj.weight": (4 * c.width, c.width),
         f"{last}.ff_enc.net.2.weight": (c.width, 4 * c.width),
     }
+
+
+FAMILY = Family(
+    "joint",
+    JointTransformer,
+    Layout(lambda _: "SparseUMMDiT", key_pairs, published_settings, dead_keys),
+    {"ummdit_v15": Kind(build, DEFAULTS, FULL_SIZES)},
+)

@@ -7,18 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osp.denoiser import CrossTransformer, JointTransformer
 from osp.errors import UsageError
-from osp.vae import WFVAE, CausalVideoVAE, VideoVAE
+from osp.vae import VideoVAE
+from osp.weights.families import FAMILIES, family_of, find_class
 from osp.weights.files import WeightImportError, check_keys, open_checkpoint
 from osp.weights.folders import CONFIG, read_config, write_model
 from osp.weights.lazy import Weights, filled, parse_dtype
 from osp.weights.published import published_scaling
 
 _WEIGHTS = "model.safetensors"
-_MODELS: dict[str, type[nn.Module]] = {
-    model.__name__: model for model in (WFVAE, CausalVideoVAE, CrossTransformer, JointTransformer)
-}
 
 
 def save_pretrained(
@@ -34,8 +31,9 @@ def save_pretrained(
     folder that holds something else.
     """
     name = type(model).__name__
-    if name not in _MODELS:
-        raise UsageError(f"a {name} cannot be saved; a {' or '.join(_MODELS)} can")
+    if family_of(model) is None:
+        known = (family.model.__name__ for family in FAMILIES.values())
+        raise UsageError(f"a {name} cannot be saved; a {' or '.join(known)} can")
     config = {"model": name, "settings": model.settings, "published": dict(published or {})}
     stored = Weights.of(model.state_dict() if weights is None else weights)
     write_model(Path(folder), _WEIGHTS, stored, config, is_alike=lambda other: "model" in other)
@@ -64,14 +62,12 @@ def open_pretrained(path: str | Path | None) -> tuple[nn.Module, Weights]:
     if path is None:
         raise UsageError("give path=FOLDER, one of `osp import-weights`")
     config, folder = _config(path), Path(path)
-    name = config.get("model")
-    if not isinstance(name, str) or name not in _MODELS:
-        raise WeightImportError(f"{folder / CONFIG}: model={name!r} is not known; choose {' or '.join(_MODELS)}")
+    kind = find_class(config["model"], nn.Module, f"{folder / CONFIG}: model", WeightImportError)
     try:
         with torch.device("meta"):
-            model = _MODELS[name](**config["settings"])
+            model = kind(**config["settings"])
     except (UsageError, KeyError, TypeError, ValueError) as error:
-        raise WeightImportError(f"{folder / CONFIG}: its settings build no {name} ({error})") from error
+        raise WeightImportError(f"{folder / CONFIG}: its settings build no {kind.__name__} ({error})") from error
     stored = open_checkpoint(folder / _WEIGHTS)
     check_keys(Weights.of(model.state_dict()).shapes, stored, str(folder / _WEIGHTS))
     return model, Weights.of(stored)

@@ -1,75 +1,25 @@
 """Published checkpoints to our modules, refusing whatever does not fit, and our modules to published checkpoints."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from osp.denoiser import CrossTransformer, JointTransformer
 from osp.errors import UsageError
-from osp.vae import WFVAE, CausalVideoVAE, VideoVAE
-from osp.weights import causalvae, cross, joint, wfvae
+from osp.vae import VideoVAE
+from osp.weights.families import family_of, find_kind
 from osp.weights.files import check_keys
 from osp.weights.folders import config_path, read_config, read_weights, write_model
-from osp.weights.keys import KeyPair, from_published
+from osp.weights.keys import from_published
 from osp.weights.keys import to_published as _to_published
+from osp.weights.layout import Family, Kind, Layout
 from osp.weights.lazy import Weights, filled, parse_dtype, unwrapped
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CLASS = "_class_name"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the published code writes a model of ours.
-
-    `build` makes the model, without weights, for published settings and the weights they came with; `key_pairs` names
-    its tensors there; `settings` are its published settings; `class_name` is that of the published class. `ignored`
-    gives keys, with their shapes, that a checkpoint may hold and no output depends on: they are not read, nor written.
-    """
-
-    model: type[nn.Module]
-    class_name: Callable[[Any], str]
-    build: Callable[[Mapping[str, Any], Mapping[str, Any]], nn.Module]
-    key_pairs: Callable[[Any], Iterable[KeyPair]]
-    settings: Callable[[Any], dict[str, Any]]
-    ignored: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda _: {}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A published model: its layout, what its settings are where a configuration is silent, and its full sizes."""
-
-    layout: Layout
-    defaults: Mapping[str, Any]
-    full_sizes: tuple[Mapping[str, Any], ...]
-
-
-_WFVAE = Layout(WFVAE, lambda _: "WFVAEModel", wfvae.build, wfvae.key_pairs, wfvae.published_settings)
-_CAUSALVAE = Layout(
-    CausalVideoVAE, lambda _: "CausalVAEModel", causalvae.build, causalvae.key_pairs, causalvae.published_settings
-)
-_CROSS = Layout(CrossTransformer, cross.class_name, cross.build, cross.key_pairs, cross.published_settings)
-_CROSS_INPAINT = replace(_CROSS, build=cross.build_inpaint)
-_JOINT = Layout(
-    JointTransformer,
-    lambda _: "SparseUMMDiT",
-    joint.build,
-    joint.key_pairs,
-    joint.published_settings,
-    joint.dead_keys,
-)
-KINDS: dict[str, Kind] = {
-    "wfvae_v13": Kind(_WFVAE, wfvae.DEFAULTS_V13, wfvae.FULL_SIZES_V13),
-    "wfvae_v15": Kind(_WFVAE, wfvae.DEFAULTS_V15, wfvae.FULL_SIZES_V15),
-    "causalvae": Kind(_CAUSALVAE, causalvae.DEFAULTS, causalvae.FULL_SIZES),
-    "opensora_v13": Kind(_CROSS, cross.DEFAULTS, cross.FULL_SIZES),
-    "opensora_inpaint_v13": Kind(_CROSS_INPAINT, cross.DEFAULTS_INPAINT, cross.FULL_SIZES),
-    "ummdit_v15": Kind(_JOINT, joint.DEFAULTS, joint.FULL_SIZES),
-}
 
 
 SCALE_4X8X8 = 0.18215
@@ -95,10 +45,10 @@ def load_published(
 ) -> nn.Module:
     """A published model with its weights, in eval mode.
 
-    `kind` is a key of `KINDS`, as "wfvae_v13". `source` is a checkpoint file (safetensors or torch), a folder
-    with one, with shards or with the ranks of a Megatron run, or a state dict with the published keys. `config` holds
-    the published constructor settings; None means those of the `config.json` in the folder or beside the file, else
-    those of the published full-size model that the keys are most like.
+    `kind` is one of a family (`osp.weights.families`), as "wfvae_v13". `source` is a checkpoint file (safetensors or
+    torch), a folder with one, with shards or with the ranks of a Megatron run, or a state dict with the published keys.
+    `config` holds the published constructor settings; None means those of the `config.json` in the folder or beside the
+    file, else those of the published full-size model that the keys are most like.
 
     Raises UsageError for another kind and for settings that no published model has, WeightImportError for files that
     cannot be read safely and for unknown, missing or misshapen keys, which it lists.
@@ -129,8 +79,7 @@ def open_published(
 ) -> Opened:
     """As `load_published`, before anything but the keys is read."""
     dtype = parse_dtype(dtype)
-    if kind not in KINDS:
-        raise UsageError(f"kind={kind!r} is not known; choose {' or '.join(KINDS)}")
+    family, found = find_kind(kind)
     origin, name = "config", "the checkpoint"
     if isinstance(source, str | Path):
         name = str(source)
@@ -143,13 +92,13 @@ def open_published(
                 )
     if config is None:
         name += " (read with the full-size settings, as there is no config.json; give config=FILE for others)"
-    sizes = KINDS[kind].full_sizes if config is None else (config,)
+    sizes = found.full_sizes if config is None else (config,)
     if isinstance(source, str | Path):
         # The full-size models of a kind have the same number of blocks
-        weights = read_weights(source, {**KINDS[kind].defaults, **sizes[0]}.get("num_layers"))
+        weights = read_weights(source, {**found.defaults, **sizes[0]}.get("num_layers"))
     else:
         weights = unwrapped(source)
-    candidates = [_Candidate(KINDS[kind], size, weights, origin) for size in sizes]
+    candidates = [_Candidate(family, found, size, weights, origin) for size in sizes]
     best = min(candidates, key=lambda candidate: candidate.misfits)
     check_keys(best.expected, weights, name, optional=best.ignored)
     return Opened(best.model, from_published(best.pairs, weights, best.model, dtype), best.further_settings)
@@ -184,18 +133,18 @@ def save_published(
 class _Candidate:
     """A model that weights may be of."""
 
-    def __init__(self, kind: Kind, settings: Mapping[str, Any], weights: Weights, origin: str) -> None:
+    def __init__(self, family: Family, kind: Kind, settings: Mapping[str, Any], weights: Weights, origin: str) -> None:
         try:
             with torch.device("meta"):
-                self.model = kind.layout.build({**kind.defaults, **settings}, weights)
+                self.model = kind.build({**kind.defaults, **settings}, weights)
         except UsageError as error:
             raise UsageError(f"{origin}: {error}") from error
         except (TypeError, ValueError, AttributeError) as error:
-            raise UsageError(f"{origin}: these settings make no {kind.layout.model.__name__} ({error})") from error
-        self.pairs = list(kind.layout.key_pairs(self.model))
+            raise UsageError(f"{origin}: these settings make no {family.model.__name__} ({error})") from error
+        self.pairs = list(family.layout.key_pairs(self.model))
         self.expected = {key: pair.published_shape for pair in self.pairs for key in pair.published}
-        self.ignored = kind.layout.ignored(self.model)
-        shaping = kind.layout.settings(self.model)
+        self.ignored = family.layout.ignored(self.model)
+        shaping = family.layout.settings(self.model)
         self.further_settings = {
             key: value for key, value in settings.items() if key not in shaping and not key.startswith("_")
         }
@@ -208,7 +157,7 @@ def _weights(model: nn.Module) -> Weights:
 
 
 def _layout(model: nn.Module) -> Layout:
-    for kind in KINDS.values():
-        if isinstance(model, kind.layout.model):
-            return kind.layout
-    raise UsageError(f"there is no published form of a {type(model).__name__}")
+    family = family_of(model)
+    if family is None:
+        raise UsageError(f"there is no published form of a {type(model).__name__}")
+    return family.layout

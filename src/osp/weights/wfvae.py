@@ -10,6 +10,7 @@ from osp.errors import UsageError
 from osp.vae.wavelet import EXACT_SCALE_3D, PUBLISHED_SCALE_3D, HaarTransform, InverseHaarTransform
 from osp.vae.wfvae import WFVAE
 from osp.weights.keys import KeyPair, Setting, layer_pairs, settings_from_published, settings_to_published
+from osp.weights.layout import Family, Kind, Layout
 
 # Ours, as part of a dotted name -> theirs. The last part of a name decides for the wavelets and inside attention.
 _RENAMED = {"flow_l1": "connect_l1", "flow_l2": "connect_l2", "head": "layer", "shortcut": "nin_shortcut"}
@@ -141,3 +142,14 @@ def _haar_scale(weights: Mapping[str, Any]) -> float:
         if torch.tensor(known, device="cpu").item() == value:
             return known
     return value
+
+
+FAMILY = Family(
+    "wfvae",
+    WFVAE,
+    Layout(lambda _: "WFVAEModel", key_pairs, published_settings),
+    {
+        "wfvae_v13": Kind(build, DEFAULTS_V13, FULL_SIZES_V13),
+        "wfvae_v15": Kind(build, DEFAULTS_V15, FULL_SIZES_V15),
+    },
+)
