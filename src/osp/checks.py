@@ -34,19 +34,22 @@ def check_number(
     )
     fits = not isinstance(value, bool) and isinstance(value, int if whole else int | float) and math.isfinite(value)
     if not fits or not all(within() for limit, within in limits if limit is not None):
-        shown = "null" if value is None else value
         otherwise = f", or null: {null}" if null else ""
-        raise error(f"{key}={shown}: must {_limits(least, most, above, below, whole)}{otherwise}")
+        raise error(f"{key}={_shown(value)}: must {_limits(least, most, above, below, whole)}{otherwise}")
 
 
 def check_choice(key: str, value: Any, choices: Iterable[Any], error: type[OspError] = UsageError) -> None:
     """Raise an error naming key, value and all choices unless `value` is one of them."""
     known = [*choices]
     if value not in known:
-        shown = "null" if value is None else value
-        *others, last = map(str, known)
+        *others, last = map(_shown, known)
         listed = f"{', '.join(others)} or {last}" if others else last
-        raise error(f"{key}={shown}: is not known; choose {listed}")
+        raise error(f"{key}={_shown(value)}: is not known; choose {listed}")
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written in a command."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _limits(least: float | None, most: float | None, above: float | None, below: float | None, whole: bool) -> str:

@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 
-from osp.cli import bench_case, bench_denoiser, bench_vae, config_folder
+from osp.benchmark import case as bench_case
+from osp.benchmark import denoiser as bench_denoiser
+from osp.benchmark import vae as bench_vae
+from osp.benchmark.models import ModelSource
+from osp.cli import config_folder
 from osp.cli import eval as eval_verb
 from osp.cli.bench import TARGETS
 from osp.denoiser import CrossTransformer, Denoiser, JointTransformer, Stage
@@ -31,7 +36,7 @@ Bench = Callable[..., tuple[str, dict[str, Any]]]
 @pytest.fixture
 def command(tmp_path: Path, osp: Osp, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Runs `osp bench`; gives stdout and results.json."""
-    monkeypatch.setattr("osp.cli.bench.matmul_peak", lambda *_: 1e11)  # it has its own test, and takes a second
+    monkeypatch.setattr("osp.benchmark.run.matmul_peak", lambda *_: 1e11)  # it has its own test, and takes a second
 
     def run(*settings: str) -> tuple[str, dict[str, Any]]:
         common = ["repeats=1", "device=cpu", "isolate=false", f"output={tmp_path}"]
@@ -231,7 +236,7 @@ def test_a_denoiser_of_a_folder_in_half_precision(command: Bench, small: JointTr
 def test_a_denoiser_is_made_in_the_precision_and_place_it_runs_in(monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.dumps({"_target_": "osp.denoiser.CrossTransformer", "heads": 2, "head_dim": 12})
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: self)  # so that nothing moves later
-    made = bench_denoiser._build(config, torch.device("meta"), torch.bfloat16)
+    made = bench_denoiser._build(ModelSource("cross", config, instantiate), torch.device("meta"), torch.bfloat16)
     assert {(parameter.device.type, parameter.dtype) for parameter in made.parameters()} == {("meta", torch.bfloat16)}
     assert torch.get_default_dtype() == torch.float32
 
@@ -275,16 +280,16 @@ def test_every_target_has_its_settings() -> None:
 
 
 WRONG = [
-    (["latents=8x8"], "latents=8x8 makes no sense; give FRAMESxHEIGHTxWIDTH"),
+    (["latents=8x8"], "latents=8x8: must be FRAMESxHEIGHTxWIDTH, for example 8x64x64"),
     (["latents=[1x4x4,1x3x4]"], "latent height 3 is no multiple of the patch size 2"),
-    (["latents=0x4x4"], "latents=0x4x4 makes no sense"),
-    (["text_tokens=0"], "text_tokens=0 makes no sense"),
-    (["batch=all"], "batch=all makes no sense"),
-    (["pass=back"], "pass=back is not known; choose forward, train"),
-    (["schedule=random"], "schedule=random is not known; choose sparse, dense"),
+    (["latents=0x4x4"], "latents=0x4x4: must be FRAMES"),
+    (["text_tokens=0"], "text_tokens=0: must be a whole number of at least 1"),
+    (["batch=all"], "batch=all: must be a whole number of at least 1"),
+    (["pass=back"], "pass=back: is not known; choose forward or train"),
+    (["schedule=random"], "schedule=random: is not known; choose sparse or dense"),
     (["denoiser=opensora_v12", "schedule=sparse"], "all blocks of this denoiser are dense"),
-    (["recompute_every=-1"], "recompute_every=-1 makes no sense; it must be a whole number of at least 0"),
-    (["compile=[]"], r"compile=\[\] leaves nothing"),
+    (["recompute_every=-1"], "recompute_every=-1: must be a whole number of at least 0"),
+    (["compile=[]"], r"compile=\[\]: leaves nothing"),
     (["denoiser.head_dim=15"], "head_dim=15"),
     (["half=decode"], "half"),  # a setting of another target
     (["vae=wfvae_tiny"], "vae"),

@@ -1,8 +1,7 @@
 """`osp bench target=denoiser`: one pass of a denoiser, sparse and dense."""
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,22 +9,11 @@ from itertools import product
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig
 from torch import Tensor
 
-from osp.cli.bench_case import Target, start_compiler
-from osp.cli.bench_settings import (
-    PRECISIONS,
-    choices,
-    configuration,
-    listed,
-    origin,
-    sides,
-    title,
-    weights_dtype,
-    whole_number,
-)
+from osp.benchmark.case import Target, start_compiler
+from osp.benchmark.models import PRECISIONS, ModelSource, weights_dtype
+from osp.benchmark.settings import choices, sizes, whole_numbers
 from osp.denoiser import Denoiser, Stage, restage
 from osp.denoiser.flops import denoiser_flops
 from osp.errors import UsageError
@@ -40,11 +28,10 @@ _SCHEDULES = ("sparse", "dense")
 class DenoiserCase:
     """One row: what goes through a denoiser, and how.
 
-    `denoiser` is its configuration as JSON, `direction` is "forward" or "train", `tokens` are the video's in one
-    sample, and `flops` the nominal count.
+    `direction` is "forward" or "train", `tokens` are the video's in one sample, and `flops` the nominal count.
     """
 
-    denoiser: str
+    denoiser: ModelSource
     latent: tuple[int, ...]
     text_tokens: int
     batch: int
@@ -126,62 +113,88 @@ class DenoiserCase:
             model.zero_grad()  # or the next run would add to gradients instead of making them
 
 
-def cases(cfg: DictConfig) -> tuple[list[DenoiserCase], str]:
+@dataclass(frozen=True)
+class DenoiserSweep:
+    """The settings of the rows: every combination is one."""
+
+    latents: list[tuple[int, ...]]
+    texts: list[int]
+    batches: list[int]
+    directions: list[str]
+    schedules: list[str]
+    precisions: list[str]
+    compiled: list[bool]
+    recomputed: list[int]
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> "DenoiserSweep":
+        """Of plain values. Raises UsageError for those that make no sense."""
+        return cls(
+            latents=sizes(settings, "latents", "FRAMESxHEIGHTxWIDTH", "8x64x64"),
+            texts=whole_numbers(settings, "text_tokens"),
+            batches=whole_numbers(settings, "batch"),
+            directions=choices(settings, "pass", _PASSES),
+            schedules=choices(settings, "schedule", _SCHEDULES),
+            precisions=choices(settings, "precision", tuple(PRECISIONS)),
+            compiled=choices(settings, "compile", (False, True)),
+            recomputed=whole_numbers(settings, "recompute_every", least=0),
+        )
+
+
+def cases(settings: Mapping[str, Any], source: ModelSource) -> tuple[list[DenoiserCase], str]:
     """The rows that the settings ask for, those to compare next to each other; and what the model is.
 
     Raises UsageError for settings that make no sense, before anything is measured.
     """
-    latents = [sides("latents", value, "FRAMESxHEIGHTxWIDTH", "8x64x64") for value in listed(cfg, "latents")]
-    texts = [whole_number("text_tokens", value) for value in listed(cfg, "text_tokens")]
-    batches = [whole_number("batch", value) for value in listed(cfg, "batch")]
-    directions, schedules = choices(cfg, "pass", _PASSES), choices(cfg, "schedule", _SCHEDULES)
-    precisions, compiled = choices(cfg, "precision", tuple(PRECISIONS)), choices(cfg, "compile", (False, True))
-    checkpointed = [whole_number("recompute_every", value, least=0) for value in listed(cfg, "recompute_every")]
-    config = configuration(cfg, "denoiser")
-    model = _shape(config)
+    sweep, model = DenoiserSweep.read(settings), _shape(source)
+    models = _by_schedule(model, sweep.schedules)
+    rows = []
+    what = product(sweep.precisions, sweep.compiled, sweep.latents, sweep.texts, sweep.batches)
+    for number, how, latent, text, batch in what:
+        tokens = math.prod(latent) // model.patch_size**2
+        for direction, every, (schedule, one) in product(sweep.directions, sweep.recomputed, models.items()):
+            if direction == "forward" and every != sweep.recomputed[0]:
+                continue  # it keeps nothing, so it is one row
+            counted = denoiser_flops(one, latent, text, batch)
+            flops = counted.forward + (counted.backward if direction == "train" else 0)
+            every = every if direction == "train" else 0
+            about = (source, latent, text, batch, direction, schedule, number, how, every)
+            rows.append(DenoiserCase(*about, tokens=tokens, flops=flops))
+    return rows, source.title(model)
+
+
+def _by_schedule(model: Denoiser, schedules: list[str]) -> dict[str, Denoiser]:
+    """The model with each schedule; without "sparse" where that is dense too. Raises UsageError if nothing is left."""
     models = {schedule: _scheduled(model, schedule) for schedule in schedules}
     if "sparse" in schedules and model.schedule == _scheduled(model, "dense").schedule:
         if schedules == ["sparse"]:
             raise UsageError("schedule=sparse: all blocks of this denoiser are dense; give schedule=dense")
         del models["sparse"]  # it would be the same once more
-    rows = []
-    for number, how, latent, text, batch in product(precisions, compiled, latents, texts, batches):
-        for direction, every, (schedule, one) in product(directions, checkpointed, models.items()):
-            if direction == "forward" and every != checkpointed[0]:
-                continue  # it keeps nothing, so it is one row
-            counted = denoiser_flops(one, latent, text, batch)
-            flops = counted.forward + (counted.backward if direction == "train" else 0)
-            every = every if direction == "train" else 0
-            tokens = math.prod(latent) // model.patch_size**2
-            rows.append(
-                DenoiserCase(config, latent, text, batch, direction, schedule, number, how, every, tokens, flops)
-            )
-    return rows, title(cfg, "denoiser", model)
+    return models
 
 
 @lru_cache(maxsize=1)
-def _load(config: str, device: torch.device, dtype: torch.dtype) -> Denoiser:
-    return _build(config, device, dtype)
+def _load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Denoiser:
+    return _build(source, device, dtype)
 
 
-def _shape(config: str) -> Denoiser:
+def _shape(source: ModelSource) -> Denoiser:
     """A denoiser without memory, to count what it has."""
-    settings = json.loads(config)
+    settings = source.settings
     if settings["_target_"] == "osp.weights.load_pretrained":
         return _checked(open_pretrained(settings["path"])[0])
     if settings["_target_"] == "osp.weights.load_published":
         return _checked(open_published(settings["kind"], settings["source"], settings["config"]).model)
-    return _build(config, torch.device("meta"), torch.float32)
+    return _build(source, torch.device("meta"), torch.float32)
 
 
-def _build(config: str, device: torch.device, dtype: torch.dtype) -> Denoiser:
+def _build(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Denoiser:
     """A denoiser; with random weights it is made where and as it will run, never in float32 first."""
-    settings = json.loads(config)
-    if origin(settings):
-        model = instantiate(settings | {"dtype": str(dtype).removeprefix("torch.")})
+    if source.origin:
+        model = source.built(dtype=str(dtype).removeprefix("torch."))
     else:
         with _made_in(device, dtype):
-            model = instantiate(settings)
+            model = source.built()
     return _checked(model).to(device, dtype)
 
 

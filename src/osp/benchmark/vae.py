@@ -1,20 +1,18 @@
 """`osp bench target=vae`: encoding and decoding, whole and in pieces."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from osp.cli.bench_case import Target, start_compiler
-from osp.cli.bench_settings import PRECISIONS, choices, configuration, listed, sides, title, weights_dtype, whole_number
-from osp.cli.checks import build_vae
+from osp.benchmark.case import Target, start_compiler
+from osp.benchmark.models import PRECISIONS, ModelSource, weights_dtype
+from osp.benchmark.settings import choices, listed, sizes, whole_numbers
+from osp.checks import check_number
 from osp.devices import count_flops
 from osp.errors import UsageError
 from osp.vae import Tiling, VideoVAE, stream_decode, stream_encode
@@ -29,10 +27,10 @@ _MODES = ("whole", "pieces", "stream")
 class VAECase:
     """One row: what goes through a VAE, and how.
 
-    `vae` is its configuration as JSON, `flops` the nominal count for the whole clip.
+    `flops` is the nominal count for the whole clip.
     """
 
-    vae: str
+    vae: ModelSource
     half: str
     frames: int
     height: int
@@ -129,57 +127,83 @@ class VAECase:
         return [first, *(min(chunk, frames - start) for start in range(first, frames, chunk))]
 
     def _input_frames(self, vae: VideoVAE) -> int:
-        return latent_frames(vae, self.frames) if self.half == "decode" else self.frames
+        return vae.strides.latent_frames(self.frames) if self.half == "decode" else self.frames
 
 
-def latent_frames(vae: VideoVAE, frames: int) -> int:
-    """How many latent frames a clip of so many frames has."""
-    return 1 - (1 - frames) // vae.time_stride
+@dataclass(frozen=True)
+class VAESweep:
+    """The settings of the rows: every combination is one."""
+
+    halves: list[str]
+    modes: list[str]
+    precisions: list[str]
+    compiled: list[bool]
+    sizes: list[tuple[int, ...]]
+    lengths: list[int]
+    chunks: list[int | None]
+    tilings: list[Tiling | None]
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> "VAESweep":
+        """Of plain values. Raises UsageError for those that make no sense."""
+        return cls(
+            halves=choices(settings, "half", tuple(_HALVES)),
+            modes=choices(settings, "mode", _MODES),
+            precisions=choices(settings, "precision", tuple(PRECISIONS)),
+            compiled=choices(settings, "compile", (False, True)),
+            sizes=sizes(settings, "sizes", "HEIGHTxWIDTH", "256x256"),
+            lengths=whole_numbers(settings, "frames"),
+            chunks=whole_numbers(settings, "chunk_frames", null="the VAE's own"),
+            tilings=[None if value is None else _tiling(value) for value in listed(settings, "tiling")],
+        )
+
+    def check(self, vae: VideoVAE) -> None:
+        """Raise UsageError if the VAE does not take these clips, or these tiles."""
+        for (height, width), length in product(self.sizes, self.lengths):
+            vae.check_size(length, height, width)
+        for tiling in self.tilings:
+            if tiling is not None:
+                tiling.check(vae.space_stride)
 
 
-def cases(cfg: DictConfig) -> tuple[list[VAECase], str]:
+def cases(settings: Mapping[str, Any], source: ModelSource) -> tuple[list[VAECase], str]:
     """The rows that the settings ask for, those to compare next to each other; and what the model is.
 
     Raises UsageError for settings that make no sense, before anything is measured.
     """
-    halves, modes = choices(cfg, "half", tuple(_HALVES)), choices(cfg, "mode", _MODES)
-    precisions, compiled = choices(cfg, "precision", tuple(PRECISIONS)), choices(cfg, "compile", (False, True))
-    sizes = [sides("sizes", value, "HEIGHTxWIDTH", "256x256") for value in listed(cfg, "sizes")]
-    lengths = [whole_number("frames", value) for value in listed(cfg, "frames")]
-    chunks = [None if n is None else whole_number("chunk_frames", n) for n in listed(cfg, "chunk_frames")]
-    tilings = [None if value is None else _tiling(value) for value in listed(cfg, "tiling")]
-    config = configuration(cfg, "vae")
-    vae = build_vae(cfg.vae)
-    for (height, width), length in product(sizes, lengths):
-        vae.check_size(length, height, width)
-    for tiling in tilings:
-        if tiling is not None:
-            tiling.check(vae.space_stride)
+    sweep, vae = VAESweep.read(settings), _build(source)
+    sweep.check(vae)
     with torch.device("meta"):
         twin = type(vae)(**vae.settings)
     clips = {
         (half, size, length): nominal_flops(twin, half, length, *size)
-        for half, size, length in product(halves, sizes, lengths)
+        for half, size, length in product(sweep.halves, sweep.sizes, sweep.lengths)
     }
     rows = []
-    for number, how, clip in product(precisions, compiled, clips):
+    for number, how, clip in product(sweep.precisions, sweep.compiled, clips):
         half, (height, width), length = clip
-        for mode, tiling, chunk in product(modes, tilings, chunks):
-            if mode == "whole" and chunk != chunks[0]:
+        for mode, tiling, chunk in product(sweep.modes, sweep.tilings, sweep.chunks):
+            if mode == "whole" and chunk != sweep.chunks[0]:
                 continue  # it has no pieces, so it is one row
             note = "" if mode == "whole" or vae.can_stream(_HALVES[half]) else "cannot stream"
-            about = (config, half, length, height, width, mode, chunk, tiling, number, how)
+            about = (source, half, length, height, width, mode, chunk, tiling, number, how)
             rows.append(VAECase(*about, flops=clips[clip], note=note))
-    return rows, title(cfg, "vae", vae)
+    return rows, source.title(vae)
 
 
 @lru_cache(maxsize=1)
-def _load(config: str, device: torch.device, precision: str, compiled: bool) -> VideoVAE:
-    vae: VideoVAE = instantiate(OmegaConf.create(json.loads(config))).to(device).eval()
-    vae.to(weights_dtype(precision))
+def _load(source: ModelSource, device: torch.device, precision: str, compiled: bool) -> VideoVAE:
+    vae = _build(source).to(device, weights_dtype(precision)).eval()
     if compiled:
         vae.get_submodule("encoder").compile()
         vae.get_submodule("decoder").compile()
+    return vae
+
+
+def _build(source: ModelSource) -> VideoVAE:
+    vae = source.built()
+    if not isinstance(vae, VideoVAE):
+        raise UsageError(f"vae is a {type(vae).__name__}, which is no VAE; give weights of a VAE")
     return vae
 
 
@@ -187,15 +211,16 @@ def nominal_flops(vae: VideoVAE, half: str, frames: int, height: int, width: int
     """For a whole clip, with what fills up the last stride of its frames. On the meta device nothing is computed."""
     if half == "encode":
         return count_flops(vae.encode_moments, vae.pad_frames(torch.empty(1, 3, frames, height, width, device="meta")))
-    length = latent_frames(vae, frames)
-    size = (length, height // vae.space_stride, width // vae.space_stride)
+    size = vae.strides.latent(frames, height, width)
     return count_flops(vae.decode_latent, torch.empty(1, vae.latent_channels, *size, device="meta"))
 
 
 def _tiling(value: Any) -> Tiling:
     if not isinstance(value, dict) or "size" not in value or not set(value) <= {"size", "overlap"}:
-        raise UsageError(f"tiling={value} makes no sense; give null or {{size: 256, overlap: 64}}")
-    return Tiling(**{str(key): whole_number(f"tiling.{key}", side) for key, side in value.items()})
+        raise UsageError(f"tiling={value}: must be null or like {{size: 256, overlap: 64}}")
+    for key, side in value.items():
+        check_number(f"tiling.{key}", side, 1, whole=True)
+    return Tiling(**value)
 
 
 VAE = Target(

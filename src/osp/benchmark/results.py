@@ -1,15 +1,14 @@
 """What `osp bench` leaves: one table, the same as files, and one plot."""
 
-import csv
-import io
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from osp.cli.bench_case import Case, Target
+from osp.benchmark.case import Case, Target
 from osp.files import write_whole
+from osp.report.plots import Line, draw_panels, write_figure
+from osp.report.tables import csv_text, markdown_table
 
 # Columns of the table that are measured: heading, and what its numbers are divided by
 _MEASURED = {
@@ -25,8 +24,6 @@ _MEASURED = {
     "flops_ratio": ("FLOP ratio", 1),
     "memory_ratio": ("memory ratio", 1),
 }
-_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
-_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ("--", "v"), (":", "x"))
 
 
 def table_rows(
@@ -71,11 +68,7 @@ def write(output: Path, results: Mapping[str, Any]) -> None:
     write_whole(output / "table.md", markdown(results) + "\n")
     write_whole(output / "results.json", json.dumps(results, indent=1, allow_nan=False))
     columns = [*results["columns"], *_measured(results["rows"]), "first_seconds", "note"]
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
-    table.writeheader()
-    table.writerows(results["rows"])
-    write_whole(output / "results.csv", text.getvalue())
+    write_whole(output / "results.csv", csv_text(columns, results["rows"]))
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -94,7 +87,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             f"{results['device']}; torch {results['torch']}; the peak, of matrix products: {', '.join(rates)}; "
             f"best of {results['repeats']} runs after one not counted; memory is {results['memory']}",
             "",
-            *_aligned([[_heading(key) for key in columns], *([_text(row, key) for key in columns] for row in rows)]),
+            *markdown_table(list(map(_heading, columns)), [[_text(row, key) for key in columns] for row in rows]),
             "",
             *(f"- {note}" for note in results["notes"]),
         ]
@@ -106,54 +99,35 @@ def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in _MEASURED if any(row.get(key) is not None for row in rows)]
 
 
-def draw(output: Path, results: Mapping[str, Any], target: Target) -> None:
+def plot(output: Path, results: Mapping[str, Any], target: Target) -> None:
     """Write plot.png, with speed above and memory taken below; where no row was measured there is no plot."""
-    from matplotlib.figure import Figure  # takes its time to load
-
-    rows = sorted((row for row in results["rows"] if "seconds" in row), key=lambda row: row[target.x])
     (output / "plot.png").unlink(missing_ok=True)
+    rows = sorted((row for row in results["rows"] if "seconds" in row), key=lambda row: row[target.x])
     if not rows:
         return
-    others = [key for key in results["columns"] if key not in (target.panel, target.x, *target.style)]
-    # What goes with the length, as a size that is another way to say it, needs no colour.
-    alike = [[row for row in rows if row[target.x] == length] for length in {row[target.x] for row in rows}]
-    coloured = [key for key in others if any(_differs(some, key) for some in alike)]
-    coloured = coloured or [key for key in others[:1] if not _differs(rows, key)]
-    panels, colours, styles = (_labels(rows, keys) for keys in ([target.panel], coloured, target.style))
-    curves: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    quantities = (target.speed, "taken_bytes")
+    coloured = _coloured(rows, [key for key in results["columns"] if key not in (target.panel, *target.style)], target)
+    lines: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         where = _label(row, [target.panel]), _label(row, coloured), _label(row, target.style)
-        curves.setdefault(where, []).append(row)
+        lines.setdefault(where, []).append(row)
+    drawn = [
+        Line(
+            *where, [[(row[target.x], row[key] / _MEASURED[key][1]) for row in some if row[key]] for key in quantities]
+        )
+        for where, some in lines.items()
+    ]
+    title = f"{results['model']}\n{results['device']}"
+    write_figure(output / "plot.png", draw_panels(drawn, _heading(target.x), list(map(_heading, quantities)), title))
 
-    figure = Figure(figsize=(2 + 4.5 * len(panels), 8), layout="constrained")
-    grid = figure.subplots(2, len(panels), sharex=True, squeeze=False)
-    for line, key in zip(grid, (target.speed, "taken_bytes"), strict=True):
-        line[0].set_ylabel(_heading(key))
-        for axes, title in zip(line, panels, strict=True):
-            axes.set_title(title)
-            axes.grid(alpha=0.3)
-        for (panel, colour, style), points in curves.items():
-            shown = [(row[target.x], row[key] / _MEASURED[key][1]) for row in points if row[key]]
-            color, (linestyle, marker) = _pick(_COLOURS, colours, colour), _pick(_STYLES, styles, style)
-            look = {"color": color, "linestyle": linestyle, "marker": marker, "label": f"{colour} {style}".strip()}
-            line[panels.index(panel)].plot([x for x, _ in shown], [y for _, y in shown], **look)
-    lengths = sorted({row[target.x] for row in rows})
-    for above, below in grid.T:
-        for axes in (above, below):
-            if 0 < axes.dataLim.y1 < math.inf:  # what took no memory that shows, or where nobody can tell, has none
-                axes.set_ylim(0, 1.1 * axes.dataLim.y1)
-        below.set_xlabel(_heading(target.x))
-        below.set_xscale("log" if lengths[-1] >= 8 * lengths[0] else "linear")
-        below.set_xticks(lengths, [str(length) for length in lengths])
-        below.set_xticks([], minor=True)
-    lines = {str(line.get_label()): line for axes in grid[0] for line in axes.get_lines()}
-    names = (f"{colour} {style}".strip() for colour in colours for style in styles)
-    legend = [name for name in names if name in lines]
-    figure.legend([lines[name] for name in legend], legend, loc="outside lower center", ncols=3)
-    figure.suptitle(f"{results['model']}\n{results['device']}", fontsize="medium")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_whole(output / "plot.png", image.getvalue())
+
+def _coloured(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], target: Target) -> list[str]:
+    """The columns that a line's colour stands for."""
+    others = [key for key in columns if key != target.x]
+    # What goes with the length, as a size that is another way to say it, needs no colour.
+    alike = [[row for row in rows if row[target.x] == length] for length in {row[target.x] for row in rows}]
+    found = [key for key in others if any(_differs(some, key) for some in alike)]
+    return found or [key for key in others[:1] if not _differs(rows, key)]
 
 
 def _label(row: Mapping[str, Any], keys: Iterable[str]) -> str:
@@ -165,14 +139,6 @@ def _named(key: str, value: Any) -> str:
     if value is True:
         return _heading(key)
     return f"{value} {_heading(key)}" if isinstance(value, int) else str(value)
-
-
-def _labels(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(_label(row, keys) for row in rows))
-
-
-def _pick(looks: Sequence[Any], names: Sequence[str], name: str) -> Any:
-    return looks[names.index(name) % len(looks)]
 
 
 def _differs(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
@@ -195,12 +161,3 @@ def _text(row: Mapping[str, Any], key: str) -> str:
         return f"{value:.2f}"
     value /= _MEASURED[key][1]
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table, of which the first line is the heading."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    heading, *rows = (
-        f"| {' | '.join(text.rjust(width) for text, width in zip(line, widths, strict=True))} |" for line in cells
-    )
-    return [heading, f"|{'|'.join('-' * (width + 1) + ':' for width in widths)}|", *rows]

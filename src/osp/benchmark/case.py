@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from omegaconf import DictConfig
 
+from osp.benchmark.models import ModelSource
 from osp.devices import PeakMemory, choose_device, free_unused, synchronize
 
 
@@ -62,14 +62,14 @@ class Case(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """Something to measure: `cases` makes rows of the settings, and says what the model is.
+    """Something to measure: `cases` makes rows of settings (plain values) and a model, and says what the model is.
 
     `notes` stand under the table. The plot shows the column `speed` in a panel for each value of the column `panel`,
     over the column `x`, with a line style for each combination of the columns `style` and a colour for each of the
     others.
     """
 
-    cases: Callable[[DictConfig], tuple[Sequence[Case], str]]
+    cases: Callable[[Mapping[str, Any], ModelSource], tuple[Sequence[Case], str]]
     notes: tuple[str, ...]
     speed: str
     panel: str
