@@ -128,7 +128,7 @@ WRONG = [
     (["chain=v13_inpaint"], "start_from"),
     (["chain=tiny", "checkpoint=x", "stages.i2v.overrides=['module.speed=1']"], "stage i2v: Could not.*module.speed"),
     (["chain=tiny", "checkpoint=x", "overrides=['text=null']"], "text=null: a choice is left out by '~text'"),
-    (["chain=tiny", "checkpoint=x", "stages.sparse.steps=0"], r"stage sparse: trainer\.max_steps=0 makes no sense"),
+    (["chain=tiny", "checkpoint=x", "stages.sparse.steps=0"], r"stage sparse: trainer\.max_steps=0: must be a whole"),
     (["chain=v13"], r"stage stage1 needs data\.train\.path, text\.path: give overrides=\['data\.train\.path=\.\.\.'"),
 ]
 

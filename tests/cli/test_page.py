@@ -184,7 +184,7 @@ def test_fewer_clips_and_missing_folders_are_fine(tmp_path: Path, folders: dict[
         ([], 2, "there is nothing to show; give at least one of vae_run=DIR, "),
         (["vae_run=none"], 1, r"none/result\.json: No such file.*a run that has ended"),
         (["samples=none"], 1, r"none/samples\.jsonl: lists no video"),
-        (["samples=none", "clips=-1"], 2, "clips=-1 makes no sense"),
+        (["samples=none", "clips=-1"], 2, "clips=-1: must be a whole number of at least 0"),
     ],
 )
 def test_what_cannot_be_shown_is_said(

@@ -14,8 +14,7 @@ from osp.benchmark.models import ModelSource
 from osp.benchmark.results import markdown
 from osp.benchmark.run import Conditions, run_benchmark
 from osp.benchmark.vae import VAE
-from osp.checks import check_choice
-from osp.cli.checks import check_numbers
+from osp.checks import check_choice, check_number
 from osp.cli.runs import plain
 from osp.devices import choose_device
 from osp.errors import UsageError
@@ -30,7 +29,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     Raises UsageError, before anything is measured, for settings that make no sense.
     """
-    check_numbers(cfg, {"repeats": 1, "threads": 1}, optional=["threads"])
+    check_number("repeats", cfg.repeats, 1, whole=True)
+    check_number("threads", cfg.threads, 1, whole=True, null="torch's choice")
     check_choice("isolate", cfg.isolate, (None, True, False))
     check_choice("target", cfg.target, TARGETS)
     target, device = TARGETS[cfg.target], choose_device(cfg.device)

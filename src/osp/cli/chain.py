@@ -11,8 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from osp.checks import check_number
 from osp.cli import config_folder, user_error
-from osp.cli.checks import check_numbers
 from osp.cli.overrides import check_choices, quoted
 from osp.cli.runs import plain
 from osp.errors import UsageError
@@ -87,7 +87,7 @@ def _composed(name: str, overrides: Sequence[str]) -> DictConfig:
     try:
         check_choices(overrides, config_folder())
         settings = loader.load_configuration("train", overrides=list(overrides), run_mode=RunMode.RUN)
-        check_numbers(settings, {"trainer.max_steps": 1})
+        check_number("trainer.max_steps", settings.trainer.max_steps, 1, whole=True)
     except Exception as error:
         if (mended := user_error(error, "train")) is None:
             raise

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 
-from osp.cli.checks import check_numbers
+from osp.checks import check_number
 from osp.errors import DataError, UsageError
 from osp.evaluation.output import METRICS
 from osp.evaluation.reconstruction import PAIRS
@@ -30,7 +30,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     Raises UsageError if no folder is given, DataError for one without the results that it should hold.
     """
-    check_numbers(cfg, {"clips": 0})
+    check_number("clips", cfg.clips, 0, whole=True)
     folders = {name: _paths(cfg[name]) for name in _FOLDERS}
     if not any(folders.values()):
         raise UsageError(
