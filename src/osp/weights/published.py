@@ -98,7 +98,7 @@ def open_published(
         weights = read_weights(source, {**found.defaults, **sizes[0]}.get("num_layers"))
     else:
         weights = unwrapped(source)
-    candidates = [_Candidate(family, found, size, weights, origin) for size in sizes]
+    candidates = [Candidate(family, found, size, weights, origin) for size in sizes]
     best = min(candidates, key=lambda candidate: candidate.misfits)
     check_keys(best.expected, weights, name, optional=best.ignored)
     return Opened(best.model, from_published(best.pairs, weights, best.model, dtype), best.further_settings)
@@ -130,7 +130,7 @@ def save_published(
     return config
 
 
-class _Candidate:
+class Candidate:
     """A model that weights may be of."""
 
     def __init__(self, family: Family, kind: Kind, settings: Mapping[str, Any], weights: Weights, origin: str) -> None:

@@ -1,0 +1,1 @@
+"""What this code claims, checked: recorded numbers of the published code."""
