@@ -142,6 +142,8 @@ class Candidate:
         except (TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{origin}: these settings make no {family.model.__name__} ({error})") from error
         self.pairs = list(family.layout.key_pairs(self.model))
+        if forgotten := self.model.state_dict().keys() - {pair.ours for pair in self.pairs}:
+            raise RuntimeError(f"family {family.name}: its layout has no key for {', '.join(sorted(forgotten))}")
         self.expected = {key: pair.published_shape for pair in self.pairs for key in pair.published}
         self.ignored = family.layout.ignored(self.model)
         shaping = family.layout.settings(self.model)
