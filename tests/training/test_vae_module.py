@@ -178,7 +178,8 @@ def test_validation_is_the_mean_over_the_clips_that_count(monkeypatch: pytest.Mo
     module, logged = new_module(), {}
     monkeypatch.setattr(module, "log", lambda name, value, **more: logged.update({name: float(value)}))
     monkeypatch.setattr(module, "log_dict", logged.update)
-    alone = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda value, reduce_op: value), global_step=0)
+    strategy = SimpleNamespace(reduce=lambda value, reduce_op: value)
+    alone = SimpleNamespace(strategy=strategy, global_step=0, global_rank=0, world_size=1)
     monkeypatch.setattr(VAEModule, "trainer", alone)
     video = torch.randint(0, 256, (3, 3, 5, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

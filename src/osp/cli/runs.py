@@ -4,16 +4,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from osp.training.runs import RESULT, difference
+from osp.training.runs import RESULT, difference, is_first_process
 
 __all__ = ["RESULT", "is_first_process", "other_setting", "plain"]
-
-
-def is_first_process() -> bool:
-    """Whether this is the run's first process, as far as its launcher has said yet."""
-    from lightning.pytorch.utilities import rank_zero_only  # here: what only reads runs needs none of it
-
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def other_setting(before: Any, cfg: DictConfig) -> str | None:

@@ -6,21 +6,30 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.compat.proto.summary_pb2 import Summary
 
-from osp.data.media.pictures import animated_gif
+from osp.checks import check_number
 from osp.data.media.video import to_uint8
+from osp.training.loggers import Show, shower
 from osp.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
 
-class ClipLogger(Callback):
-    """Shows clips of each validation in TensorBoard: what the module makes of the first batch (`shown_clips`)."""
+class ClipPreview(Callback):
+    """Shows clips of each validation in every logger that can: what the module makes of the first batch.
+
+    `clips` is the most of them (`TrainingModule.shown_clips`); 0 shows none. Raises UsageError for less.
+    """
 
     def __init__(self, clips: int = 4) -> None:
+        check_number("logged_clips", clips, least=0, whole=True)
         self.clips = clips
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Say which loggers have no place for clips."""
+        for logger in trainer.loggers:
+            if self.clips and shower(logger) is None:
+                log.info("%s shows no clips; logger=tensorboard does", type(logger).__name__)
 
     def on_validation_batch_end(
         self,
@@ -31,21 +40,18 @@ class ClipLogger(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Log the first batch's clips."""
+        """Show the first batch's clips."""
         assert isinstance(pl_module, TrainingModule)
-        first = trainer.is_global_zero and not batch_idx
-        if not first or not self.clips or not isinstance(trainer.logger, TensorBoardLogger):
+        if not trainer.is_global_zero or batch_idx or not self.clips:
             return
-        if (clips := pl_module.shown_clips(batch, outputs, self.clips)) is None:
+        places: list[tuple[Any, Show]] = [
+            (logger, show) for logger in trainer.loggers if (show := shower(logger)) is not None
+        ]
+        if not places or (clips := pl_module.shown_clips(batch, outputs, self.clips)) is None:
             return
-        for index, pair in enumerate(to_uint8(clips.cpu())):
-            fps = float(batch["fps"][index])
-            image = Summary.Image(
-                height=pair.shape[2], width=pair.shape[3], colorspace=3, encoded_image_string=animated_gif(pair, fps)
-            )
-            # The writer's own `add_video` needs moviepy for these few bytes.
-            summary = Summary(value=[Summary.Value(tag=f"val/clip_{index}", image=image)])
-            trainer.logger.experiment._get_file_writer().add_summary(summary, trainer.global_step)
+        for index, clip in enumerate(to_uint8(clips.cpu())):
+            for logger, show in places:
+                show(logger, f"val/clip_{index}", clip, float(batch["fps"][index]), trainer.global_step)
 
 
 class ProgressLog(Callback):

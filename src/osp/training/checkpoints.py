@@ -1,12 +1,10 @@
-"""Training checkpoints, read back as a model; `osp.training.saving` writes them."""
+"""Training checkpoints (`osp.training.state`), read back as a model."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from osp.conditioning import TextEncoder, WordText
 from osp.denoiser import Denoiser
@@ -14,26 +12,16 @@ from osp.diffusion import Epsilon, Flow, Objective, Velocity
 from osp.errors import DataError, OspError, UsageError
 from osp.sampling import VideoGenerator
 from osp.training.encode_features import text_identities
+from osp.training.state import TrainingCheckpoint, averaged_weights, is_state, open_state
 from osp.vae import WFVAE, LatentCodec, VideoVAE
 from osp.weights import load_pretrained
 from osp.weights.families import find_class
-from osp.weights.files import load_exactly, open_checkpoint
+from osp.weights.files import load_exactly
 
 _OBJECTIVES: dict[str, type[Objective]] = {kind.__name__: kind for kind in (Epsilon, Velocity, Flow)}
 
 _GIVE_VAE = "vae=trained vae.path=CHECKPOINT, or vae=pretrained vae.path=FOLDER"
 _GIVE_TEXT = "text=NAME text.path=FOLDER"
-
-LAST = "last.ckpt"
-BEST = "best.ckpt"
-
-
-def averaged_weights(checkpoint: Mapping[str, Any], part: str = "") -> dict[str, Tensor]:
-    """The averaged weights of a training checkpoint, or those of one part of what was trained."""
-    prefix = f"ema.model.{part}"
-    stored = checkpoint["state_dict"]
-    # Copied: those of `open_checkpoint` lie in the file, which may be replaced.
-    return {key.removeprefix(prefix): value.clone() for key, value in stored.items() if key.startswith(prefix)}
 
 
 def load_trained_vae(path: str | Path) -> WFVAE:
@@ -41,17 +29,17 @@ def load_trained_vae(path: str | Path) -> WFVAE:
 
     Raises WeightImportError for a file that is not a readable checkpoint and DataError for one that holds no VAE.
     """
-    checkpoint = open_checkpoint(path)
-    settings = checkpoint.get("vae_settings")
+    state = open_state(path)
+    settings = state.entry("vae_settings")
     if settings is None:
-        if isinstance(checkpoint.get("generator"), dict):
+        if isinstance(state.entry("generator"), dict):
             raise DataError(
                 f"{path}: holds a denoiser, where a VAE is wanted; make videos with it by `osp sample`, or judge it by "
                 "`osp eval target=generation`"
             )
         raise DataError(f"{path}: holds no VAE trained here; a checkpoint of `osp train` is needed")
     vae = WFVAE(**settings)
-    load_exactly(vae, averaged_weights(checkpoint), path)
+    load_exactly(vae, averaged_weights(state), path)
     vae.origin = str(path)
     return vae.eval()
 
@@ -61,7 +49,7 @@ def load_vae(origin: str | Path) -> VideoVAE:
 
     Raises WeightImportError or DataError for anything else.
     """
-    if not Path(origin).is_dir():
+    if is_state(origin):
         return load_trained_vae(origin)
     vae = load_pretrained(origin)
     if not isinstance(vae, VideoVAE):
@@ -69,40 +57,40 @@ def load_vae(origin: str | Path) -> VideoVAE:
     return vae
 
 
-def open_generator(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+def open_generator(path: str | Path) -> tuple[TrainingCheckpoint, dict[str, Any]]:
     """A denoiser's training checkpoint, and what it says of its generator.
 
     Raises WeightImportError for a file that is not a readable checkpoint and DataError for one without a denoiser.
     """
-    checkpoint = open_checkpoint(path)
-    entry = checkpoint.get("generator")
+    state = open_state(path)
+    entry = state.entry("generator")
     if not isinstance(entry, dict):
-        if "vae_settings" in checkpoint:
+        if state.entry("vae_settings") is not None:
             raise DataError(
                 f"{path}: holds a VAE, where a denoiser is wanted; measure it by `osp eval`, or train a "
                 "denoiser with it by `osp train module=denoiser`"
             )
         raise DataError(f"{path}: holds no denoiser trained here; a checkpoint of `osp train` with one is needed")
-    return checkpoint, entry
+    return state, entry
 
 
-def averaged_denoiser(checkpoint: Mapping[str, Any], path: str | Path) -> Denoiser:
+def averaged_denoiser(state: TrainingCheckpoint) -> Denoiser:
     """The denoiser of a training checkpoint with its averaged weights, in eval mode."""
-    entry = checkpoint["generator"]["denoiser"]
-    kind = find_class(entry["model"], Denoiser, f"{path}: generator.denoiser.model", DataError)
+    entry = state.entry("generator")["denoiser"]
+    kind = find_class(entry["model"], Denoiser, f"{state.path}: generator.denoiser.model", DataError)
     with torch.device("meta"):
         denoiser = kind(**entry["settings"])
-    load_exactly(denoiser, averaged_weights(checkpoint, "denoiser."), path)
+    load_exactly(denoiser, averaged_weights(state, "denoiser."), state.path)
     return denoiser.eval()
 
 
-def averaged_text(checkpoint: Mapping[str, Any], path: str | Path) -> WordText | None:
+def averaged_text(state: TrainingCheckpoint) -> WordText | None:
     """The text encoder that was trained along, with its averaged weights, in eval mode; None if there is none."""
-    entry = checkpoint["generator"]["text"]
+    entry = state.entry("generator")["text"]
     if entry["encoder"] != WordText.__name__:
         return None
     text = WordText(**entry["settings"])
-    load_exactly(text, averaged_weights(checkpoint, "text."), path)
+    load_exactly(text, averaged_weights(state, "text."), state.path)
     return text.eval()
 
 
@@ -115,7 +103,7 @@ def load_trained_generator(
     along. Raises UsageError for a VAE or text encoder that is gone or is another than the one in training, and errors
     as `open_generator`.
     """
-    checkpoint, entry = open_generator(path)
+    state, entry = open_generator(path)
     latent, objective = entry["latent"], entry["objective"]
     if vae is None:
         vae = _stored_vae(path, latent["origin"])
@@ -126,8 +114,8 @@ def load_trained_generator(
             f"give that one: {_GIVE_VAE}"
         )
     return VideoGenerator(
-        averaged_denoiser(checkpoint, path),
-        _text(checkpoint, path, text),
+        averaged_denoiser(state),
+        _text(state, text),
         _OBJECTIVES[objective["name"]](**objective["settings"]),
         codec,
         fps=entry["fps"],
@@ -146,13 +134,13 @@ def _stored_vae(path: str | Path, origin: str | None) -> VideoVAE:
         raise UsageError(f"{path}: its VAE cannot be read back ({error}); give {_GIVE_VAE}") from error
 
 
-def _text(checkpoint: Mapping[str, Any], path: str | Path, text: TextEncoder | None) -> TextEncoder:
-    trained = averaged_text(checkpoint, path)
+def _text(state: TrainingCheckpoint, text: TextEncoder | None) -> TextEncoder:
+    path, trained = state.path, averaged_text(state)
     if trained is not None:
         if text is not None:
             raise UsageError(f"{path}: brings the text encoder that was trained along; leave text out")
         return trained
-    made_by = checkpoint["generator"]["text"]["made_by"]
+    made_by = state.entry("generator")["text"]["made_by"]
     names = " and ".join(f"{one['name']} ({one['width']} wide)" for one in made_by if one)
     if text is None:
         raise UsageError(f"{path}: was trained with texts of {names}, which it does not bring; give {_GIVE_TEXT}")

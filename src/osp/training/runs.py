@@ -10,8 +10,8 @@ import yaml
 
 from osp.errors import DataError
 from osp.report.curves import read_curves
-from osp.training.checkpoints import BEST, LAST
 from osp.training.former import renamed
+from osp.training.state import BEST, LAST
 
 RESULT = "result.json"
 CONFIG = "config.yaml"
@@ -108,6 +108,13 @@ class TrainingRun:
         """
         before = self.config()
         return None if before is None else difference(before, settings)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of a run, as far as its launcher has said yet."""
+    from lightning.pytorch.utilities import rank_zero_only  # here: what only reads runs needs none of it
+
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

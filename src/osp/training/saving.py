@@ -1,16 +1,18 @@
-"""Training checkpoints: when they are written, and whole or not at all."""
+"""Training checkpoints: when they are written, and whole or not at all; `osp.training.state` reads them."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from osp.errors import UsageError
-from osp.training.checkpoints import LAST
+from osp.checks import check_number
+from osp.training.module import TrainingModule
+from osp.training.state import BEST, LAST
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -26,6 +28,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(temporary, path)
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the state of the best validation in `folder/best.ckpt`, by the metric that the module names."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder, BEST.removesuffix(".ckpt"), enable_version_counter=False)
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Take over the module's metric, and which way it is better."""
+        assert isinstance(pl_module, TrainingModule)
+        self.monitor, self.mode = pl_module.monitor, pl_module.mode
+        self.kth_value = torch.tensor(float("inf" if self.mode == "min" else "-inf"))
+        super().setup(trainer, pl_module, stage)
+
+    @property
+    def state_key(self) -> str:
+        """That of Lightning's class, under which earlier checkpoints hold what was best."""
+        return super().state_key.replace(type(self).__name__, ModelCheckpoint.__name__, 1)
+
+
 class LastCheckpoint(Checkpoint):
     """Keeps the newest state in `folder/last.ckpt`: every `every_n_steps` steps and at the last one.
 
@@ -35,8 +56,7 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int) -> None:
-        if every_n_steps < 1:
-            raise UsageError(f"checkpoint_every={every_n_steps} is too small; it must be at least 1 step")
+        check_number("checkpoint_every", every_n_steps, least=1, whole=True)
         self.path = Path(folder) / LAST
         self.every_n_steps = every_n_steps
 

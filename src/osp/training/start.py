@@ -10,6 +10,7 @@ from osp.conditioning import WordText
 from osp.denoiser import Denoiser, restage
 from osp.errors import UsageError
 from osp.training.checkpoints import averaged_denoiser, averaged_text, open_generator
+from osp.training.state import is_state
 from osp.weights import load_pretrained
 
 log = logging.getLogger(__name__)
@@ -28,12 +29,12 @@ def load_start(path: str | Path, denoiser: Denoiser, text: WordText | None) -> d
     differs, and errors as the files' readers.
     """
     old_text = latent = None
-    if Path(path).is_dir():
+    if not is_state(path):
         old: Any = load_pretrained(path)
     else:
-        checkpoint, entry = open_generator(path)
+        state, entry = open_generator(path)
         latent = entry["latent"]
-        old, old_text = averaged_denoiser(checkpoint, path), averaged_text(checkpoint, path)
+        old, old_text = averaged_denoiser(state), averaged_text(state)
     if type(old) is not type(denoiser):
         raise UsageError(f"start_from={path} holds a {type(old).__name__}, not a {type(denoiser).__name__}")
     before, now = old.settings, denoiser.settings
