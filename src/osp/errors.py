@@ -13,5 +13,9 @@ class UsageError(OspError):
     exit_code = 2
 
 
+class Stopped(OspError):
+    """Somebody ended the work before it was done; nothing is wrong, and what worked on it can be used again."""
+
+
 class DataError(OspError):
     """A file or folder that cannot be read, or holds nothing that can."""

@@ -307,8 +307,8 @@ def test_mistakes_are_told_before_a_model_is_read(
 
 LATE = [
     (["prompt='a b c d e f g h i'"], "has 10 tokens, and words reads 8"),
-    (["clip.frames=18"], "frames=18: use 17 or 21"),
-    (["clip.height=20"], "height=20: use 16 or 32"),
+    (["clip.frames=18"], "frames=18: must be 1 + a multiple of 4"),
+    (["clip.height=20"], "height=20: must be a multiple of 16"),
     (["solver.name=ddim"], "solver: name=ddim cannot integrate Flow"),
     (["solver.options.colour=1"], "Could not override"),
     (["image=light.png"], "this denoiser was not trained with any"),

@@ -68,7 +68,7 @@ def test_all_that_kinds_with_a_draw_may_give_they_give(frames: int, share: float
 
 def test_impossible_masks() -> None:
     (generator,) = generators(1)
-    with pytest.raises(UsageError, match="frame mask 'last' is not known"):
+    with pytest.raises(UsageError, match="masks: kind=last: is not known"):
         frame_mask("last", 5, generator)
     for kind, frames in (("first", 1), ("transition", 2), ("continuation", 1), ("random", 1)):
         with pytest.raises(UsageError, match=f"frame mask '{kind}' needs {frames + 1} frames, the clip has {frames}"):
@@ -121,9 +121,9 @@ def test_short_clips_get_the_kinds_that_they_can_have() -> None:
 
 def test_impossible_mixtures() -> None:
     assert find_mix({"first": 2.0}).weights == {"first": 2.0}
-    with pytest.raises(UsageError, match="'step9' are not known; choose step1"):
+    with pytest.raises(UsageError, match="masks=step9: is not known; choose step1"):
         find_mix("step9")
-    with pytest.raises(UsageError, match="'middle' is not known"):
+    with pytest.raises(UsageError, match="kind=middle: is not known"):
         find_mix({"middle": 1})
     for weights in ({}, {"first": -1, "text": 2}, {"first": 0}, {"first": math.inf}, {"first": math.nan}):
         with pytest.raises(UsageError, match="must not be negative"):
@@ -283,7 +283,7 @@ def test_impossible_frames(numbers: list[int], frames: int, size: tuple[int, int
 @pytest.mark.parametrize(
     ("mode", "count", "frames", "message"),
     [
-        ("last", 1, 9, "mode=last is not known; choose text, image, transition, continuation"),
+        ("last", 1, 9, "mode=last: is not known; choose text, image, transition or continuation"),
         ("text", 1, 9, "mode=text takes no picture; 1 given"),
         ("image", 0, 9, "mode=image takes one picture"),
         ("image", 2, 9, "mode=image takes one picture"),

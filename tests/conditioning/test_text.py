@@ -189,5 +189,5 @@ def test_dropout_is_drawn_for_each_sample_by_itself() -> None:
     assert torch.equal(drawn[7:9], draw_dropped(0.1, generators(9)[7:]))
     assert not draw_dropped(0.0, generators(100)).any()
     assert draw_dropped(1.0, generators(100)).all()
-    with pytest.raises(UsageError, match=r"text dropout 1\.5"):
+    with pytest.raises(UsageError, match=r"text_dropout=1\.5: must lie"):
         draw_dropped(1.5, generators(1))

@@ -1,17 +1,19 @@
 """Prompts to videos: what a video depends on, what the denoiser is given, and what is refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from osp.conditioning import GivenFrames, WordText, given_by_mode, given_frames, latent_mask
+from osp.conditioning import ConditionInputs, GivenFrames, WordText, given_by_mode, given_frames, latent_mask
+from osp.data.media.shape import Shape
 from osp.denoiser import CrossTransformer
 from osp.diffusion import Epsilon, Flow, Objective, Solver, Velocity
-from osp.errors import UsageError
+from osp.errors import Stopped, UsageError
 from osp.sampling import VideoGenerator, default_solver
+from osp.sampling.progress import Progress
 from osp.vae import WFVAE, LatentCodec
 
 Make = Callable[..., VideoGenerator]
@@ -111,17 +113,17 @@ def test_frames_given_from_the_first_on_come_out_as_they_are(make_generator: Mak
     given = given_frames(pictures, *SIZE)
     made: list[Tensor] = []
     for held in (True, False):
-        states: list[Tensor] = []
+        states: list[Tensor | None] = []
         generator.generate(
             ["a"],
             *SIZE,
             seeds=[0],
             given=given,
             hold_given=held,
-            progress=lambda done, calls, state, states=states: states.append(state),
+            progress=lambda progress, states=states: states.append(progress.state),
             **short(generator),
         )
-        made.append(states[-1])
+        made.append([state for state in states if state is not None][-1])
     with torch.no_grad():
         whole = generator.codec.encode(given.video)
     torch.testing.assert_close(made[0][:, :, :2], whole[:, :, :2], atol=2e-3, rtol=0)
@@ -150,38 +152,39 @@ def test_each_video_of_a_batch_may_have_its_own_given_frames(make_generator: Mak
 def test_weights_in_half_precision_leave_the_solver_in_float32(make_generator: Make) -> None:
     generator = make_generator("joint")
     generator.denoiser.bfloat16()
-    states: list[Tensor] = []
+    states: list[Tensor | None] = []
     settings = short(generator)
     video = generator.generate(
-        ["a red circle"], *SIZE, seeds=[0], **settings, progress=lambda done, calls, state: states.append(state)
+        ["a red circle"], *SIZE, seeds=[0], **settings, progress=lambda progress: states.append(progress.state)
     )
-    assert [state.dtype for state in states] == [torch.float32] * 3
+    assert [state.dtype for state in states if state is not None] == [torch.float32] * 3
     assert video.isfinite().all()
 
 
 def test_the_solver_is_that_of_the_objective_where_none_is_given(make_generator: Make) -> None:
     assert (default_solver(Flow()).name, default_solver(Velocity()).name) == ("euler", "dpm++")
     for objective in (Flow(), Velocity()):
-        calls: list[int] = []
+        told: list[Progress] = []
         generator = make_generator("cross", objective)
-        generator.generate(["a"], 1, 16, 16, seeds=[0], progress=lambda done, of, state, calls=calls: calls.append(of))
-        assert calls == [default_solver(objective).steps] * default_solver(objective).steps
+        generator.generate(["a"], 1, 16, 16, seeds=[0], progress=told.append)
+        steps = default_solver(objective).steps
+        assert every(told, "denoise") == [(done, steps) for done in range(steps + 1)]
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"frames": 18}, "frames=18: use 17 or 21"),
-        ({"frames": 0}, "frames=0: use 1"),
-        ({"height": 40}, "height=40: use 32 or 48"),
-        ({"width": 8}, "width=8: use 16"),
+        ({"frames": 18}, "frames=18: .*; use 17 or 21"),
+        ({"frames": 0}, "frames=0: .*; use 1"),
+        ({"height": 40}, "height=40: .*; use 32 or 48"),
+        ({"width": 8}, "width=8: .*; use 16"),
         ({"prompts": ["  "]}, "prompt is empty"),
         ({"prompts": ["a " * 8]}, "has 9 tokens, and words reads 8"),
         ({"negative_prompt": "a " * 8}, "has 9 tokens, and words reads 8"),
         ({"seeds": [1, 2]}, "1 prompts and 2 seeds"),
-        ({"seeds": [-1]}, "seed=-1"),
-        ({"guidance": -1.0}, "guidance=-1.0"),
-        ({"rescale": 2.0}, "rescale=2.0"),
+        ({"seeds": [-1]}, "seed=-1: must be a whole number of at least 0"),
+        ({"guidance": -1.0}, "guidance=-1.0: must be a number of at least 0"),
+        ({"rescale": 2.0}, "rescale=2.0: must lie between 0 and 1"),
         ({"solver": Solver(Velocity(), "ddim", 10)}, "the denoiser learned Flow"),
         ({"solver": Solver(Flow(), "euler", 10, options={"colour": 1})}, "has no options.colour"),
         ({"given": given_frames({}, *SIZE)}, "was not trained with any"),
@@ -218,3 +221,110 @@ def test_parts_that_do_not_fit_together_are_refused(make_generator: Make) -> Non
     eight = LatentCodec(WFVAE(latent_channels=4, base_channels=4, level1="3d", **flows), 0.0, 1.0)
     with pytest.raises(UsageError, match=r"frame_channels=\[4, 4\] .* \[4, 8\]"):
         VideoGenerator(make_generator("inpaint").denoiser, good.text, good.objective, eight)
+
+
+class Named:
+    """A condition of another kind: three channels beside the latent, which guidance leads away from."""
+
+    guided = True
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def check(self, size: Shape, videos: int) -> None:
+        assert (size, videos) == (Shape(*SIZE), 2)
+
+    def encode(self, codec: LatentCodec) -> ConditionInputs:
+        return ConditionInputs(torch.full((1, 8, *codec.latent_shape(*SIZE)[1:]), self.value))
+
+    def without(self) -> "Named":
+        return Named(0.0)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_a_condition_of_another_kind_needs_no_change_in_the_generator(make_generator: Make, low: bool) -> None:
+    generator = make_generator("inpaint")
+    seen = watched(generator)
+    generator.generate(["a", "b"], *SIZE, seeds=[0, 1], given=Named(2.0), low_memory=low, **short(generator))
+    values = [[float(row[4:].mean()) for row in latent] for latent in seen]
+    assert values == ([[2.0, 2.0], [0.0, 0.0]] * 3 if low else [[0.0, 0.0, 2.0, 2.0]] * 3)
+
+
+def every(told: list[Progress], step: str) -> list[tuple[int, int]]:
+    return [(one.done, one.total) for one in told if one.step == step]
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_progress_counts_the_pieces_of_each_step(make_generator: Make, low: bool) -> None:
+    told: list[Progress] = []
+    generator = make_generator("inpaint")
+    size = (17, 256, 256)  # decoded in more pieces than one
+    generator.generate(["a", "b"], *size, seeds=[0, 1], low_memory=low, progress=told.append, **short(generator))
+    assert every(told, "encode") == [(0, 2), (1, 2), (2, 2)]
+    assert every(told, "denoise") == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    decoded = every(told, "decode")
+    frames = 34 if low else 17
+    assert decoded[0] == (0, frames)
+    assert decoded[-1] == (frames, frames)
+    assert len(decoded) >= 3
+    assert sorted(decoded) == decoded
+    parts = [one.part for one in told]
+    assert parts == sorted(parts)
+    assert (parts[0], parts[-1]) == (0, 1)
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("kind", ["inpaint", "joint"])
+def test_a_stop_between_any_two_pieces_leaves_the_generator_usable(make_generator: Make, kind: str, low: bool) -> None:
+    generator = make_generator(kind)
+    arguments: dict[str, Any] = {"seeds": [0, 1], "low_memory": low, **short(generator)}
+    told: list[Progress] = []
+    wanted = generator.generate(["a", "b"], *SIZE, progress=told.append, **arguments)
+    for number in range(len(told)):
+        reached: list[Progress] = []
+
+        def stop(progress: Progress, number: int = number, reached: list[Progress] = reached) -> None:
+            if len(reached) == number:
+                raise Stopped(f"{progress.step} {progress.done}")
+            reached.append(progress)
+
+        with pytest.raises(Stopped, match=f"{told[number].step} {told[number].done}"):
+            generator.generate(["a", "b"], *SIZE, progress=stop, **arguments)
+        assert len(reached) == number
+    assert torch.equal(generator.generate(["a", "b"], *SIZE, **arguments), wanted)
+
+
+def test_a_stop_with_low_memory_takes_every_part_off_the_device(
+    make_generator: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which part is where is noted, as there may be no accelerator: the CPU stands for it, as "cpu:0"."""
+    generator = make_generator("inpaint").to("cpu:0")
+    places: dict[str, str] = {}
+    for name in ("text", "codec"):
+        part = getattr(generator, name)
+        monkeypatch.setattr(part, "to", lambda device, name=name: places.update({name: str(device)}))
+    for number in range(7):
+        left = iter(range(number))
+
+        def stop(progress: Progress, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            generator.generate(["a"], *SIZE, seeds=[0], low_memory=True, progress=stop, **short(generator))
+        assert set(places.values()) <= {"cpu"}, number
+    assert set(places) == {"text", "codec"}
+
+
+def test_the_three_steps_are_what_generate_arranges(make_generator: Make) -> None:
+    generator = make_generator("inpaint")
+    settings = short(generator)
+    given = given_frames({0: torch.zeros(3, *SIZE[1:])}, *SIZE)
+    encoded = generator.encode(["a", "b"], *SIZE, negative_prompt="c", given=given)
+    latents = [generator.denoise(encoded, seeds=[3, 4], **settings) for _ in range(2)]
+    assert torch.equal(*latents)
+    assert latents[0].shape == (2, *generator.codec.latent_shape(*SIZE))
+    whole = generator.generate(["a", "b"], *SIZE, negative_prompt="c", given=given, seeds=[3, 4], **settings)
+    assert torch.equal(generator.decode(latents[0], SIZE[0]), whole)
+    cut = generator.decode(latents[0], SIZE[0] - 1)
+    assert torch.equal(cut, whole[:, :, :-1])

@@ -82,7 +82,7 @@ def content(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.*[rln]"))}
 
 
-class Letters:
+class Letters(TextEncoder):
     """A frozen encoder: a token for each letter; or, called by `Pair`, a pooled vector."""
 
     trained = False

@@ -24,6 +24,7 @@ from osp.sampling.fingerprint import generator_identity
 from osp.sampling.memory import plan_memory
 from osp.sampling.outputs import SampleFolder
 from osp.sampling.pictures import PictureFiles
+from osp.sampling.progress import Progress
 from osp.sampling.requests import Request, Video, batches, list_videos, read_requests
 
 log = logging.getLogger(__name__)
@@ -143,8 +144,8 @@ def _generate(
 ) -> Tensor:
     """The batch's videos; `show` is told how many batches are done, with the `before` that came first."""
 
-    def progress(call: int, calls: int, state: Tensor) -> None:
-        show(before + call / calls)
+    def progress(progress: Progress) -> None:
+        show(before + progress.part)
 
     dtype = autocast_dtype(_precision(cfg))
     with torch.autocast(generator.device.type, dtype, enabled=dtype is not None):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from osp.errors import UsageError
+from osp.checks import check_number
 
 
 def draw_dropped(rate: float, generators: Sequence[torch.Generator]) -> Tensor:
@@ -17,8 +17,7 @@ def draw_dropped(rate: float, generators: Sequence[torch.Generator]) -> Tensor:
 
     Raises UsageError for a rate outside 0 to 1.
     """
-    if not 0 <= rate <= 1:
-        raise UsageError(f"text dropout {rate} makes no sense; it must lie between 0 and 1")
+    check_number("text_dropout", rate, 0, 1)
     drawn = [torch.rand((), generator=g, device=g.device).item() < rate for g in generators]
     return torch.tensor(drawn, dtype=torch.bool)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from osp.checks import check_choice, check_number
 from osp.conditioning.condition import ConditionInputs
 from osp.conditioning.frames import latent_mask, spread
 from osp.data.media.shape import Shape
@@ -75,6 +76,7 @@ def frame_channels(codec: LatentCodec) -> tuple[int, int]:
 
 def frame_numbers(mode: str, pictures: int, frames: int) -> list[int]:
     """Which frames of the video so many pictures are. Raises UsageError if the mode does not take so many."""
+    check_choice("mode", mode, MODES)
     match mode:
         case "text":
             numbers = []
@@ -82,10 +84,8 @@ def frame_numbers(mode: str, pictures: int, frames: int) -> list[int]:
             numbers = [0]
         case "transition":
             numbers = [0, frames - 1]
-        case "continuation":
+        case _:  # continuation
             numbers = list(range(max(1, pictures)))
-        case _:
-            raise UsageError(f"mode={mode} is not known; choose {', '.join(MODES)}")
     if len(numbers) != pictures:
         raise UsageError(f"mode={mode} takes {MODES[mode]}; {pictures} given")
     return numbers
@@ -108,8 +108,7 @@ def given_frames(pictures: Mapping[int, Tensor], frames: int, height: int, width
     Raises UsageError for a number outside the video or one that comes twice, for a picture of another size, and if no
     frame is left to generate.
     """
-    if frames < 1:
-        raise UsageError(f"frames={frames} makes no sense; a video has at least one")
+    check_number("frames", frames, 1, whole=True)
     mask, video = torch.ones(frames), torch.zeros(1, 3, frames, height, width)
     for number, picture in pictures.items():
         if not -frames <= number < frames:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from osp.checks import check_choice, check_number
 from osp.conditioning.frames import add_condition_noise, masked_video, spread
 from osp.conditioning.given import GivenFrames
 from osp.errors import UsageError
@@ -40,8 +41,7 @@ def frame_mask(kind: str, frames: int, generator: torch.Generator, least_kept: f
     They keep the share `least_kept` of the frames at least, one in any case, and leave one at least to generate.
     Raises UsageError for a kind that is unknown or impossible with so few frames.
     """
-    if kind not in LEAST_FRAMES:
-        raise UsageError(f"frame mask {kind!r} is not known; choose {', '.join(KINDS)}")
+    check_choice("masks: kind", kind, KINDS)
     if frames < LEAST_FRAMES[kind]:
         raise UsageError(f"frame mask {kind!r} needs {LEAST_FRAMES[kind]} frames, the clip has {frames}")
     match kind:
@@ -72,14 +72,12 @@ class MaskMix:
     least_kept: float = 0.0
 
     def __post_init__(self) -> None:
-        unknown = [kind for kind in self.weights if kind not in LEAST_FRAMES]
-        if unknown:
-            raise UsageError(f"frame mask {unknown[0]!r} is not known; choose {', '.join(KINDS)}")
+        for kind in self.weights:
+            check_choice("masks: kind", kind, KINDS)
         values = list(self.weights.values())
         if not all(0 <= value < math.inf for value in values) or not sum(values) > 0:
             raise UsageError(f"frame masks: the weights {dict(self.weights)} must not be negative, nor all zero")
-        if not 0 <= self.least_kept < 1:
-            raise UsageError(f"frame masks: least_kept={self.least_kept} must lie between 0 and 1")
+        check_number("masks: least_kept", self.least_kept, 0, below=1)
 
     def draw_kind(self, frames: int, generator: torch.Generator) -> str:
         """A kind that a clip of so many frames can have; takes one number of the generator."""
@@ -138,7 +136,6 @@ def find_mix(mix: str | MaskMix | Mapping[str, float]) -> MaskMix:
     if isinstance(mix, MaskMix):
         return mix
     if isinstance(mix, str):
-        if mix not in MIXES:
-            raise UsageError(f"frame masks {mix!r} are not known; choose {', '.join(MIXES)}, or give weights")
+        check_choice("masks", mix, MIXES)
         return MIXES[mix]
     return MaskMix({str(kind): mix[kind] for kind in mix})

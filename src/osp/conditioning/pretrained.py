@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from osp.checks import check_choice
 from osp.conditioning.folders import folder_fingerprint, load_model, load_tokenizer, read_settings
-from osp.conditioning.text import EncodedText, LengthCheck
+from osp.conditioning.text import EncodedText, LengthCheck, TextEncoder
+from osp.data.features.format import TextIdentity
 from osp.errors import UsageError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,9 +48,9 @@ class FrozenText:
         tokenizer: str | Path | None = None,
     ) -> None:
         max_tokens = self.published_tokens if max_tokens is None else max_tokens
-        kind = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-        if kind is None or kind not in _DTYPES.values():
-            raise UsageError(f"{self.name}: dtype={dtype} is not known; choose {', '.join(_DTYPES)}")
+        named = str(dtype).removeprefix("torch.")
+        check_choice(f"{self.name}: dtype", named, _DTYPES)
+        kind = _DTYPES[named]
         self.check_length = LengthCheck(self.name, max_tokens)
         self.max_tokens = max_tokens
         settings = read_settings(path, self.model_types)
@@ -73,6 +75,10 @@ class FrozenText:
         self.model.to(device)
         return self
 
+    def networks(self) -> Sequence[nn.Module]:
+        """See `TextEncoder.networks`."""
+        return [self.model]
+
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """See `TextEncoder.count_tokens`."""
         return [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
@@ -96,7 +102,7 @@ class FrozenText:
         return tokens.input_ids, tokens.attention_mask.bool()
 
 
-class T5Text(FrozenText):
+class T5Text(FrozenText, TextEncoder):
     """The encoder of a T5 or mT5 as a `TextEncoder`; see `FrozenText` for the arguments.
 
     Weights of a decoder are passed over. T5's values overflow in float16.
@@ -153,7 +159,7 @@ class CLIPPooled(FrozenText):
         return self.model(input_ids=ids, attention_mask=mask).text_embeds
 
 
-class Pair:
+class Pair(TextEncoder):
     """v1.5's text: the tokens of one encoder, the pooled text of another.
 
     `max_tokens` and the count are those of `tokens`. A prompt that is too long for `pooled` only is cut there without a
@@ -187,3 +193,12 @@ class Pair:
     def fingerprint(self) -> str:
         """Of both."""
         return f"{self.tokens.fingerprint()} + {self.pooled.fingerprint()}"
+
+    def networks(self) -> Sequence[nn.Module]:
+        """See `TextEncoder.networks`."""
+        return [*self.tokens.networks(), *self.pooled.networks()]
+
+    def identities(self) -> tuple[TextIdentity | None, TextIdentity | None]:
+        """See `TextEncoder.identities`; each has its own."""
+        pooled = TextIdentity(self.pooled.name, self.pooled.fingerprint(), self.pooled.channels)
+        return self.tokens.identities()[0], pooled

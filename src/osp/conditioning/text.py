@@ -1,14 +1,16 @@
 """Encoded prompts, and what every text encoder offers."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from osp.checks import check_number
+from osp.data.features.format import TextIdentity
 from osp.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -61,11 +63,15 @@ class EncodedText:
 
 
 class TextEncoder(Protocol):
-    """Prompts -> EncodedText.
+    """Prompts -> EncodedText: all that is asked of an encoder.
 
-    `channels` is the width of a token, `pooled_channels` that of the pooled text (None: there is none), `max_tokens`
-    how many tokens of a prompt are read. `trained` says whether it learns along with the denoiser; only what another
-    one gives may be kept in a cache.
+    A class that derives from this one has `networks`, `settings` and `identities` by default.
+
+    Attributes:
+        channels: the width of a token.
+        pooled_channels: that of the pooled text; None: there is none.
+        max_tokens: how many tokens of a prompt are read.
+        trained: whether it learns along with the denoiser. Only what another one gives may be kept in a cache.
     """
 
     name: str
@@ -93,13 +99,28 @@ class TextEncoder(Protocol):
         """One line that changes when the encoder would give something else, for caches."""
         ...
 
+    def networks(self) -> Sequence[nn.Module]:
+        """The networks that work in it: what `to` moves, and what takes memory."""
+        return ()
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The keyword arguments that build one which is trained along again; empty for one that is not."""
+        return {}
+
+    def identities(self) -> tuple[TextIdentity | None, TextIdentity | None]:
+        """What made the text and the pooled text in features of this encoder; None for what features do not hold."""
+        if self.trained:
+            return None, None
+        identity = TextIdentity(self.name, self.fingerprint(), self.channels)
+        return identity, None if self.pooled_channels is None else replace(identity, width=self.pooled_channels)
+
 
 class LengthCheck:
     """What happens to prompts that are longer than an encoder reads; it remembers whether it has said so."""
 
     def __init__(self, name: str, max_tokens: int) -> None:
-        if max_tokens < 2:
-            raise UsageError(f"{name}: max_tokens={max_tokens} leaves no room for a prompt; use at least 2")
+        check_number(f"{name}: max_tokens", max_tokens, 2, whole=True)  # one word and the end
         self.name, self.max_tokens, self.said = name, max_tokens, False
 
     def __call__(self, prompts: Sequence[str], counts: Sequence[int], strict: bool) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from osp.checks import check_number
 from osp.conditioning.text import EncodedText, LengthCheck
 from osp.denoiser.layers import FeedForward, initialise
 from osp.devices import attention
@@ -48,8 +49,7 @@ class WordText(nn.Module):
     ) -> None:
         super().__init__()
         for key, value in (("channels", channels), ("layers", layers), ("heads", heads)):
-            if value < 1:
-                raise UsageError(f"{self.name}: {key}={value} makes no sense; it must be at least 1")
+            check_number(f"{self.name}: {key}", value, 1, whole=True)
         if channels % heads:
             raise UsageError(f"{self.name}: channels={channels} cannot be split into heads={heads}")
         self.channels, self.pooled_channels, self.max_tokens = channels, pooled_channels, max_tokens
@@ -106,6 +106,14 @@ class WordText(nn.Module):
     def fingerprint(self) -> str:
         """Of its settings and its weights as they are now."""
         return f"{self.name} {weights_digest(repr(self.settings), self.state_dict())}"
+
+    def networks(self) -> Sequence[nn.Module]:
+        """See `TextEncoder.networks`."""
+        return [self]
+
+    def identities(self) -> tuple[None, None]:
+        """See `TextEncoder.identities`: it learns, so that no features hold its text."""
+        return None, None
 
 
 class WordBlock(nn.Module):

@@ -1,14 +1,15 @@
-"""Prompt -> video: text encoder, denoiser with guidance and a solver, VAE."""
+"""Prompt -> video in three steps: text encoder, denoiser with guidance and a solver, VAE."""
 
-import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from osp.checks import check_number
 from osp.conditioning import (
     Condition,
     ConditionInputs,
@@ -20,14 +21,32 @@ from osp.conditioning import (
     given_frames,
 )
 from osp.conditioning.text import LengthCheck
-from osp.data.media.shape import Shape
+from osp.data.media.shape import Shape, Strides
 from osp.denoiser import Denoiser, Grid
-from osp.diffusion import Objective, Progress, Solver, draw_normal, guided_prediction, held_prediction, sample
+from osp.diffusion import Objective, Solver, draw_normal, guided_prediction, held_prediction, sample
 from osp.errors import UsageError
 from osp.sampling.decoding import decode_in_pieces
 from osp.sampling.defaults import GUIDANCE, default_solver
 from osp.sampling.offload import offloaded
+from osp.sampling.progress import Progress, Watch, unwatched
 from osp.vae import LatentCodec
+
+MOST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What videos are made of, encoded, on the generator's device.
+
+    `text` and `condition` are what is asked for, a row a video; `without_text` and `without_condition` are what
+    guidance leads away from, as many rows of the same length. Conditions are None where the denoiser takes none.
+    """
+
+    size: Shape
+    text: EncodedText
+    without_text: EncodedText
+    condition: ConditionInputs | None = None
+    without_condition: ConditionInputs | None = None
 
 
 class VideoGenerator:
@@ -95,19 +114,10 @@ class VideoGenerator:
 
     def check_size(self, frames: int, height: int, width: int) -> Grid:
         """The grid of tokens of such a video. Raises UsageError naming the nearest sizes that fit, if it does not."""
-        stride = self.codec.time_stride
-        if frames < 1 or (frames - 1) % stride:
-            below = 1 + max(0, frames - 1) // stride * stride
-            near = f"{below} or {below + stride}" if frames > 1 else "1"
-            raise UsageError(f"frames={frames}: use {near} (1 + a multiple of {stride}, the VAE's stride)")
-        patch = self.codec.space_stride * self.denoiser.patch_size
-        for name, side in (("height", height), ("width", width)):
-            if side < patch or side % patch:
-                below = max(patch, side // patch * patch)
-                near = f"{below} or {below + patch}" if side > patch else f"{patch}"
-                raise UsageError(f"{name}={side}: use {near} (a multiple of {patch}, the VAE's stride times the patch)")
-        steps = 1 + (frames - 1) // stride
-        return Grid(steps, height // patch, width // patch)
+        strides = Strides(self.codec.time_stride, self.codec.space_stride * self.denoiser.patch_size)
+        strides.check_frames(frames)
+        strides.check_sides(height, width, "the VAE's stride times the patch")
+        return Grid(*strides.latent(frames, height, width))
 
     def check(
         self,
@@ -125,32 +135,33 @@ class VideoGenerator:
     ) -> None:
         """Raise UsageError for what `generate` would refuse, before anything is computed."""
         grid = self.check_size(frames, height, width)
-        if not prompts or len(prompts) != len(seeds):
-            raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give at least one, and a seed for each")
-        for prompt in prompts:
-            if not prompt.strip():
-                raise UsageError("the prompt is empty; say what the video should show")
+        self._check_prompts(prompts, negative_prompt)
+        if len(prompts) != len(seeds):
+            raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give a seed for each prompt")
         for seed in seeds:
-            if not 0 <= seed < 2**63:
-                raise UsageError(f"seed={seed} makes no sense; it must be a whole number from 0 to 2^63 - 1")
-        read = [*prompts, negative_prompt]
-        LengthCheck(self.text.name, self.text.max_tokens)(read, self.text.count_tokens(read), strict=True)
-        if not 0 <= guidance < math.inf:
-            raise UsageError(f"guidance={guidance} makes no sense; it must be a number from 0 (1: none)")
-        if not 0 <= rescale <= 1:
-            raise UsageError(f"rescale={rescale} makes no sense; it must lie between 0 and 1")
+            check_number("seed", seed, 0, MOST_SEED, whole=True)
+        check_number("guidance", guidance, 0)
+        check_number("rescale", rescale, 0, 1)
         if solver is not None:
             if solver.objective != self.objective:
                 raise UsageError(f"the solver is for {solver.objective}, and the denoiser learned {self.objective}")
             solver.start(grid.height * grid.width)
-        if given is None:
-            return
+        if given is not None:
+            self._check_given(given, Shape(frames, height, width), len(prompts))
+
+    def _check_prompts(self, prompts: Sequence[str], negative_prompt: str) -> None:
+        if not prompts or not all(prompt.strip() for prompt in prompts):
+            raise UsageError("the prompt is empty; say what the video should show")
+        read = [*prompts, negative_prompt]
+        LengthCheck(self.text.name, self.text.max_tokens)(read, self.text.count_tokens(read), strict=True)
+
+    def _check_given(self, given: Condition, size: Shape, videos: int) -> None:
         if not self.takes_frames:
             raise UsageError(
                 "frames are given, but this denoiser was not trained with any; sample with mode=text, or with an "
                 "inpainting model"
             )
-        given.check(Shape(frames, height, width), len(prompts))
+        given.check(size, videos)
 
     @torch.no_grad()
     def generate(
@@ -169,98 +180,154 @@ class VideoGenerator:
         hold_given: bool = True,
         together: bool = True,
         low_memory: bool = False,
-        progress: Progress | None = None,
+        progress: Watch = unwatched,
     ) -> Tensor:
-        """Videos `B 3 T H W` in [-1, 1] of prompts, float32 on the CPU; each depends on its prompt and its seed only.
+        """Videos `B 3 T H W` in [-1, 1] of prompts, float32 on the CPU: `encode`, `denoise` and `decode`.
+
+        Each depends on its prompt and its seed only, of which there is one for each video. `solver=None` is
+        `default_solver`; the other arguments are those of the steps. With `low_memory` each part is on the device only
+        while it works, as the steps say; videos are the same but for the last bits. Raises UsageError as `check`.
+        """
+        solver = default_solver(self.objective) if solver is None else solver
+        asked: dict[str, Any] = {"negative_prompt": negative_prompt, "given": given}
+        guiding: dict[str, Any] = {"solver": solver, "guidance": guidance, "rescale": rescale}
+        self.check(prompts, frames, height, width, seeds=seeds, **asked, **guiding)
+        doing: dict[str, Any] = {"low_memory": low_memory, "progress": progress}
+        encoded = self.encode(prompts, frames, height, width, **asked, **doing)
+        latent = self.denoise(encoded, seeds=seeds, hold_given=hold_given, together=together, **guiding, **doing)
+        return self.decode(latent, frames, **doing)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        prompts: Sequence[str],
+        frames: int,
+        height: int,
+        width: int,
+        *,
+        negative_prompt: str = "",
+        given: Condition | None = None,
+        low_memory: bool = False,
+        progress: Watch = unwatched,
+    ) -> Encoded:
+        """First step: what is asked for -> the denoiser's inputs.
 
         Args:
-            prompts, seeds: one for each video.
-            frames, height, width: of each; see `check_size`.
-            solver: None: `default_solver`.
-            guidance, rescale: see `osp.diffusion.guided`; 1 is none.
+            prompts: one for each video.
+            frames, height, width: of each video; see `check_size`.
             negative_prompt: what guidance leads away from.
             given: frames that are kept, the same for all videos or some for each; for inpainting models, of which
                 None means that all frames are to be generated.
+            low_memory: text encoder and VAE leave the device when they have done their part.
+            progress: the pieces are all texts together, and the encodings of what is given.
+
+        Raises UsageError for a prompt that is too long.
+        """
+        size = Shape(frames, height, width)
+        if self.takes_frames and given is None:
+            given = given_frames({}, *size)
+        conditions = [] if given is None else [given, given.without()] if given.guided else [given]
+        total = 1 + len(conditions)
+        progress(Progress("encode", 0, total))
+        with _working(self.text, self.device, low_memory):
+            texts = self._encode_texts([*prompts, negative_prompt])
+        progress(Progress("encode", 1, total))
+        inputs = []
+        with _working(self.codec, self.device, low_memory) if conditions else nullcontext():
+            for done, condition in enumerate(conditions, start=2):
+                inputs.append(condition.encode(self.codec).expanded(len(prompts)))
+                progress(Progress("encode", done, total))
+        return Encoded(size, *texts, *(inputs and (inputs[0], inputs[-1])))
+
+    def _encode_texts(self, prompts: Sequence[str]) -> tuple[EncodedText, EncodedText]:
+        """The text of all prompts but the last, and as often that of the last; padded to one length, for one batch."""
+        encoded = self.text(prompts, strict=True).to(self.device)
+        length, last = encoded.text.shape[1], len(prompts) - 1
+        return encoded[:last].padded(length), encoded[torch.full((last,), last, device=self.device)].padded(length)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        encoded: Encoded,
+        *,
+        seeds: Sequence[int],
+        solver: Solver,
+        guidance: float = GUIDANCE,
+        rescale: float = 0.0,
+        hold_given: bool = True,
+        together: bool = True,
+        low_memory: bool = False,
+        progress: Watch = unwatched,
+    ) -> Tensor:
+        """Second step: noise -> the latent `B C T H W` of what was asked for, float32 on the generator's device.
+
+        Args:
+            encoded: what `encode` gave.
+            seeds: one for each video.
+            solver: for the generator's objective.
+            guidance, rescale: see `osp.diffusion.guided`; 1 is none.
             hold_given: the latent frames that the given ones make up, from the first on without a gap, come out as they
                 are; without it they are as the model has learnt to copy them, as published.
             together: one call of the model with and without the prompt, or two of half the size.
-            low_memory: each part is on the device only while it works; of the denoiser one block after another, unless
-                the device is the CPU, where weights stay where they are; guidance takes two calls; videos are decoded
-                one by one, in pieces. They are the same but for the last bits.
-            progress: called after each call of the model.
-
-        Raises UsageError as `check`.
+            low_memory: two calls of half the size, and one block of the denoiser on the device after another, unless
+                the device is the CPU, where weights stay where they are.
+            progress: the pieces are the calls that the solver makes.
         """
-        solver = default_solver(self.objective) if solver is None else solver
-        self.check(
-            prompts,
-            frames,
-            height,
-            width,
-            seeds=seeds,
-            solver=solver,
-            guidance=guidance,
-            rescale=rescale,
-            negative_prompt=negative_prompt,
-            given=given,
-        )
-        texts = self._encode([*prompts, negative_prompt], low_memory)
-        conditions: tuple[ConditionInputs | None, ConditionInputs | None] = (None, None)
-        if self.takes_frames:
-            given = given_frames({}, frames, height, width) if given is None else given
-            conditions = self._conditions(given, len(prompts), low_memory)
-        wanted, without = map(partial(denoiser_inputs, self.denoiser), texts, conditions)
         offloads = low_memory and self.device.type != "cpu"
         if not offloads:
             self.denoiser.to(self.device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = self.codec.latent_shape(frames, height, width)
-        with offloaded(self.denoiser, self.device) if offloads else nullcontext():
-            predict = guided_prediction(
-                partial(call_denoiser, self.denoiser),
-                wanted,
-                without,
-                scale=guidance,
-                rescale=rescale,
-                together=together and not low_memory,
-            )
-            held = conditions[0]
-            if hold_given and held is not None and held.clean is not None and held.known is not None:
-                predict = held_prediction(predict, self.objective, held.clean, held.known)
-            # The solver's state is float32, whatever the weights are.
-            noise = draw_normal((len(prompts), *shape), generators, self.device)
-            tokens = shape[2] * shape[3] // self.denoiser.patch_size**2
-            latent = sample(predict, noise, solver, generators, tokens=tokens, callback=progress)
-        return self._decode(latent, frames, low_memory)
-
-    def _encode(self, prompts: Sequence[str], low_memory: bool) -> tuple[EncodedText, EncodedText]:
-        """The text of all prompts but the last, and as often that of the last."""
-        self.text.to(self.device)
-        encoded = self.text(prompts, strict=True)
-        if low_memory:
-            self.text.to("cpu")
-        encoded = encoded.to(self.device)
-        length, last = encoded.text.shape[1], len(prompts) - 1
-        # Padded to one length, so that they make one batch.
-        return (
-            encoded[:last].padded(length),
-            encoded[torch.full((last,), last, device=self.device)].padded(length),
+        shape = self.codec.latent_shape(*encoded.size)
+        tokens = shape[2] * shape[3] // self.denoiser.patch_size**2
+        predict = guided_prediction(
+            partial(call_denoiser, self.denoiser),
+            denoiser_inputs(self.denoiser, encoded.text, encoded.condition),
+            denoiser_inputs(self.denoiser, encoded.without_text, encoded.without_condition),
+            scale=guidance,
+            rescale=rescale,
+            together=together and not low_memory,
         )
+        held = encoded.condition
+        if hold_given and held is not None and held.clean is not None and held.known is not None:
+            predict = held_prediction(predict, self.objective, held.clean, held.known)
 
-    def _conditions(self, given: Condition, batch: int, low_memory: bool) -> tuple[ConditionInputs, ConditionInputs]:
-        """What the calls with and without the prompt are given."""
-        self.codec.to(self.device)
-        wanted = without = given.encode(self.codec).expanded(batch)
-        if given.guided:
-            without = given.without().encode(self.codec).expanded(batch)
-        if low_memory:
-            self.codec.to("cpu")
-        return wanted, without
+        def tell(call: int, calls: int, state: Tensor) -> None:
+            progress(Progress("denoise", call, calls, state))
 
-    def _decode(self, latent: Tensor, frames: int, low_memory: bool) -> Tensor:
-        self.codec.to(self.device)
-        if not low_memory:
-            return self.codec.decode(latent, frames).cpu()
-        video = decode_in_pieces(self.codec, latent, frames)
-        self.codec.to("cpu")
-        return video
+        progress(Progress("denoise", 0, len(solver.start(tokens).times)))
+        # The solver's state is float32, whatever the weights are.
+        noise = draw_normal((len(seeds), *shape), generators, self.device)
+        with offloaded(self.denoiser, self.device) if offloads else nullcontext():
+            return sample(predict, noise, solver, generators, tokens=tokens, callback=tell)
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor, frames: int, *, low_memory: bool = False, progress: Watch = unwatched) -> Tensor:
+        """Third step: a latent `B C T' H W` -> videos `B 3 T H W` of so many frames, in [-1, 1], float32 on the CPU.
+
+        With `low_memory` one video is decoded after another, in pieces that leave the device at once, and so does the
+        VAE at the end. The pieces of `progress` are frames of all videos together, or of one after another.
+        """
+
+        def tell(done: int, total: int) -> None:
+            progress(Progress("decode", done, total))
+
+        with _working(self.codec, self.device, low_memory):
+            if low_memory:
+                return decode_in_pieces(self.codec, latent, frames, tell)
+            tell(0, frames)
+            return self.codec.decode(latent, frames, tell).cpu()
+
+
+class _Movable(Protocol):
+    def to(self, device: torch.device | str) -> object: ...
+
+
+@contextmanager
+def _working(part: _Movable, device: torch.device, leaves: bool) -> Iterator[None]:
+    """Inside, the part is on the device; if it `leaves`, it is in the CPU's memory afterwards, whatever happens."""
+    part.to(device)
+    try:
+        yield
+    finally:
+        if leaves:
+            part.to("cpu")

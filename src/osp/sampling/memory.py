@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from osp.conditioning import Pair
-from osp.conditioning.pretrained import FrozenText
 from osp.denoiser import Denoiser
 from osp.devices.measure import available_memory
 from osp.sampling.generator import VideoGenerator
@@ -70,7 +68,7 @@ def plan_memory(
     decoded = 1 if low_memory and codec.vae.can_stream("decoder") else batch
     video = 2 * batch * 3 * frames * height * width * 4  # before and after it is clamped
     parts = {
-        "text encoder": sum(map(_bytes, _text_modules(generator.text))),
+        "text encoder": sum(map(_bytes, generator.text.networks())),
         "denoiser": _bytes(denoiser),
         "one call of the denoiser": call_bytes(denoiser, (rows, *shape[1:]), generator.text.max_tokens),
         "latents": _LATENTS * latent,
@@ -129,15 +127,4 @@ def _bytes(module: nn.Module, on: torch.device | None = None) -> int:
 
 
 def _modules(generator: VideoGenerator) -> list[nn.Module]:
-    return [*_text_modules(generator.text), generator.denoiser, generator.codec.vae]
-
-
-def _text_modules(text: Any) -> list[nn.Module]:
-    match text:
-        case nn.Module():
-            return [text]
-        case Pair():
-            return [text.tokens.model, text.pooled.model]
-        case FrozenText():
-            return [text.model]
-    return []
+    return [*generator.text.networks(), generator.denoiser, generator.codec.vae]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osp.conditioning import Pair, TextEncoder
+from osp.conditioning import TextEncoder
 from osp.data.features.format import FeatureIdentity, Features, TextIdentity, require_feature_index
 from osp.data.features.writer import FeatureWriter
 from osp.data.loader import GIVE_UP_AFTER
@@ -112,13 +112,7 @@ class FeatureEncoder:
 
 def text_identities(text: TextEncoder | None) -> tuple[TextIdentity | None, TextIdentity | None]:
     """`text` and `pooled_text` in the `FeatureIdentity` of features that this encoder makes."""
-    if text is None or text.trained:
-        return None, None
-    if isinstance(text, Pair):
-        pooled = text.pooled
-        return text_identities(text.tokens)[0], TextIdentity(pooled.name, pooled.fingerprint(), pooled.channels)
-    identity = TextIdentity(text.name, text.fingerprint(), text.channels)
-    return identity, None if text.pooled_channels is None else replace(identity, width=text.pooled_channels)
+    return (None, None) if text is None else text.identities()
 
 
 def encode_features(

@@ -11,8 +11,8 @@ from osp.data.media.shape import Strides
 from osp.errors import UsageError
 from osp.vae.posterior import GaussianPosterior
 from osp.vae.stream import StreamState
-from osp.vae.streaming import Half, Network, check_streams, run_clip
-from osp.vae.tiling import Corner, Tiling, in_tiles
+from osp.vae.streaming import Half, Network, PieceProgress, check_streams, run_clip
+from osp.vae.tiling import Corner, Tiling, count_tiles, in_tiles
 
 COLOURS = 3
 
@@ -106,19 +106,23 @@ class VideoVAE(nn.Module):
         chunk_frames: int | None = None,
         tiling: Tiling | None = None,
         frames: int | None = None,
+        progress: PieceProgress | None = None,
     ) -> Tensor:
         """`B L T H W` -> video `B 3 1+(T-1)*time_stride sH sW`, or only its first `frames` frames.
 
         The latent goes through in chunks of `chunk_frames` latent frames; None and `tiling` mean what they mean in
-        `encode`. Raises UsageError for a latent of another model, for more frames than it holds, and for `chunk_frames`
-        where the VAE cannot stream.
+        `encode`. `progress` is told after each piece how many frames are done, of how many; tiles count one by one.
+        An exception that it raises ends the work.
+
+        Raises UsageError for a latent of another model, for more frames than it holds, and for `chunk_frames` where the
+        VAE cannot stream.
         """
         self.check_latent(latent)
         held = self.strides.pixel_frames(latent.shape[2])
         least = max(1, held - self.time_stride + 1)
         if frames is not None and not least <= frames <= held:
             raise UsageError(f"frames={frames} do not go with {latent.shape[2]} latent frames; use {least} to {held}")
-        return self._run("decoder", latent, chunk_frames, tiling, held)[:, :, :frames]
+        return self._run("decoder", latent, chunk_frames, tiling, held, progress)[:, :, :frames]
 
     def network(self, half: Half) -> Network:
         """The function of that half."""
@@ -133,7 +137,15 @@ class VideoVAE(nn.Module):
         pixel_in, pixel_out = (1, self.space_stride) if half == "encoder" else (self.space_stride, 1)
         return {"pixel_in": pixel_in, "pixel_out": pixel_out}
 
-    def _run(self, half: Half, x: Tensor, chunk_frames: int | None, tiling: Tiling | None, frames: int) -> Tensor:
+    def _run(
+        self,
+        half: Half,
+        x: Tensor,
+        chunk_frames: int | None,
+        tiling: Tiling | None,
+        frames: int,
+        progress: PieceProgress | None = None,
+    ) -> Tensor:
         """One half over a whole clip, one tile after the other; `frames` is the length of the result."""
         if chunk_frames is not None:
             check_number("chunk_frames", chunk_frames, 1, whole=True)
@@ -142,14 +154,24 @@ class VideoVAE(nn.Module):
         network, length = self.network(half), x.shape[2]
         size = chunk_frames or length
         lengths = [*[size] * (length // size), *([length % size] if length % size else [])]
-        pixels = self.pixels(half)
+        pixels, tiling = self.pixels(half), tiling or self.tiling
+        total = frames * count_tiles(tiling, *(side * pixels["pixel_in"] for side in x.shape[3:]))
+        done = 0
+
+        def tell(more: int) -> None:
+            nonlocal done
+            done += more
+            if progress is not None:
+                progress(done, total)
 
         def run(tile: Tensor, _: Corner) -> Tensor:
             if not streams:
-                return network(tile, None)
+                whole = network(tile, None)
+                tell(frames)
+                return whole
             # Of small frames as many as make up a piece of large ones: calls have their cost, too.
             area = tile.shape[3] * tile.shape[4] * pixels["pixel_in"] ** 2
             piece = self.piece(half) * (max(1, _LARGE // area) if chunk_frames is None else 1)
-            return run_clip(network, tile, lengths, frames, piece)
+            return run_clip(network, tile, lengths, frames, piece, tell)
 
-        return in_tiles(x, tiling or self.tiling, run, **pixels)
+        return in_tiles(x, tiling, run, **pixels)

@@ -9,6 +9,7 @@ from torch import Tensor
 from osp.errors import UsageError
 from osp.files import weights_digest
 from osp.vae.autoencoder import VideoVAE
+from osp.vae.streaming import PieceProgress
 
 _Numbers = float | Sequence[float]
 
@@ -101,9 +102,13 @@ class LatentCodec:
         return self.scaled(latent)
 
     @torch.no_grad()
-    def decode(self, latent: Tensor, frames: int | None = None) -> Tensor:
-        """The denoiser's latent `B C T' H' W'` -> video `B 3 T H W` in [-1, 1], float32; `frames` as in the VAE."""
-        return self.vae.decode(self.unscaled(latent).to(self.dtype), frames=frames).float().clamp(-1.0, 1.0)
+    def decode(self, latent: Tensor, frames: int | None = None, progress: PieceProgress | None = None) -> Tensor:
+        """The denoiser's latent `B C T' H' W'` -> video `B 3 T H W` in [-1, 1], float32.
+
+        `frames` and `progress` are as in `VideoVAE.decode`.
+        """
+        video = self.vae.decode(self.unscaled(latent).to(self.dtype), frames=frames, progress=progress)
+        return video.float().clamp(-1.0, 1.0)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """`C T H W` of the latent of such a clip. Raises UsageError for a size that the VAE does not take."""

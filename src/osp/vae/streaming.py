@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Half = Literal["encoder", "decoder"]
 Network = Callable[[Tensor, StreamState | None], Tensor]
+PieceProgress = Callable[[int, int], None]
+"""Told how many frames of the result are done, and how many there will be."""
 
 
 def stream_encode(
@@ -66,8 +68,13 @@ def stream_decode(vae: "VideoVAE", latents: Iterable[Tensor], tiling: Tiling | N
             raise UsageError("there are no latents to decode")
 
 
-def run_clip(network: Network, x: Tensor, lengths: Iterable[int], frames: int, piece: int) -> Tensor:
-    """A whole clip `B C T H W` through one half of a VAE, in chunks of the given lengths -> its `frames` frames."""
+def run_clip(
+    network: Network, x: Tensor, lengths: Iterable[int], frames: int, piece: int, tell: Callable[[int], None]
+) -> Tensor:
+    """A whole clip `B C T H W` through one half of a VAE, in chunks of the given lengths -> its `frames` frames.
+
+    After each piece `tell` is given the number of frames that it added.
+    """
     state, out, done = StreamState(), None, 0
     chunks = x.split(list(lengths), dim=2)
     for i, chunk in enumerate(chunks):
@@ -77,6 +84,7 @@ def run_clip(network: Network, x: Tensor, lengths: Iterable[int], frames: int, p
                 out = y.new_empty(*y.shape[:2], frames, *y.shape[3:])
             out[:, :, done : done + y.shape[2]] = y
             done += y.shape[2]
+            tell(y.shape[2])
     assert out is not None
     assert done == frames
     return out

@@ -39,6 +39,11 @@ class Tiling:
         return [*range(0, length - self.size, self.size - self.overlap), length - self.size]
 
 
+def count_tiles(tiling: Tiling | None, height: int, width: int) -> int:
+    """How many tiles frames of so many pixels go through in; 1 if they stay whole."""
+    return 1 if tiling is None else len(tiling.starts(height)) * len(tiling.starts(width))
+
+
 def in_tiles(
     x: Tensor, tiling: Tiling | None, run: Callable[[Tensor, Corner], Tensor], *, pixel_in: int, pixel_out: int
 ) -> Tensor:
@@ -50,7 +55,7 @@ def in_tiles(
     Raises UsageError for tiles that do not begin and end where latent pixels do.
     """
     height, width = (side * pixel_in for side in x.shape[3:])
-    if tiling is None or tiling.size >= max(height, width):
+    if tiling is None or count_tiles(tiling, height, width) == 1:
         return run(x, (0, 0))
     tiling.check(max(pixel_in, pixel_out))
     out = None
