@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,9 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder {folder.name}/ beside the checkout (third-party clips, golden vectors)")
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """Leave all that the imports made out of garbage collection, which some of what is tested does again and again."""
+    gc.collect()
+    gc.freeze()

@@ -228,9 +228,11 @@ def test_a_dense_denoiser_is_one_row(command: Bench) -> None:
 def test_a_denoiser_of_a_folder_in_half_precision(command: Bench, small: JointTransformer, tmp_path: Path) -> None:
     save_pretrained(small, tmp_path / "ours")
     given = ["denoiser=pretrained", f"path={tmp_path / 'ours'}", "latents=1x4x4", "text_tokens=3"]
-    _, results = command("target=denoiser", *given, "precision=[bf16-true,bf16-mixed]", "isolate=true", "pass=train")
+    _, results = command("target=denoiser", *given, "precision=[bf16-true,bf16-mixed]", "pass=train")
     assert [row["note"] for row in results["rows"]] == [""] * 4
     assert results["model"].startswith(f"JointTransformer of {tmp_path / 'ours'}, ")
+    _, alone = command("target=denoiser", *given, "precision=bf16-true", "pass=train", "schedule=dense", "isolate=true")
+    assert [row["note"] for row in alone["rows"]] == [""]
 
 
 def test_a_denoiser_is_made_in_the_precision_and_place_it_runs_in(monkeypatch: pytest.MonkeyPatch) -> None:
