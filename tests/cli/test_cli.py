@@ -41,15 +41,21 @@ TINY = [
 BENCH = ["vae=wfvae_tiny", "frames=5", "sizes=16x16", "device=cpu"]
 
 
-def osp(*arguments: str, code: int = 0) -> tuple[str, str]:
-    """Run `osp` in a process of its own; gives stdout and stderr."""
-    done = subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=200)
-    assert done.returncode == code, done.stderr[-2000:]
-    return done.stdout, done.stderr
-
-
 def _command(*arguments: str) -> list[str]:
+    """`osp` in a process of its own."""
     return [sys.executable, "-c", "from osp.cli import main; main()", *arguments]
+
+
+@pytest.fixture
+def works(osp: Osp) -> Callable[..., tuple[str, str]]:
+    """Runs `osp`, which must succeed; gives stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[str, str]:
+        code, out, said = osp(*arguments)
+        assert code == 0, said[-2000:]
+        return out, said
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +72,20 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_videos_to_shards_to_a_trained_and_evaluated_vae(tmp_path: Path, videos: Path) -> None:
-    out, err = osp("shards", f"input={videos}", f"output={tmp_path / 'shards'}", "workers=1")
-    report = json.loads(out.splitlines()[-1])
+def test_videos_to_shards_to_a_trained_and_evaluated_vae(
+    tmp_path: Path, videos: Path, works: Callable[..., tuple[str, str]]
+) -> None:
+    command = _command("shards", f"input={videos}", f"output={tmp_path / 'shards'}", "workers=1")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout.splitlines()[-1])
     assert (report["clips"], report["captioned"]) == (3, 3)
     assert [name for name, _ in report["skipped"]] == ["broken.mp4"]
-    assert len(re.findall(r"broken\.mp4", err)) == 1
+    assert len(re.findall(r"broken\.mp4", done.stderr)) == 1
 
     train = [*TINY, "data=shards", f"data.train.path={tmp_path / 'shards'}", f"output={tmp_path / 'run'}"]
     train += ["trainer.max_steps=6", "trainer.val_check_interval=3", "checkpoint_every=2"]
-    out, _ = osp("train", *train)
+    out, _ = works("train", *train)
     result = json.loads(out.splitlines()[-1])
     assert result["steps"] == 6
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
@@ -83,7 +93,7 @@ def test_videos_to_shards_to_a_trained_and_evaluated_vae(tmp_path: Path, videos:
 
     checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
     size = ["clip.frames=5", "clip.height=24", "clip.width=32", "perceptual.download=false", "device=cpu"]
-    out, err = osp("eval", f"checkpoint={checkpoint}", f"input={videos}", f"output={tmp_path / 'eval'}", *size)
+    out, err = works("eval", f"checkpoint={checkpoint}", f"input={videos}", f"output={tmp_path / 'eval'}", *size)
     summary = json.loads(out.splitlines()[-1])
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert summary["mean"] == metrics["mean"]
@@ -100,11 +110,13 @@ def test_videos_to_shards_to_a_trained_and_evaluated_vae(tmp_path: Path, videos:
     assert len(list((tmp_path / "eval" / "reconstructions").glob("*.mp4"))) == 3
 
 
-def test_a_killed_run_goes_on_with_the_same_command(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_with_the_same_command(tmp_path: Path, works: Callable[..., tuple[str, str]]) -> None:
     settings = [*TINY, "trainer.val_check_interval=1000", "checkpoint_every=5", "module.discriminator_start=3"]
     settings += ["module.discriminator.width=4", "module.discriminator.layers=2"]
     run = ["train", *settings, f"output={tmp_path / 'killed'}", "trainer.max_steps=100000"]
-    process = subprocess.Popen(_command(*run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here, for the same sums to the bit
+    nowhere = subprocess.DEVNULL
+    process = subprocess.Popen(_command(*run), env=os.environ | threads, stdout=nowhere, stderr=nowhere)
     last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     waited = time.monotonic() + 120
     while not last.exists() and time.monotonic() < waited:
@@ -115,12 +127,12 @@ def test_a_killed_run_goes_on_with_the_same_command(tmp_path: Path) -> None:
     assert stopped >= 5
 
     end = f"trainer.max_steps={stopped + 7}"
-    out, err = osp("train", *settings, f"output={tmp_path / 'killed'}", end)
+    out, err = works("train", *settings, f"output={tmp_path / 'killed'}", end)
     assert f"continuing from step {stopped} of" in err
     result = json.loads(out.splitlines()[-1])
     assert result["steps"] == stopped + 7
     assert result["best_val_psnr"] == result["val/psnr"]  # validated at the end, as the interval is longer than the run
-    osp("train", *settings, f"output={tmp_path / 'whole'}", end)
+    works("train", *settings, f"output={tmp_path / 'whole'}", end)
     ours, theirs = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("killed", "whole")
     )

@@ -227,7 +227,7 @@ def test_two_ranks_killed_and_gone_on_with_one(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "run.py"], cwd=tmp_path, start_new_session=True, stderr=told) as run,
     ):
         try:
-            run.wait(timeout=60)
+            run.wait(timeout=200)
         finally:
             os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL, (tmp_path / "told.txt").read_text()

@@ -92,21 +92,21 @@ def test_the_estimate_is_what_is_used(any_vae: VideoVAE) -> None:
 def test_the_largest_tiles_within_a_budget() -> None:
     with torch.device("meta"):
         vae = WFVAE(latent_channels=8, base_channels=32, encoder_blocks=1, decoder_blocks=1)
-    whole = fit_tiling(vae, 512, 768, "6GiB")
-    tight = fit_tiling(vae, 512, 768, "300MiB")
-    tighter = fit_tiling(vae, 512, 768, "150 MB")
+    whole = fit_tiling(vae, 256, 384, "6GiB")
+    tight = fit_tiling(vae, 256, 384, "300MiB")
+    tighter = fit_tiling(vae, 256, 384, "150 MB")
     assert whole is None
     assert tight is not None
     assert tighter is not None
-    assert 768 > tight.size > tighter.size > tighter.overlap == 64
+    assert 384 > tight.size > tighter.size > tighter.overlap == 64
     weights = 4 * sum(value.numel() for value in vae.state_dict().values())
     for tiling, budget in ((tight, 300 * 2**20), (tighter, 150 * 10**6)):
         size = tiling.size
-        assert weights + working_bytes(vae, "decoder", min(size, 512), size) <= budget
+        assert weights + working_bytes(vae, "decoder", min(size, 256), size) <= budget
         larger = size + 64
-        assert weights + 1.2 * working_bytes(vae, "decoder", min(larger, 512), larger) > budget
+        assert weights + 1.2 * working_bytes(vae, "decoder", min(larger, 256), larger) > budget
     with pytest.raises(UsageError, match="max_memory=50MB is too little: for 96 pixels a side this VAE needs"):
-        fit_tiling(vae, 512, 768, "50MB")
+        fit_tiling(vae, 256, 384, "50MB")
 
 
 @pytest.mark.parametrize(
