@@ -2,14 +2,16 @@
 
 from typing import Any
 
+from osp.denoiser import CrossTransformerConfig, JointTransformerConfig
+
 _TARGETS = {
     "osp.data.features.FeatureClips": "osp.data.sources.FeatureClips",
     "osp.data.synthetic.SyntheticClips": "osp.data.sources.SyntheticClips",
 }
-# By today's target, since one former name stood for different things
+# By today's target, since one former name stood for different things; checkpoints have the same
 _KEYS = {
-    "osp.denoiser.CrossTransformer": {"condition_channels": "frame_channels"},
-    "osp.denoiser.JointTransformer": {"condition_channels": "modulation_width"},
+    "osp.denoiser.CrossTransformer": CrossTransformerConfig.former_names,
+    "osp.denoiser.JointTransformer": JointTransformerConfig.former_names,
 }
 
 
