@@ -1,6 +1,7 @@
 """Operations counted from layers and groups, against torch's counter over what is run."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -43,15 +44,20 @@ def inputs(model: Denoiser, latent: tuple[int, int, int], text: int, batch: int,
         return [video, torch.rand(batch), torch.randn(batch, text, model.text_channels), None, pooled]
 
 
+@cache
+def meta_models(name: str) -> list[Denoiser]:
+    """One with all patterns, and one of each pattern alone."""
+    with torch.device("meta"):
+        return [MODELS[name](stages=stages) for stages in (ALL_PATTERNS, *((stage,) for stage in ALL_PATTERNS))]
+
+
 @pytest.mark.parametrize(("text", "batch"), [(5, 1), (7, 3)])
 @pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_forward_pass_is_what_the_counter_counts(
     name: str, latent: tuple[int, int, int], text: int, batch: int
 ) -> None:
-    with torch.device("meta"):
-        models = [MODELS[name](stages=stages) for stages in (ALL_PATTERNS, *((stage,) for stage in ALL_PATTERNS))]
-    for model in models:
+    for model in meta_models(name):
         counted = count_flops(model, *inputs(model, latent, text, batch, "meta"))
         assert denoiser_flops(model, latent, text, batch).forward == counted
 

@@ -559,6 +559,8 @@ class Show(Callback):
         mine = torch.cat([value.flatten() for value in module.ema.parameters()])
         first, second = trainer.strategy.all_gather(mine)
         assert torch.equal(first, second)
+        if trainer.is_global_zero:
+            print("val", repr(trainer.callback_metrics["val/loss"].item()))
 
 torch.manual_seed(3)
 denoiser = CrossTransformer(stages=[{"blocks": 2}], channels=4, out_channels=4, heads=1, head_dim=12, text_channels=8)
@@ -567,12 +569,10 @@ module = DenoiserModule(denoiser, text, Flow(shift=1.0), lr=1e-2, accumulate=2)
 source = FeatureClips(sys.argv[1])
 data = ClipDataModule(source, source, batch_size=1, val_clips=3)
 lightning.Trainer(
-    accelerator="cpu", devices=2, strategy="ddp", max_steps=5, max_epochs=-1, logger=False, val_check_interval=5,
+    accelerator="cpu", devices=2, strategy="ddp_fork", max_steps=5, max_epochs=-1, logger=False, val_check_interval=5,
     check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_checkpointing=False, enable_progress_bar=False,
     enable_model_summary=False, callbacks=[Show()],
 ).fit(module, data)
-if module.trainer.is_global_zero:
-    print("val", repr(module.trainer.callback_metrics["val/loss"].item()))
 """
 
 
@@ -594,6 +594,7 @@ def test_two_processes_train_as_one(tmp_path: Path, one_size: Path) -> None:
     source = FeatureClips(one_size)
     data = ClipDataModule(source, source, batch_size=2, val_clips=3)
     record = fit(tmp_path, module, data, 5, val_check_interval=5)
+    assert len(said) == 5 + 1
     assert [float(value) for name, value in said if name == "loss"] == pytest.approx(record.losses(), rel=1e-5)
     expected = torch.load(tmp_path / "best.ckpt", weights_only=True)["callbacks"]
     (kept,) = (value for key, value in expected.items() if key.startswith("ModelCheckpoint"))
