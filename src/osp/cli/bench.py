@@ -15,7 +15,7 @@ from osp.benchmark.results import markdown
 from osp.benchmark.run import Conditions, run_benchmark
 from osp.benchmark.vae import VAE
 from osp.checks import check_choice, check_number
-from osp.cli.runs import plain
+from osp.cli.plain import plain
 from osp.devices import choose_device
 from osp.errors import UsageError
 
@@ -61,4 +61,4 @@ def _source(cfg: DictConfig, group: str) -> ModelSource:
             raise UsageError(f"{group}={choice} needs {key}={what}")
     if missing := sorted(OmegaConf.missing_keys(cfg[group])):
         raise UsageError(f"{group}={choice} needs {' and '.join(f'{key}=...' for key in missing)}")
-    return ModelSource(choice, json.dumps(OmegaConf.to_container(cfg[group], resolve=True)), instantiate)
+    return ModelSource(choice, json.dumps(plain(cfg[group])), instantiate)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from osp.checks import check_number
 from osp.cli import config_folder, user_error
 from osp.cli.overrides import check_choices, quoted
-from osp.cli.runs import plain
+from osp.cli.plain import plain
 from osp.errors import UsageError
 from osp.report.tables import as_texts, print_table
 from osp.training.chain import COLUMNS, TABLE, Stage, first_to_run, run_stages

@@ -9,9 +9,9 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from osp.cli.runs import RESULT, is_first_process
 from osp.files import write_whole
 from osp.report.tables import as_texts, csv_text, print_table
+from osp.training.runs import TrainingRun, is_first_process
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +26,9 @@ class CompareRuns(Callback):
         """Take in one more run, if it has a result."""
         if config.hydra.mode.name != "MULTIRUN" or not is_first_process():
             return
-        result = Path(config.hydra.runtime.output_dir) / RESULT
-        if result.exists():
-            self._results.append(json.loads(result.read_text()))
+        result = TrainingRun(Path(config.hydra.runtime.output_dir)).result()
+        if result is not None:
+            self._results.append(result)
             write_whole(self._path(config), csv_text(*self._table()))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

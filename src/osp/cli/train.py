@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from osp.cli.checks import CLIP, build_vae, check_checkpoint, check_numbers
-from osp.cli.runs import plain
+from osp.cli.plain import plain
 from osp.data.datamodule import ClipDataModule
 from osp.errors import UsageError
 from osp.training.codec import codec_of

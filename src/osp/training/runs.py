@@ -57,7 +57,7 @@ class TrainingRun:
         return self.last.exists()
 
     def config(self) -> dict[str, Any] | None:
-        """Its settings as plain values; None if the folder does not say.
+        """Its settings as plain values, in today's names; None if the folder does not say.
 
         Raises DataError for a file that holds none.
         """
@@ -70,7 +70,7 @@ class TrainingRun:
             raise DataError(f"{path}: is no YAML ({' '.join(str(error).split())})") from error
         if not isinstance(config, dict):
             raise DataError(f"{path}: holds no settings of `osp train`")
-        return {str(key): value for key, value in config.items()}
+        return {str(key): value for key, value in renamed(config).items()}
 
     def name(self) -> str | None:
         """What its settings call it; None if the folder does not say."""
@@ -107,7 +107,7 @@ class TrainingRun:
         A run whose folder does not say its settings can. Raises DataError as `config`.
         """
         before = self.config()
-        return None if before is None else difference(before, settings)
+        return None if before is None else _difference(before, settings)
 
 
 def is_first_process() -> bool:
@@ -117,9 +117,7 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first setting that a run with `before`, perhaps in former names, cannot go on with `now`; None if it can."""
-    before = renamed(before)
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     for part in _FIXED:
         old, new = (_flat(config.get(part), part) for config in (before, now))
         for key in sorted(old.keys() | new.keys()):
