@@ -74,8 +74,8 @@ class TrainingRun:
 
     def name(self) -> str | None:
         """What its settings call it; None if the folder does not say."""
-        config = self.config()
-        return None if config is None else str(config.get("name"))
+        name = (self.config() or {}).get("name")
+        return None if name is None else str(name)
 
     def result(self) -> dict[str, Any] | None:
         """What it has come to at its end, perhaps with fewer steps than are asked for now; None if there is no result.
