@@ -184,7 +184,7 @@ WRONG = [
     (["buckets=tokens", "buckets.max_tokens=1", "buckets.min_tokens=1"], 1, "no bucket has a clip"),
     (["output={world}/shards"], 1, "not an index of features"),
     (["input={world}/none"], 1, "none: no such folder"),
-    (["device=tpu"], 2, "device=tpu is not known"),
+    (["device=tpu"], 2, "device=tpu: is not known"),
     (["text=mt5_v13", "text.path={world}/none"], 2, "none: no such folder"),
 ]
 

@@ -145,7 +145,7 @@ def test_a_sweep_ends_in_one_table_also_if_a_run_fails(tmp_path: Path, osp: Osp)
     sweep = ["train", "--multirun", *TINY, "debug=limit", f"output={tmp_path}", "vae.decoder_blocks=1,0,2"]
     code, out, said = osp(*sweep)
     assert code == 2
-    assert said.splitlines()[-1] == "osp train: decoder_blocks=0 is too small; it must be at least 1"
+    assert said.splitlines()[-1] == "osp train: decoder_blocks=0: must be a whole number of at least 1"
     header, *rows = csv.reader((tmp_path / "comparison.csv").read_text().splitlines())
     assert {row[0] for row in rows} == {"vae.decoder_blocks=1", "vae.decoder_blocks=2"}
     scores = [float(row[header.index("best_val_psnr")]) for row in rows]
@@ -276,7 +276,7 @@ WRONG = [
     (["bench", *BENCH, "mode=[whole,half]"], 2, "mode=half: is not known; choose whole, pieces or stream"),
     (["bench", *BENCH, "compile=maybe"], 2, "compile=maybe: is not known; choose false or true"),
     (["bench", *BENCH, "tiling=256"], 2, "tiling=256: must be null or like {size: 256"),
-    (["bench", *BENCH, "tiling=[{{size:100,overlap:8}}]"], 2, "tiling: size=100 must be a multiple of 8"),
+    (["bench", *BENCH, "tiling=[{{size:100,overlap:8}}]"], 2, "tiling: size=100: must be a multiple of 8"),
     (["bench", *BENCH, "device=cuda:99"], 2, "device=cuda:99: this machine has"),
     (["bench", *BENCH, "repeats=0"], 2, "repeats=0: must be a whole number of at least 1"),
     (["bench", *BENCH, "threads=0"], 2, "threads=0: must be a whole number of at least 1, or null"),
@@ -289,7 +289,7 @@ WRONG = [
     (
         ["import-weights", "kind=wfvae", "source={tmp}", "output={tmp}/o"],
         2,
-        "kind='wfvae' is not known; choose wfvae_v13",
+        "kind=wfvae: is not known; choose wfvae_v13",
     ),
     (["import-weights", "kind=causalvae", "source={tmp}", "output={tmp}/o"], 1, "holds no weights"),
     (["import-weights", "kind=causalvae", "source={tmp}/file", "output={tmp}/o"], 1, "file: .*not a checkpoint"),

@@ -284,7 +284,7 @@ EARLY = [
     (["checkpoint=MODELS/joint.ckpt", "prompt=a", "memory=tiny"], 2, "memory=tiny is not known"),
     (["checkpoint=MODELS/joint.ckpt", "prompt=a", "precision=8"], 2, "precision=8"),
     (["checkpoint=MODELS/joint.ckpt", "prompt=a", "format=avi"], 2, "format=avi is not known"),
-    (["checkpoint=MODELS/joint.ckpt", "prompt=a", "device=tpu"], 2, "device=tpu is not known"),
+    (["checkpoint=MODELS/joint.ckpt", "prompt=a", "device=tpu"], 2, "device=tpu: is not known"),
     (["checkpoint=MODELS/inpaint.ckpt", "prompt=a", "image=bad.jsonl"], 1, "bad.jsonl: not a readable"),
     (["checkpoint=MODELS/inpaint.ckpt", "prompt=a", "image=none.png"], 1, "none.png: "),
     (["checkpoint=MODELS/inpaint.ckpt", "prompt=a", "mode=transition"], 2, "mode=transition takes image=FILE and"),

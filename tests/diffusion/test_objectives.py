@@ -183,12 +183,12 @@ def test_the_plain_loss_is_the_mean_squared_error() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Velocity(steps=1), "steps=1 leaves no schedule"),
+        (lambda: Velocity(steps=1), "steps=1: must be a whole number of at least 2"),
         (lambda: Epsilon(beta_start=0.1, beta_end=0.01), "beta_start=0.1, beta_end=0.01"),
-        (lambda: Velocity(min_snr=0), "min_snr=0 must be above 0"),
-        (lambda: Flow(shift=0), "shift=0 must be above 0"),
+        (lambda: Velocity(min_snr=0), "min_snr=0: must be a number above 0"),
+        (lambda: Flow(shift=0), "shift=0: must be a number above 0"),
         (lambda: Flow(std=-1), "std=-1"),
-        (lambda: Flow(low_tokens=4096), "low_tokens=4096 must be below"),
+        (lambda: Flow(low_tokens=4096), "low_tokens=4096: must be a number below 4096"),
         (lambda: Flow().sample_time(2), "give tokens, or a shift"),
         (lambda: Flow(1.0).sample_time(3, seeded(1, 2)), "2 random generators do not fit a batch of 3"),
         (lambda: Velocity().sample_time(3, seeded(1, 2)), "2 random generators do not fit a batch of 3"),

@@ -136,10 +136,10 @@ def test_types_progress_and_options() -> None:
     [
         ((Flow(), "ddim", 10), "name=ddim cannot integrate Flow; choose euler, euler_ancestral, heun"),
         ((Velocity(), "rk45", 10), "name=rk45 is not known; choose euler"),
-        ((Velocity(), "euler", 0), "steps=0 makes no sense"),
-        ((Velocity(), "euler", 1001), "more than the 1000"),
+        ((Velocity(), "euler", 0), "steps=0: must be a whole number of at least 1"),
+        ((Velocity(), "euler", 1001), "steps=1001: must be .* of at most 1000"),
         ((Velocity(), "euler", 10, 3.0), "shift=3.0 is for flows; Velocity has none"),
-        ((Flow(), "euler", 10, 0.0), "shift=0.0 must be above 0"),
+        ((Flow(), "euler", 10, 0.0), "shift=0.0: must be a number above 0"),
         ((Velocity(), "euler", 10, None, {"prediction_type": "epsilon"}), "options.prediction_type is decided by"),
         ((Flow(1.0), "dpm++", 10, None, {"use_karras_sigmas": True}), "options.use_karras_sigmas is decided by"),
         ((Velocity(), "euler", 10, None, {"order": 2}), "euler has no options.order; it has .*timestep_spacing"),

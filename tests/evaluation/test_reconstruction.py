@@ -202,7 +202,7 @@ def test_features_need_enough_frames(tmp_path: Path) -> None:
 
 
 def test_bad_settings(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="precision=half: choose one of 32-true, bf16-mixed, 16-mixed"):
+    with pytest.raises(UsageError, match="precision=half: is not known; choose 32-true, bf16-mixed, 16-mixed or auto"):
         evaluate(Untouchable(8), [clip(0)], tmp_path, precision="half")
     with pytest.raises(UsageError, match="batch_size=0"):
         evaluate(Untouchable(8), [clip(0)], tmp_path, batch_size=0)

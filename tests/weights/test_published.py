@@ -179,13 +179,13 @@ def test_keys_that_do_not_fit_are_listed_with_the_file(small: Case, tmp_path: Pa
 
 WRONG_SETTINGS = [
     ("wfvae_v13", {"latent_dims": 4}, "no setting latent_dims; it has"),
-    ("wfvae_v13", {"latent_dim": "4"}, "these settings make no WFVAE"),
-    ("wfvae_v13", {"norm_type": "batchnorm"}, "norm_type='batchnorm' is not known"),
+    ("wfvae_v13", {"latent_dim": "4"}, "latent_channels=4: must be a whole number"),
+    ("wfvae_v13", {"norm_type": "batchnorm"}, "norm_type='batchnorm': is not known"),
     ("wfvae_v13", {"l1_upsample_block": "Upsampler"}, "no published WF-VAE has these blocks"),
     ("causalvae", {"hidden_sise": 4}, "no setting hidden_sise; it has"),
     ("causalvae", {"attn_resolutions": [16]}, r"attn_resolutions=\[16\] is of no published CausalVideoVAE"),
     ("causalvae", {"q_conv": "Conv2d"}, "q_conv='Conv2d'"),
-    ("causalvae", {"encoder_resnet_blocks": ["ResnetBlock4D"]}, "encoder_resnet_blocks='ResnetBlock4D' is not known"),
+    ("causalvae", {"encoder_resnet_blocks": ["ResnetBlock4D"]}, "encoder_resnet_blocks='ResnetBlock4D': is not known"),
     ("causalvae", {"encoder_temporal_downsample": None}, "these settings make no CausalVideoVAE"),
     ("causalvae", {"hidden_size_mult": [1, 2, 4, 4, 4]}, "one entry a level"),
     ("causalvae", {"hidden_size": 33}, "multiples of 32"),

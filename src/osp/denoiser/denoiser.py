@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from osp.checks import check_number
 from osp.denoiser.attention import GroupAttention
 from osp.denoiser.grid import Grid
 from osp.denoiser.layers import PatchEmbedding
@@ -17,9 +18,37 @@ from osp.errors import UsageError
 
 
 class DenoiserConfig(Protocol):
-    """A frozen dataclass with the shape of a denoiser; older files may call a setting by its former name."""
+    """The shape of a denoiser, a frozen dataclass: what those of all families have.
+
+    Older files may call a setting by its former name.
+    """
 
     former_names: ClassVar[Mapping[str, str]]
+
+    @property
+    def channels(self) -> int:
+        """Of the latent."""
+        ...
+
+    @property
+    def out_channels(self) -> int:
+        """Of the prediction."""
+        ...
+
+    @property
+    def patch_size(self) -> int:
+        """Latent pixels along a side of a patch."""
+        ...
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The schedule."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Channels of a token, all heads together."""
+        ...
 
 
 Config = TypeVar("Config", bound=DenoiserConfig)
@@ -186,33 +215,30 @@ def make_config(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     settings = {kind.former_names.get(key, key): value for key, value in settings.items()}
     if unknown := [key for key in settings if key not in known]:
         raise UsageError(f"{kind.__name__} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-    made = {}
-    for key, given in settings.items():
-        value = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else given
-        made[key] = value
-        if key == "stages":
-            made[key] = make_stages(value)
-        elif key == "position_scale":
-            if (
-                not isinstance(value, tuple)
-                or len(value) != 3
-                or not all(_is(float, part) and part > 0 for part in value)
-            ):
-                raise UsageError(f"{key}={value} makes no sense; give three numbers above 0: frames, rows, columns")
-            made[key] = tuple(map(float, value))
-        elif isinstance(known[key], tuple):
-            if not isinstance(value, tuple) or not all(_is(int, part) and part > 0 for part in value):
-                raise UsageError(f"{key}={value} makes no sense; give a list of whole numbers from 1")
-        elif isinstance(known[key], bool):
-            if not isinstance(value, bool):
-                raise UsageError(f"{key}={value} makes no sense; choose true or false")
-        elif not _is(int, value) or value < 1:  # type: ignore[operator]
-            raise UsageError(f"{key}={value} makes no sense; it must be a whole number from 1")
-    return kind(**made)
+    return kind(**{key: _checked(key, value, known[key]) for key, value in settings.items()})
 
 
-def _is(kind: type, value: Any) -> bool:
-    return isinstance(value, int | kind) and not isinstance(value, bool)
+def _checked(key: str, value: Any, default: Any) -> Any:
+    """A setting as the configuration holds it, of the same type as its default."""
+    if key == "stages":
+        return make_stages(value)
+    if isinstance(default, tuple):
+        scale = key == "position_scale"
+        if not isinstance(value, Sequence) or isinstance(value, str) or (scale and len(value) != len(default)):
+            wanted = "three numbers above 0: frames, rows, columns" if scale else "a list of whole numbers from 1"
+            raise UsageError(f"{key}={value}: must be {wanted}")
+        for part in value:
+            if scale:
+                check_number(key, part, above=0)
+            else:
+                check_number(key, part, 1, whole=True)
+        return tuple(map(float, value)) if scale else tuple(value)
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UsageError(f"{key}={value}: must be true or false")
+    else:
+        check_number(key, value, 1, whole=True)
+    return value
 
 
 def check_heads(head_dim: int, parts: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from osp.checks import check_choice, check_number
 from osp.denoiser.patterns import (
     Dense,
     GroupSkip,
@@ -41,12 +42,9 @@ class Stage:
     k: int = 1
 
     def __post_init__(self) -> None:
-        if self.pattern not in _CYCLES:
-            raise UsageError(f"stages: pattern={self.pattern} is not known; choose {', '.join(_CYCLES)}")
+        check_choice("stages: pattern", self.pattern, _CYCLES)
         for name in ("blocks", "k"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"stages: {name}={value} makes no sense; it must be a whole number from 1")
+            check_number(f"stages: {name}", getattr(self, name), 1, whole=True)
         if self.pattern in _WITHOUT_SPARSITY and self.k != 1:
             raise UsageError(f"stages: pattern={self.pattern} has no sparsity; k={self.k} must be left out")
 
@@ -60,7 +58,7 @@ class Stage:
 def make_stages(stages: Iterable[Stage | Mapping[str, Any]]) -> tuple[Stage, ...]:
     """Stages of what a configuration says. Raises UsageError for unknown and impossible values."""
     if isinstance(stages, str) or not isinstance(stages, Iterable):
-        raise UsageError(f"stages={stages} makes no sense; give a list, each of it with blocks=N, pattern=NAME and k=N")
+        raise UsageError(f"stages={stages}: must be a list, each of it with blocks=N, pattern=NAME and k=N")
     made = [stage if isinstance(stage, Stage) else _make_stage(stage) for stage in stages]
     if not made:
         raise UsageError("stages=[] leaves no blocks; give at least one stage")

@@ -26,13 +26,13 @@ def choose_device(name: str) -> torch.device:
         try:
             importlib.import_module("torch_npu")  # torch knows the name only then
         except ImportError as error:
-            raise UsageError(f"device={name} needs the package torch_npu, which is not installed here") from error
+            raise UsageError(f"device={name}: needs the package torch_npu, which is not installed here") from error
     try:
         if kind not in KNOWN:
             raise RuntimeError(f"no device of ours: {kind}")
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"device={name} is not known; choose auto, cpu, cuda, cuda:N or npu") from error
+        raise UsageError(f"device={name}: is not known; choose auto, cpu, cuda, cuda:N or npu") from error
     count = 1 if kind == "cpu" else backend(device).device_count()
     if (device.index or 0) >= count:
         raise UsageError(f"device={name}: this machine has {count} {kind.upper()} devices")

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 
 import torch
 
-from osp.errors import UsageError
+from osp.checks import check_choice
 
 AUTOCAST: Mapping[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """What one of AUTOCAST computes in; None for float32. Raises UsageError for another name."""
-    if precision not in AUTOCAST:
-        raise UsageError(f"precision={precision}: choose one of {', '.join(AUTOCAST)}, auto")
+    if precision not in AUTOCAST:  # what is auto has been decided by now
+        check_choice("precision", precision, [*AUTOCAST, "auto"])
     return AUTOCAST[precision]
 
 

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from osp.checks import check_number
 from osp.diffusion.noise import Generators, draw_integers
 from osp.diffusion.objective import Objective
 from osp.errors import UsageError
@@ -26,14 +27,12 @@ class Discrete(Objective):
     min_snr: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise UsageError(f"objective: steps={self.steps} leaves no schedule; give at least 2")
+        check_number("objective: steps", self.steps, 2, whole=True)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UsageError(
-                f"objective: beta_start={self.beta_start}, beta_end={self.beta_end} must rise within 0 and 1"
+                f"objective: beta_start={self.beta_start}, beta_end={self.beta_end}: must rise within 0 and 1"
             )
-        if self.min_snr is not None and self.min_snr <= 0:
-            raise UsageError(f"objective: min_snr={self.min_snr} must be above 0, or null for no weights")
+        check_number("objective: min_snr", self.min_snr, above=0, null="no weights")
 
     @property
     def zero_snr(self) -> bool:

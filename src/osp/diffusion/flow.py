@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from osp.checks import check_number
 from osp.diffusion.noise import Generators, draw_normal
 from osp.diffusion.objective import Objective
 from osp.errors import UsageError
@@ -35,12 +36,9 @@ class Flow(Objective):
     high_shift: float = 1.15
 
     def __post_init__(self) -> None:
-        if self.shift is not None and not 0 < self.shift < math.inf:
-            raise UsageError(f"objective: shift={self.shift} must be above 0, or null for one by resolution")
-        if self.std < 0:
-            raise UsageError(f"objective: std={self.std} must not be below 0")
-        if self.low_tokens >= self.high_tokens:
-            raise UsageError(f"objective: low_tokens={self.low_tokens} must be below high_tokens={self.high_tokens}")
+        check_number("objective: shift", self.shift, above=0, null="one by resolution")
+        check_number("objective: std", self.std, 0)
+        check_number("objective: low_tokens", self.low_tokens, below=self.high_tokens)
 
     @property
     def time_span(self) -> float:

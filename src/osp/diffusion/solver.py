@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osp.checks import check_number
 from osp.diffusion.discrete import Discrete, Velocity
 from osp.diffusion.flow import TIME_SCALE, Flow
 from osp.diffusion.noise import Generators, check_generators
@@ -70,14 +71,11 @@ class Solver:
             known = self.name in (_FLOW_SOLVERS | _DISCRETE_SOLVERS)
             problem = f"cannot integrate {type(self.objective).__name__}" if known else "is not known"
             raise UsageError(f"solver: name={self.name} {problem}; choose {', '.join(solvers(self.objective))}")
-        if self.steps < 1:
-            raise UsageError(f"solver: steps={self.steps} makes no sense; it must be a whole number from 1")
-        if isinstance(self.objective, Discrete) and self.steps > self.objective.steps:
-            raise UsageError(f"solver: steps={self.steps} are more than the {self.objective.steps} of the objective")
+        most = self.objective.steps if isinstance(self.objective, Discrete) else None
+        check_number("solver: steps", self.steps, 1, most, whole=True)
         if self.shift is not None and not flow:
             raise UsageError(f"solver: shift={self.shift} is for flows; {type(self.objective).__name__} has none")
-        if self.shift is not None and self.shift <= 0:
-            raise UsageError(f"solver: shift={self.shift} must be above 0")
+        check_number("solver: shift", self.shift, above=0, null="the objective's own")
         owned = (_OWNED | _TIMES if flow else _OWNED) & self.options.keys()
         if owned:
             raise UsageError(f"solver: options.{min(owned)} is decided by the objective, shift and steps; leave it out")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from osp.checks import check_choice, check_number
 from osp.errors import UsageError
 from osp.vae.autoencoder import COLOURS, VideoVAE
 from osp.vae.layers import (
@@ -67,14 +68,14 @@ class CausalVAEConfig:
 
     def __post_init__(self) -> None:
         for name in ("latent_channels", "inner_channels", "base_channels", "blocks"):
-            _check_whole(name, getattr(self, name))
+            check_number(name, getattr(self, name), 1, whole=True)
         if not self.multipliers:
             raise UsageError("multipliers is empty; it needs one number a level")
         for multiplier in self.multipliers:
-            _check_whole("multipliers", multiplier)
+            check_number("multipliers", multiplier, 1, whole=True)
         for name in ("encoder_attention", "decoder_attention"):
-            _check_choice(name, getattr(self, name), get_args(Attention))
-        _check_choice("conv_in", self.conv_in, get_args(Kernel))
+            check_choice(name, getattr(self, name), get_args(Attention))
+        check_choice("conv_in", self.conv_in, get_args(Kernel))
         for part, choices in (("blocks", get_args(Kernel)), ("resize", get_args(Resize)), ("time", (True, False))):
             for name in (f"encoder_{part}", f"decoder_{part}"):
                 levels = getattr(self, name)
@@ -83,7 +84,7 @@ class CausalVAEConfig:
                         f"{name}={levels} does not fit multipliers={list(self.multipliers)}; it needs one entry a level"
                     )
                 for level in levels:
-                    _check_choice(name, level, choices)
+                    check_choice(name, level, choices)
         # What comes from YAML or JSON is a list; equal settings must compare as equal.
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), Sequence) and not isinstance(value, str):
@@ -243,13 +244,3 @@ def _mid(width: int, attention: Attention, norm: Norm, config: CausalVAEConfig) 
     attend = FrameAttention(width, norm=norm) if attention == "frame" else MixedAttention(width)
     first, last = (ResidualBlock(width, width, norm=config.norm, dropout=config.dropout) for _ in range(2))
     return Chain(first, attend, last)
-
-
-def _check_whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name}={value} makes no sense; it must be a whole number of at least 1")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name}={value!r} is not known; choose {' or '.join(map(str, choices))}")

@@ -7,12 +7,13 @@ takes `(x, state)`, see `osp.vae.stream`. In memory the channels come last where
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from osp.checks import check_choice
 from osp.errors import UsageError
 from osp.vae.convolution import convolve_frames, convolve_over_time, worth_sliding
 from osp.vae.stream import StreamState
@@ -122,11 +123,8 @@ class GroupNorm(nn.GroupNorm):
 
 def norm_layer(kind: Norm, channels: int, *, per_frame: bool = False) -> nn.Module:
     """The norm by its name; `per_frame` says that the layers around it see single frames."""
-    if kind == "layer":
-        return LayerNorm(channels)
-    if kind == "group":
-        return GroupNorm(channels, per_frame=per_frame)
-    raise UsageError(f"norm={kind!r} is not known; choose layer or group")
+    check_choice("norm", kind, get_args(Norm))
+    return LayerNorm(channels) if kind == "layer" else GroupNorm(channels, per_frame=per_frame)
 
 
 def activated(
@@ -198,8 +196,7 @@ class TimeUpsample(nn.Module):
 
     def __init__(self, interpolation: Interpolation = "trilinear") -> None:
         super().__init__()
-        if interpolation not in ("trilinear", "nearest"):
-            raise UsageError(f"temporal_interpolation={interpolation!r} is not known; choose trilinear or nearest")
+        check_choice("temporal_interpolation", interpolation, get_args(Interpolation))
         self.interpolation = interpolation
         self.growth = 2
 

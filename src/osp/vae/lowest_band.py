@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osp.errors import UsageError
+from osp.checks import check_choice
 from osp.vae.autoencoder import VideoVAE
 from osp.vae.stream import Chain, StreamState
 from osp.vae.wavelet import HaarTransform, InverseHaarTransform, haar_filters_2d, haar_filters_3d
@@ -22,8 +22,7 @@ class LowestBand(VideoVAE):
 
     def __init__(self, time_stride: int) -> None:
         super().__init__()
-        if time_stride not in (4, 8):
-            raise UsageError(f"time_stride={time_stride} is not one of the family's; choose 4 or 8")
+        check_choice("time_stride", time_stride, (4, 8))
         self.time_stride = time_stride
         three, two = haar_filters_3d(), haar_filters_2d()
         levels = (three, two if time_stride == 4 else three, three)

@@ -28,7 +28,7 @@ def parse_bytes(value: int | str) -> int:
     """`6GiB`, `800 MB` or a number of bytes -> bytes. Raises UsageError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", str(value).strip().upper())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UsageError(f"max_memory={value} is no amount of memory; write for example 6GiB")
+        raise UsageError(f"max_memory={value}: must be an amount of memory, for example 6GiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from osp.checks import check_number
 from osp.errors import UsageError
 
 Corner = tuple[int, int]
@@ -23,14 +24,14 @@ class Tiling:
     overlap: int = 64
 
     def __post_init__(self) -> None:
-        if not 0 <= self.overlap < self.size:
-            raise UsageError(f"tiles of {self.size} pixels cannot overlap by {self.overlap}; use 0 to {self.size - 1}")
+        check_number("tiling: size", self.size, 1, whole=True)
+        check_number("tiling: overlap", self.overlap, 0, self.size - 1, whole=True)
 
     def check(self, space_stride: int) -> None:
         """Raise UsageError unless tiles begin and end where latent pixels do."""
         for name in ("size", "overlap"):
             if getattr(self, name) % space_stride:
-                raise UsageError(f"tiling: {name}={getattr(self, name)} must be a multiple of {space_stride}")
+                raise UsageError(f"tiling: {name}={getattr(self, name)}: must be a multiple of {space_stride}")
 
     def starts(self, length: int) -> list[int]:
         """Where the tiles of a side of `length` pixels begin; the last one ends with the side."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from osp.checks import check_choice, check_number
 from osp.errors import UsageError
 from osp.vae.autoencoder import COLOURS, VideoVAE
 from osp.vae.layers import (
@@ -61,8 +62,7 @@ class WFVAEConfig:
     haar_scale: float = EXACT_SCALE_3D
 
     def __post_init__(self) -> None:
-        if self.level1 not in ("2d", "3d"):
-            raise UsageError(f"level1={self.level1!r} is not known; choose 2d (4x8x8) or 3d (8x8x8)")
+        check_choice("level1", self.level1, ("2d", "3d"))
         for name, least in (
             ("latent_channels", 1),
             ("base_channels", 1),
@@ -72,8 +72,7 @@ class WFVAEConfig:
             ("decoder_blocks", 1),
             ("flow_blocks", 0),
         ):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name}={getattr(self, name)} is too small; it must be at least {least}")
+            check_number(name, getattr(self, name), least, whole=True)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from osp.checks import check_number
 from osp.denoiser import CrossTransformer, Stage
 from osp.denoiser.rotary import halves_first
 from osp.errors import UsageError
@@ -99,12 +100,11 @@ def build_inpaint(published_settings: Mapping[str, Any], weights: Mapping[str, A
 
 def _build(c: Mapping[str, Any]) -> CrossTransformer:
     for key in ("num_attention_heads", "attention_head_dim", "num_layers"):
-        if not isinstance(c[key], int) or c[key] < 1:
-            raise UsageError(f"{key}={c[key]!r} makes no sense; it must be a whole number from 1")
+        check_number(key, c[key], 1, whole=True)
     settings = settings_from_published(_SETTINGS, c)
     width = settings["heads"] * settings["head_dim"]
     if c.get("cross_attention_dim", width) != width:
-        raise UsageError(f"cross_attention_dim={c['cross_attention_dim']} must be heads x head_dim, {width}")
+        raise UsageError(f"cross_attention_dim={c['cross_attention_dim']}: must be heads x head_dim, {width}")
     conditions = (c["in_channels"], c[_MASK_CHANNELS]) if _MASK_CHANNELS in c else ()
     stages = _stages(c["num_layers"], c["sparse_n"] if c["sparse1d"] else 1)
     scale = [c[key] for key in _SCALES]

@@ -94,7 +94,7 @@ def build(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | No
     layers, sparsities = c["num_layers"], c["sparse_n"]
     for key in ("num_layers", "sparse_n"):
         if not isinstance(c[key], Sequence) or isinstance(c[key], str):
-            raise UsageError(f"{key}={c[key]!r} makes no sense; give a list with a number for each stage")
+            raise UsageError(f"{key}={c[key]}: must be a list with a number for each stage")
     if len(layers) != len(sparsities):
         raise UsageError(f"num_layers={list(layers)} and sparse_n={list(sparsities)} must be as long as each other")
     stages = [

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from osp.checks import check_choice
 from osp.errors import UsageError
 from osp.vae.layers import CausalConv3d, Downsample, GroupNorm, LayerNorm
 from osp.weights.lazy import Stored, Weights
@@ -141,8 +142,7 @@ def settings_from_published(table: Mapping[str, Setting], published: Mapping[str
             return value
         if not isinstance(value, str):
             return tuple(ours(key, part) for part in value)
-        if value not in choices:
-            raise UsageError(f"{key}={value!r} is not known; choose {' or '.join(map(repr, choices))}")
+        check_choice(key, repr(value), map(repr, choices))
         return choices[value]
 
     return {setting.ours: ours(key, published[key]) for key, setting in table.items() if key in published}

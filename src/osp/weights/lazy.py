@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osp.errors import UsageError
+from osp.checks import check_choice
 
 # Where a training checkpoint keeps its weights; the averaged ones come first.
 _WRAPPERS = ("ema_state_dict", "ema_model", "state_dict", "gen_model", "model")
+
+# What they are kept in
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,9 @@ def filled(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """One of the types that weights are kept in, or its name. Raises UsageError for another."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UsageError(f"dtype={dtype} is not known; choose float32, bfloat16 or float16")
-    return found
+    name = str(dtype).removeprefix("torch.")
+    check_choice("dtype", name, _DTYPES)
+    return _DTYPES[name]
 
 
 def unwrapped(loaded: Mapping[str, Any]) -> Weights:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from osp.checks import check_number
 from osp.denoiser.grid import Grid
-from osp.errors import UsageError
 
 
 class Split(NamedTuple):
@@ -159,8 +159,7 @@ class _Sparse(Pattern):
     k: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
-            raise UsageError(f"{type(self).__name__}: k={self.k} makes no sense; it must be a whole number from 1")
+        check_number(f"{type(self).__name__}: k", self.k, 1, whole=True)
 
 
 @dataclass(frozen=True)
