@@ -23,6 +23,7 @@ from osp.data.buckets import batch_sizes
 from osp.data.media.video import ClipError
 from osp.data.plan import FixedPlan, Group, Slot, TrainPlan
 from osp.data.sources import ClipSource
+from osp.devices import choose_device
 from osp.devices.mesh import Mesh
 from osp.errors import DataError, OspError, UsageError
 
@@ -356,7 +357,7 @@ def _read_batches(
         sampler=batches,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=choose_device("auto").type != "cpu",
         # Workers never touch the GPU, so a fork is safe on Linux: they start at once and share the list of clips.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=torch.Generator(),  # or torch draws from the global one here, and a resumed run would differ

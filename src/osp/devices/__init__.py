@@ -1,13 +1,14 @@
 """What hardware there is, how to choose it, and how fast it is and how much memory it takes."""
 
 from osp.devices.attention import attention
-from osp.devices.device import choose_device, describe_device, free_unused, synchronize
+from osp.devices.device import accelerator_device, choose_device, describe_device, free_unused, synchronize
 from osp.devices.measure import PeakMemory, count_flops, matmul_peak
 from osp.devices.precision import AUTOCAST, autocast_dtype, choose_precision, fast_precision
 
 __all__ = [
     "AUTOCAST",
     "PeakMemory",
+    "accelerator_device",
     "attention",
     "autocast_dtype",
     "choose_device",

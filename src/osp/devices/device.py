@@ -39,6 +39,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def accelerator_device(accelerator: str) -> torch.device:
+    """The device that Lightning's name of an accelerator means, where `gpu` is `cuda`. Raises UsageError as above."""
+    return choose_device("cuda" if accelerator == "gpu" else accelerator)
+
+
 def backend(device: torch.device) -> ModuleType:
     """torch.cuda or torch.npu, which have the same functions."""
     return getattr(torch, device.type)

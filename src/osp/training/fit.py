@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from osp.data.datamodule import ClipDataModule
-from osp.devices import choose_device, choose_precision
+from osp.devices import accelerator_device, choose_precision
 from osp.errors import DataError, UsageError
 from osp.files import write_json, write_whole
 from osp.training.module import TrainingModule
@@ -64,7 +64,7 @@ def precision_on(precision: str, accelerator: str) -> str:
     """The precision that a Trainer is given; `auto` is what is fast on its device."""
     if precision != "auto":
         return precision
-    return choose_precision("auto", choose_device({"gpu": "cuda"}.get(accelerator, accelerator)))
+    return choose_precision("auto", accelerator_device(accelerator))
 
 
 def batches_in_step(global_batch: int, batch_size: int | None, devices: int) -> int:
