@@ -24,6 +24,7 @@ from osp.diffusion import Flow
 from osp.errors import UsageError
 from osp.sampling import VideoGenerator
 from osp.sampling.outputs import SampleFolder
+from osp.sampling.progress import Watch, unwatched
 from osp.vae import LatentCodec
 from osp.vae.lowest_band import LowestBand
 
@@ -61,6 +62,8 @@ class Artist(VideoGenerator):
         seeds: Sequence[int],
         given: GivenFrames | None = None,
         hold_given: bool = True,
+        low_memory: bool = False,
+        progress: Watch = unwatched,
         **others: Any,
     ) -> Tensor:
         self.check(prompts, frames, height, width, seeds=seeds, given=given, **others)
@@ -227,7 +230,7 @@ def test_a_folder_of_samples_is_judged_by_its_own_prompts(
         (["checkpoint=x", "mode=continuation", "keep_frames=9"], 2, "keep_frames=9: the videos have 9 frames"),
         (["checkpoint=x", "mode=middle"], 2, "mode=middle: is not known"),
         (["checkpoint=x", "clip.height=40"], 2, "height=40: must be a multiple of 16"),
-        (["checkpoint=x", "solver.name=magic"], 2, "solver: name=magic is not known"),
+        (["checkpoint=x", "solver.name=magic"], 2, "solver.name=magic: is not known"),
         (["checkpoint=x", "clip.frames=41"], 1, "none of its 12 clips is long enough for frames=41"),
         (["checkpoint=x", "input={tmp}/videos"], 1, "the clip ramp.mp4 has no caption to be judged by"),
         (["checkpoint=x", "input={tmp}/captioned"], 2, "the prompt 'a cat' names no shape that is known"),

@@ -278,17 +278,25 @@ EARLY = [
         2,
         "give denoiser.path=FOLDER text.tokens.path=FOLDER text.pooled",
     ),
-    (["checkpoint=MODELS/joint.ckpt", "prompt=a", "solver.name=rk4"], 2, "solver.name=rk4 is not known; choose euler"),
-    (["checkpoint=MODELS/joint.ckpt", "prompt=a", "solver.steps=0"], 2, "solver.steps=0 makes no sense"),
-    (["checkpoint=MODELS/joint.ckpt", "prompt=a", "guidance=-1"], 2, "guidance=-1 makes no sense"),
-    (["checkpoint=MODELS/joint.ckpt", "prompt=a", "memory=tiny"], 2, "memory=tiny is not known"),
+    (["checkpoint=MODELS/joint.ckpt", "prompt=a", "solver.name=rk4"], 2, "solver.name=rk4: is not known; choose euler"),
+    (
+        ["checkpoint=MODELS/joint.ckpt", "prompt=a", "solver.steps=0"],
+        2,
+        "solver.steps=0: must be a whole number of at least 1",
+    ),
+    (["checkpoint=MODELS/joint.ckpt", "prompt=a", "guidance=-1"], 2, "guidance=-1: must be a number of at least 0"),
+    (["checkpoint=MODELS/joint.ckpt", "prompt=a", "memory=tiny"], 2, "memory=tiny: is not known"),
     (["checkpoint=MODELS/joint.ckpt", "prompt=a", "precision=8"], 2, "precision=8"),
-    (["checkpoint=MODELS/joint.ckpt", "prompt=a", "format=avi"], 2, "format=avi is not known"),
+    (["checkpoint=MODELS/joint.ckpt", "prompt=a", "format=avi"], 2, "format=avi: is not known"),
     (["checkpoint=MODELS/joint.ckpt", "prompt=a", "device=tpu"], 2, "device=tpu: is not known"),
     (["checkpoint=MODELS/inpaint.ckpt", "prompt=a", "image=bad.jsonl"], 1, "bad.jsonl: not a readable"),
     (["checkpoint=MODELS/inpaint.ckpt", "prompt=a", "image=none.png"], 1, "none.png: "),
     (["checkpoint=MODELS/inpaint.ckpt", "prompt=a", "mode=transition"], 2, "mode=transition takes image=FILE and"),
-    (["checkpoint=MODELS/inpaint.ckpt", "prompt=a", "given={first: a.png}"], 2, "give files by the numbers"),
+    (
+        ["checkpoint=MODELS/inpaint.ckpt", "prompt=a", "given={first: a.png}"],
+        2,
+        "must be files by the numbers of their frames",
+    ),
 ]
 
 

@@ -59,7 +59,7 @@ def test_wrong_files_are_refused(files: dict[str, Path]) -> None:
         PictureFiles().check("image")
     with pytest.raises(UsageError, match=r"mode=text takes no files of pictures; given: image"):
         PictureFiles(dark).check("text")
-    with pytest.raises(UsageError, match="mode=dream is not known; choose text, image"):
+    with pytest.raises(UsageError, match="mode=dream: is not known; choose text, image"):
         PictureFiles().check("dream")
     with pytest.raises(UsageError, match="video and image exclude each other"):
         PictureFiles(dark, video=files["steps"]).check(None)

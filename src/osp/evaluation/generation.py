@@ -1,10 +1,29 @@
-"""Judge generated videos and write what was found: do they show their prompts, how far are they from real ones."""
+"""Judge generated videos and write what was found: do they show their prompts, how far are they from real ones.
+
+Of N generated videos the first N real clips are the counterpart: they are judged against their captions, which is the
+best that the oracle lets anyone reach, and again as the VAE reconstructs them, which is the best that a model of its
+latents can. The next clips, N at most, are the reference of the Frechet distance: of the generated videos, of the
+reconstructions, and of the first N real clips themselves, which is the floor. Without any the counterpart is the
+reference, and there is no floor.
+
+Files, each replaced as a whole:
+    metrics.json: what `evaluate_generation` returns. `accuracy` has rates in 0..1 of `all` three and of each part: of
+        `generated`, `real` and `vae` with Wilson's 95 % interval; `chance`, exact; `generated_shuffled` and
+        `real_shuffled`, of the same videos with each other's prompts. `frechet` has the distance under its name, that
+        of the `vae`'s reconstructions, and the `floor`. `given` has PSNR (dB, mean over clips) of the frames given, in
+        the generated videos and in the VAE's reconstructions, and how much the first is below the second (`loss`): of
+        all of a clip's together, and `by_frame`.
+    metrics.csv: a row a prompt.
+    contact_sheet.png: the first `contact_sheet_clips` videos, marked right or wrong.
+    videos/NUMBER-KEY.mp4: a PNG for a single frame. Those of an earlier evaluation go.
+"""
 
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -61,6 +80,43 @@ class _Judged:
         return judgement
 
 
+@dataclass(frozen=True)
+class _Networks:
+    """What videos are looked at with, and which of their frames were given."""
+
+    features: VideoFeatures
+    vae: VideoAutoencoder | None
+    device: torch.device
+    autocast: torch.dtype | None
+    given: Sequence[int]
+
+    def placed(self, video: Tensor) -> Tensor:
+        """The video as float on the device. Raises UsageError if it has too few frames."""
+        least, name = self.features.min_frames, self.features.name
+        if video.shape[1] < least:
+            raise UsageError(f"frames={video.shape[1]}: {name} needs at least {least} frames")
+        return _on(self.device, video)
+
+
+@dataclass
+class _Generated:
+    """The generated videos, judged: a record each, and what the contact sheet shows."""
+
+    judged: _Judged = field(default_factory=_Judged)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    sheet: list[SheetClip] = field(default_factory=list)
+
+
+@dataclass
+class _Real:
+    """The prompts' own clips, judged, and as the VAE reconstructs them; features of further clips; what was skipped."""
+
+    shown: _Judged = field(default_factory=_Judged)
+    reconstructed: _Judged = field(default_factory=_Judged)
+    others: list[Tensor] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+
 @torch.no_grad()
 def evaluate_generation(
     generated: Iterable[GeneratedClip],
@@ -79,93 +135,95 @@ def evaluate_generation(
 ) -> dict[str, Any]:
     """Judge every generated video beside real ones, write the results into the folder `output`, and return them.
 
-    `real` clips are mappings as `evaluate_reconstruction` takes them, with captions. Of N generated videos the first N
-    real clips are the counterpart: they are judged against their captions, which is the best that the oracle lets
-    anyone reach, and again as the `vae` reconstructs them, which is the best that a model of its latents can. The next
-    clips, N at most, are the reference of the Frechet distance: of the generated videos, of the reconstructions, and of
-    the first N real clips themselves, which is the floor. Without any the counterpart is the reference, and there is no
-    floor. `given` are the numbers of the frames that the generator was given from each clip's `real`.
-
-    Networks that are modules are moved to `device`. `precision` is the VAE's. `save_videos` is how many are written,
-    None: all. `settings` is copied into the results.
-
-    Files, each replaced as a whole:
-        metrics.json: what is returned. `accuracy` has rates in 0..1 of `all` three and of each part: of `generated`,
-            `real` and `vae` with Wilson's 95 % interval; `chance`, exact; `generated_shuffled` and `real_shuffled`, of
-            the same videos with each other's prompts. `frechet` has the distance under its name, that of the `vae`'s
-            reconstructions, and the `floor`. `given` has PSNR (dB, mean over clips) of the frames given, in the
-            generated videos and in the VAE's reconstructions, and how much the first is below the second (`loss`): of
-            all of a clip's together, and `by_frame`.
-        metrics.csv: a row a prompt.
-        contact_sheet.png: the first `contact_sheet_clips` videos, marked right or wrong.
-        videos/NUMBER-KEY.mp4: a PNG for a single frame. Those of an earlier evaluation go.
+    `real` clips are mappings as `evaluate_reconstruction` takes them, with captions; the module says what they are for.
+    `given` are the numbers of the frames that the generator was given from each clip's `real`. Networks that are
+    modules are moved to `device`. `precision` is the VAE's. `save_videos` is how many are written, None: all.
+    `settings` is copied into the results.
 
     Raises:
         UsageError: a prompt or caption does not name one object by colour, shape and motion; a size does not fit.
         DataError: nothing was generated, no real clip could be read, or `output` cannot be made a folder.
         OSError: a file in it cannot be written.
     """
-    device, autocast, folder = torch.device(device), autocast_dtype(precision), begin(output, VIDEOS)
+    folder = begin(output, VIDEOS)
+    networks = _Networks(features, vae, torch.device(device), autocast_dtype(precision), given)
     for network in (vae, features):
         if isinstance(network, nn.Module):
-            network.to(device).eval()
+            network.to(networks.device).eval()
+    made = _judge_generated(generated, networks, folder, contact_sheet_clips, save_videos)
+    beside = _judge_real(real, networks, len(made.records))
+    used = {**settings, "device": str(networks.device), "precision": precision, "features": features.name}
+    results = {"model": model_name, "settings": used, **_results(made, beside, networks)}
+    title = f"{model_name}, prompts: {len(made.records)}"
+    picture = draw_contact_sheet(made.sheet, title, headline(results)) if made.sheet else None
+    write_results(folder, results, _table(made.records), picture)
+    return results
 
-    made = _Judged()
-    records: list[dict[str, Any]] = []
-    sheet: list[SheetClip] = []
-    for number, clip in enumerate(generated):
-        _check_frames(clip.video, features)
-        video = _on(device, clip.video)
-        judgement = made.add(video, clip.prompt, features)
+
+def _judge_generated(
+    clips: Iterable[GeneratedClip],
+    networks: _Networks,
+    folder: Path,
+    contact_sheet_clips: int,
+    save_videos: int | None,
+) -> _Generated:
+    """Judge the videos as they come, and write so many of them. Raises DataError if none comes."""
+    made = _Generated()
+    for number, clip in enumerate(clips):
+        video = networks.placed(clip.video)
+        judgement = made.judged.add(video, clip.prompt, networks.features)
         record: dict[str, Any] = {"key": clip.key, "prompt": clip.prompt, "seed": clip.seed, **_verdict(judgement)}
         record["finite"] = bool(video.isfinite().all())
-        if given:
-            record |= _given_psnr(clip, video, given, vae, autocast)
+        if networks.given:
+            record |= _given_psnr(clip, video, networks)
         pixels = to_uint8(video.nan_to_num(0.0)).cpu()
         if save_videos is None or number < save_videos:
             record["file"] = f"{VIDEOS}/{save_clip(folder / VIDEOS, f'{number:03d}-{clip.key}', pixels, clip.fps).name}"
         if number < contact_sheet_clips:
-            sheet.append(SheetClip.show(clip.prompt, _label(record), pixels, record["right"]["all"]))
-        records.append(record)
-    if not records:
+            made.sheet.append(SheetClip.show(clip.prompt, _label(record), pixels, record["right"]["all"]))
+        made.records.append(record)
+    if not made.records:
         raise DataError("nothing was generated, so there is nothing to evaluate")
+    return made
 
-    shown, reconstructed = _Judged(), _Judged()
-    skipped: list[dict[str, str]] = []
-    others: list[Tensor] = []
-    for original in _readable(real, 2 * len(records), skipped):
-        _check_frames(original["video"], features)
-        video = _on(device, original["video"])
-        if len(shown.judgements) == len(records):
-            others.append(features(video[None]).cpu())
+
+def _judge_real(clips: Iterable[Mapping[str, Any] | ClipError], networks: _Networks, prompts: int) -> _Real:
+    """Judge the first `prompts` clips, and take the features of as many more. Raises DataError if none can be read."""
+    beside = _Real()
+    for original in _readable(clips, 2 * prompts, beside.skipped):
+        video = networks.placed(original["video"])
+        if len(beside.shown.judgements) == prompts:
+            beside.others.append(networks.features(video[None]).cpu())
             continue
-        shown.add(video, original["caption"], features)
-        if vae is not None:
-            reconstructed.add(reconstruct(vae, video[None], autocast)[0], original["caption"], features)
-    if not shown.judgements:
-        reasons = f"; the first: {skipped[0]['clip']}: {skipped[0]['reason']}" if skipped else ""
-        raise DataError(f"no real clip could be read: {len(skipped)} skipped{reasons}")
+        beside.shown.add(video, original["caption"], networks.features)
+        if networks.vae is not None:
+            again = reconstruct(networks.vae, video[None], networks.autocast)[0]
+            beside.reconstructed.add(again, original["caption"], networks.features)
+    if not beside.shown.judgements:
+        first = beside.skipped[0] if beside.skipped else None
+        reasons = f"; the first: {first['clip']}: {first['reason']}" if first else ""
+        raise DataError(f"no real clip could be read: {len(beside.skipped)} skipped{reasons}")
+    return beside
 
-    sets = {"generated": made, "real": shown} | ({"vae": reconstructed} if vae is not None else {})
-    results = {
-        "model": model_name,
-        "settings": {**settings, "device": str(device), "precision": precision, "features": features.name},
+
+def _results(made: _Generated, beside: _Real, networks: _Networks) -> dict[str, Any]:
+    sets = {"generated": made.judged, "real": beside.shown}
+    if networks.vae is not None:
+        sets["vae"] = beside.reconstructed
+    return {
         "counts": {
-            "generated": len(records),
-            "not_finite": sum(not record["finite"] for record in records),
-            "real": len(shown.judgements),
-            "further_real": len(others),
-            "skipped": len(skipped),
+            "generated": len(made.records),
+            "not_finite": sum(not record["finite"] for record in made.records),
+            "real": len(beside.shown.judgements),
+            "further_real": len(beside.others),
+            "skipped": len(beside.skipped),
         },
         "accuracy": _accuracies(sets),
-        "frechet": _frechet(made, shown, reconstructed, others, features),
-        "given": _given(records, given),
-        "clips": records,
-        "skipped": skipped,
+        "frechet": _frechet(made.judged, beside, networks.features),
+        "given": _given(made.records, networks.given),
+        "clips": made.records,
+        "skipped": beside.skipped,
     }
-    picture = draw_contact_sheet(sheet, f"{model_name}, prompts: {len(records)}", headline(results)) if sheet else None
-    write_results(folder, results, _table(records), picture)
-    return results
 
 
 def headline(results: Mapping[str, Any]) -> list[str]:
@@ -192,11 +250,6 @@ def headline(results: Mapping[str, Any]) -> list[str]:
 def _on(device: torch.device, video: Tensor) -> Tensor:
     video = video.to(device)
     return video.float() if video.is_floating_point() else to_float(video)
-
-
-def _check_frames(video: Tensor, features: VideoFeatures) -> None:
-    if video.shape[1] < features.min_frames:
-        raise UsageError(f"frames={video.shape[1]}: {features.name} needs at least {features.min_frames} frames")
 
 
 def _readable(
@@ -229,16 +282,14 @@ def _label(record: Mapping[str, Any]) -> str:
     return f"read: {read}{kept}"
 
 
-def _given_psnr(
-    clip: GeneratedClip, video: Tensor, given: Sequence[int], vae: VideoAutoencoder | None, autocast: torch.dtype | None
-) -> dict[str, Any]:
+def _given_psnr(clip: GeneratedClip, video: Tensor, networks: _Networks) -> dict[str, Any]:
     """PSNR of the frames that were given, together and each, in the generated video and in the VAE's reconstruction."""
     if clip.real is None:
         raise UsageError(f"{clip.key}: frames are said to be given, but not the clip that they are from")
-    real, frames = _on(video.device, clip.real), list(given)
+    real, frames = _on(video.device, clip.real), list(networks.given)
     shown = {"given": video.nan_to_num(0.0)}
-    if vae is not None:
-        shown["vae"] = reconstruct(vae, real[None], autocast)[0]
+    if networks.vae is not None:
+        shown["vae"] = reconstruct(networks.vae, real[None], networks.autocast)[0]
     kept: dict[str, Any] = {}
     for name, clips in shown.items():
         kept[f"{name}_psnr"] = psnr(clips[:, frames], real[:, frames]).item()
@@ -258,19 +309,17 @@ def _accuracies(sets: Mapping[str, _Judged]) -> dict[str, Any]:
     return rates
 
 
-def _frechet(
-    made: _Judged, shown: _Judged, reconstructed: _Judged, others: Sequence[Tensor], features: VideoFeatures
-) -> dict[str, Any]:
+def _frechet(made: _Judged, beside: _Real, features: VideoFeatures) -> dict[str, Any]:
     """Generated to real, first; the name of the network's distance goes without the "r" of a reconstruction's."""
-    reference = others
-    if len(others) < 2:
-        reference = shown.features
+    shown, reference = beside.shown.features, beside.others
+    if len(reference) < 2:
+        reference = shown
         logger.warning("no real clips beyond those of the prompts: %s is the distance to these", features.name)
     record = frechet_record(_distance(reference, made.features, features), features)
     return {
         features.name.replace("rfvd", "fvd"): record.pop(features.name),
-        "floor": None if reference is shown.features else _finite(_distance(reference, shown.features, features)),
-        "vae": _finite(_distance(reference, reconstructed.features, features)),
+        "floor": None if reference is shown else _finite(_distance(reference, shown, features)),
+        "vae": _finite(_distance(reference, beside.reconstructed.features, features)),
         **record,
         "reference_clips": len(reference),
     }

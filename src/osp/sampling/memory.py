@@ -31,6 +31,7 @@ class MemoryPlan:
     phases: Mapping[str, int]
     available: int | None
     low_memory: bool
+    batch: int = 1
 
     @property
     def peak(self) -> int:
@@ -41,6 +42,12 @@ class MemoryPlan:
     def fits(self) -> bool:
         """Whether it is likely to go well."""
         return self.available is None or self.peak <= self.available
+
+    @property
+    def advice(self) -> str:
+        """What to use where it does not fit."""
+        smaller = "a smaller clip" if self.batch == 1 else "a smaller batch_size or clip"
+        return smaller if self.low_memory else f"memory=low, or {smaller}"
 
     def lines(self) -> list[str]:
         """For a user to read, in GiB."""
@@ -96,7 +103,7 @@ def plan_memory(
     free = available_memory(generator.device)
     if free is not None:
         free += sum(_bytes(module, on=generator.device) for module in _modules(generator))
-    return MemoryPlan(parts, phases, free, low_memory)
+    return MemoryPlan(parts, phases, free, low_memory, batch)
 
 
 def call_bytes(denoiser: Denoiser, rows: tuple[int, int, int, int], text: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from osp.checks import check_choice
 from osp.data.media.pictures import animated_gif, encode_png
 from osp.data.media.shape import Shape
 from osp.data.media.video import encode_video, probe, read_clip, to_uint8
@@ -31,10 +32,14 @@ class SampleFolder:
     """
 
     def __init__(self, folder: Path, kind: str, overwrite: bool = False) -> None:
-        if kind not in FORMATS:
-            raise UsageError(f"format={kind} is not known; choose {', '.join(FORMATS)}")
+        check_choice("format", kind, FORMATS)
         self.folder, self.kind, self.overwrite = folder, kind, overwrite
-        self.listed = _read_list(folder / SAMPLES)
+        self.listed = _read_list(self.list)
+
+    @property
+    def list(self) -> Path:
+        """The file that lists the videos."""
+        return self.folder / SAMPLES
 
     def path(self, stem: str, frames: int) -> Path:
         """The file of a video, or the folder of its frames."""
@@ -73,7 +78,7 @@ class SampleFolder:
         else:
             self._write_frames(path, pixels, comment)
         self.listed[path.name] = _plain(settings)
-        with open(self.folder / SAMPLES, "a") as file:
+        with open(self.list, "a") as file:
             file.write(_line(path.name, settings))
         return path
 
@@ -88,8 +93,8 @@ class SampleFolder:
     def finish(self) -> Path:
         """Write the list anew, sorted and without files that are gone."""
         there = {name: settings for name, settings in sorted(self.listed.items()) if (self.folder / name).exists()}
-        write_whole(self.folder / SAMPLES, "".join(_line(*entry) for entry in there.items()))
-        return self.folder / SAMPLES
+        write_whole(self.list, "".join(_line(*entry) for entry in there.items()))
+        return self.list
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:

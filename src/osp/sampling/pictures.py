@@ -6,11 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from osp.conditioning import MODES, GivenFrames, given_by_mode, given_frames
+from osp.conditioning import GivenFrames, given_by_mode, given_frames
 from osp.data.media.video import probe, read_clip, to_float
 from osp.errors import UsageError
-
-_FRAMES = "frames"
+from osp.sampling.settings import FRAMES, check_setting
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class PictureFiles:
             raise UsageError("last_image needs an image to begin with; give image, or given={-1: FILE}")
         if self.last_image is not None:
             return "transition"
-        return "image" if self.image else "continuation" if self.video else _FRAMES if self.by_number else "text"
+        return "image" if self.image else "continuation" if self.video else FRAMES if self.by_number else "text"
 
     @property
     def files(self) -> dict[str, Path]:
@@ -48,10 +47,9 @@ class PictureFiles:
 
     def check(self, mode: str | None) -> None:
         """Raise UsageError unless these are the files of a mode (None: of any), ClipError for one without a picture."""
-        if mode is not None and mode not in (*MODES, _FRAMES):
-            raise UsageError(f"mode={mode} is not known; choose {', '.join((*MODES, _FRAMES))}")
+        check_setting("mode", mode)
         wants = {"image": "image=FILE", "transition": "image=FILE and last_image=FILE", "continuation": "video=FILE"}
-        wants |= {"text": "no files of pictures", _FRAMES: "given={0: FILE, 8: FILE}"}
+        wants |= {"text": "no files of pictures", FRAMES: "given={0: FILE, 8: FILE}"}
         if mode not in (None, self.mode):
             raise UsageError(f"mode={mode} takes {wants[str(mode)]}; given: {', '.join(self.files) or 'none'}")
         for path in self.files.values():

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from osp.errors import DataError
+from osp.sampling.pictures import PictureFiles
+from osp.sampling.settings import check_setting
 
 Item = TypeVar("Item")
 
-_NUMBERS = {"seed": 0, "frames": 1, "height": 1, "width": 1}  # and the least value of each
+_NUMBERS = {"seed": "seed", "frames": "clip.frames", "height": "clip.height", "width": "clip.width"}  # in Sampling
 _FILES = ("image", "last_image", "video")
 _SLUG = 40  # characters of a prompt in a file's name
 
@@ -33,6 +35,16 @@ class Request:
     last_image: Path | None = None
     video: Path | None = None
     name: str | None = None
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Of frames, height and width those that it says itself."""
+        sizes = {"frames": self.frames, "height": self.height, "width": self.width}
+        return {key: size for key, size in sizes.items() if size is not None}
+
+    def pictures(self, keep_frames: int) -> PictureFiles:
+        """Its own files of given frames; of a video so many are gone on with."""
+        return PictureFiles(self.image, self.last_image, self.video, keep_frames)
 
 
 def read_requests(path: Path) -> list[Request]:
@@ -69,10 +81,10 @@ def _parsed(line: str, folder: Path, where: str) -> Request:
             raise DataError(f"{where}: {key} is not known; choose {', '.join(known)}")
         if value is None and key != "prompt":
             continue
-        if key in _NUMBERS and not (type(value) is int and value >= _NUMBERS[key]):
-            raise DataError(f"{where}: {key}={value!r} must be a whole number from {_NUMBERS[key]}")
-        if key not in _NUMBERS and not isinstance(value, str):
-            raise DataError(f"{where}: {key}={value!r} must be a string")
+        if key in _NUMBERS:
+            check_setting(_NUMBERS[key], value, f"{where}: {key}", DataError)
+        elif not isinstance(value, str):
+            raise DataError(f"{where}: {key}={'null' if value is None else value}: must be text")
     if not given.get("prompt", "").strip():
         raise DataError(f"{where}: has no prompt")
     files: dict[str, Any] = {key: folder / given[key] for key in _FILES if given.get(key) is not None}

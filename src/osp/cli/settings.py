@@ -1,0 +1,13 @@
+"""The settings of sampling in a configuration."""
+
+from dataclasses import fields
+
+from omegaconf import DictConfig, OmegaConf
+
+from osp.cli.plain import plain
+from osp.sampling.settings import Sampling
+
+
+def read_sampling(cfg: DictConfig) -> Sampling:
+    """Those that the configuration has, the others as by default. Raises UsageError for one out of its limits."""
+    return Sampling.read(plain(OmegaConf.masked_copy(cfg, [one.name for one in fields(Sampling) if one.name in cfg])))

@@ -1,0 +1,157 @@
+"""Everything that videos are made with: each setting's name, unit, limits and meaning, once.
+
+The command line, the record beside a video and the evaluation read `Sampling`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any, Self
+
+from osp.checks import check_choice, check_number
+from osp.conditioning import MODES
+from osp.data.media.shape import Shape
+from osp.devices.precision import AUTOCAST
+from osp.diffusion import Flow, Objective, Solver, Velocity, solvers
+from osp.errors import OspError, UsageError
+from osp.sampling.defaults import GUIDANCE, default_solver
+
+MEMORY = ("normal", "low")
+FRAMES = "frames"
+"""The mode of frames that are given by their numbers."""
+
+
+def setting(default: Any, meaning: str, **limits: Any) -> Any:
+    """A field with its meaning and the limits of `osp.checks`: `choices`, or `least`, `most` and `whole`.
+
+    `null` says what None means, where it is allowed.
+    """
+    return field(default=default, metadata={"meaning": meaning, "limits": limits})
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """Frames, and height and width in pixels."""
+
+    frames: int | None = setting(
+        None, "of each video; 1 is an image", least=1, whole=True, null="that of the training clips"
+    )
+    height: int | None = setting(None, "in pixels", least=1, whole=True, null="that of the training clips")
+    width: int | None = setting(None, "in pixels", least=1, whole=True, null="that of the training clips")
+
+    def filled(self, known: Mapping[str, Any] | None) -> Shape:
+        """With what is null as it is known of the model. Raises UsageError naming what is not."""
+        sizes: dict[str, int] = {}
+        for key in Shape._fields:
+            own = getattr(self, key)
+            size = (known or {}).get(key) if own is None else own
+            if size is None:
+                raise UsageError(f"clip.{key} is not known for this model; give clip.{key}=NUMBER")
+            sizes[key] = int(size)
+        return Shape(**sizes)
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """How noise is turned into a video; see `osp.diffusion.Solver`."""
+
+    name: str | None = setting(
+        None, "of the solver", choices=dict.fromkeys([*solvers(Flow()), *solvers(Velocity())]), null="by the objective"
+    )
+    steps: int | None = setting(None, "of the solver", least=1, whole=True, null="by the solver's default")
+    shift: float | None = setting(None, "of a flow's noise levels", above=0, null="as in training")
+    options: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"meaning": "of the solver's class in diffusers", "limits": None}
+    )
+
+    def build(self, objective: Objective) -> Solver:
+        """The solver for an objective; what is null is as in `default_solver`. Raises UsageError if they do not go."""
+        usual = default_solver(objective)
+        steps = usual.steps if self.steps is None else self.steps
+        return Solver(objective, self.name or usual.name, steps, self.shift, dict(self.options))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """All that videos are made with beside prompts, files of given frames and the model.
+
+    Raises UsageError naming the first setting that is out of its limits.
+    """
+
+    clip: ClipSize = field(default_factory=ClipSize)
+    fps: float | None = setting(None, "frames a second", least=0.001, null="that of the training videos")
+    seed: int = setting(0, "of the first video; the following ones count on", least=0, whole=True)
+    videos_per_prompt: int = setting(1, "how many, each with a seed of its own", least=1, whole=True)
+    batch_size: int = setting(1, "videos that are made at once", least=1, whole=True)
+    negative_prompt: str = setting("", "what guidance leads away from", text=True)
+    guidance: float = setting(GUIDANCE, "how far the prompt is followed; 1: none", least=0)
+    rescale: float = setting(0.0, "how much of the spread that guidance adds is taken back", least=0, most=1)
+    solver: SolverSettings = field(default_factory=SolverSettings)
+    mode: str | None = setting(
+        None, "what is given beside the prompt", choices=(*MODES, FRAMES), null="what the given files are for"
+    )
+    keep_frames: int = setting(5, "frames of a given video that are gone on with", least=1, whole=True)
+    hold_given: bool = setting(
+        True, "latent frames wholly given stay as they are; false: as the model copies them", choices=(True, False)
+    )
+    precision: str = setting("32-true", "of the arithmetic; 32-true: the weights' own", choices=(*AUTOCAST, "auto"))
+    memory: str = setting("normal", "low: parts are on the device one after another", choices=MEMORY)
+
+    def __post_init__(self) -> None:
+        for name, value in _flat(self).items():
+            check_setting(name, value)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Self:
+        """Of plain values by name, `clip` and `solver` as mappings; what is not there is as by default.
+
+        Names that are no setting are passed over, so that a whole configuration may be given.
+        """
+        kinds: dict[str, type] = {"clip": ClipSize, "solver": SolverSettings}
+        known = {one.name: values[one.name] for one in fields(cls) if one.name in values}
+        for name, kind in kinds.items():
+            if name in known:
+                mine = {one.name for one in fields(kind)}
+                known[name] = kind(**{key: value for key, value in known[name].items() if key in mine})
+        return cls(**known)
+
+    def guiding(self, objective: Objective) -> dict[str, Any]:
+        """`solver`, `guidance` and `rescale`, as a generator with this objective takes them."""
+        return {"solver": self.solver.build(objective), "guidance": self.guidance, "rescale": self.rescale}
+
+
+def check_setting(name: str, value: Any, key: str | None = None, error: type[OspError] = UsageError) -> None:
+    """Raise an error unless a setting may have this value; `name` is that of Sampling, such as `clip.frames`.
+
+    `key` is what the message calls it, if that is another name.
+    """
+    limits = _FIELDS[name].metadata["limits"]
+    if limits is None or (value is None and limits.get("null")):
+        return
+    shown = name if key is None else key
+    if "choices" in limits:
+        check_choice(shown, value, limits["choices"], error)
+    elif "text" in limits:
+        if not isinstance(value, str):
+            raise error(f"{shown}={value}: must be text")
+    else:
+        check_number(shown, value, **limits, error=error)
+
+
+def _flat(part: Any) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for one in fields(part):
+        value = getattr(part, one.name)
+        inner = {f"{one.name}.{key}": each for key, each in _flat(value).items()} if is_dataclass(value) else None
+        flat |= {one.name: value} if inner is None else inner
+    return flat
+
+
+def _fields() -> dict[str, Field[Any]]:
+    """Each setting by its whole name."""
+    named: dict[str, Field[Any]] = {one.name: one for one in fields(Sampling)}
+    for part, kind in (("clip", ClipSize), ("solver", SolverSettings)):
+        named |= {f"{part}.{one.name}": one for one in fields(kind)}
+    return named
+
+
+_FIELDS = _fields()
