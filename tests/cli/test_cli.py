@@ -229,7 +229,7 @@ WRONG = [
     (["train", *TINY, "data.val=null"], 2, "data.val=null"),
     (["train", *TINY, "seed=-1"], 2, "seed=-1 makes no sense"),
     (["train", *TINY, "output={tmp}/file/run"], 1, "file"),
-    (["train", *TINY, "module.warmup_steps=soon"], 2, "module.warmup_steps=soon makes no sense"),
+    (["train", *TINY, "module.warmup_steps=soon"], 2, "module.warmup_steps=soon: must be a whole number"),
     (["train", *TINY, "clip.height=20"], 2, "height=20: must be a multiple of 8.*; use 16 or 24"),
     (["train", *TINY, "data=shards"], 2, r"data\.train\.path"),
     (["train", *TINY, "data=shards", "data.train.path={tmp}/none"], 1, "none: no such folder"),

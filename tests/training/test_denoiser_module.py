@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
-from osp.conditioning import EncodedText, WordText
+from osp.conditioning import EncodedText, TextEncoder, WordText
 from osp.data.buckets import TokenRule
 from osp.data.datamodule import ClipDataModule
 from osp.data.features.format import FeatureIdentity, Features, TextIdentity
@@ -348,7 +348,7 @@ def test_every_objective_trains_in_mixed_precision_and_gives_a_generator(
         load_trained_generator(tmp_path / "other.ckpt")
 
 
-class Frozen:
+class Frozen(TextEncoder):
     """A text encoder that is not trained."""
 
     name, trained, channels, pooled_channels, max_tokens = "frozen", False, 8, None, 9
@@ -427,6 +427,7 @@ def test_a_run_begins_where_another_ended(tmp_path: Path, shards: Path, change: 
     )
     second.prepare(bucket_data(shards))
     second.start_from(str(tmp_path / "last.ckpt"))
+    second.configure_model()
     assert first.codec is not None
     assert second.codec is not None
     assert second.codec.shift == first.codec.shift != (0.0,) * 4
@@ -447,6 +448,7 @@ def test_a_dense_joint_transformer_becomes_sparse_with_skips(tmp_path: Path, one
     second = new_module(denoiser=JointTransformer(**sizes | dense | sparse), **parts)
     second.prepare(feature_data(one_size))
     second.start_from(str(tmp_path / "last.ckpt"))
+    second.configure_model()
     same = second.denoiser.state_dict()
     assert all(torch.equal(value, same[key]) for key, value in first.ema.model["denoiser"].state_dict().items())
     assert sum("skips" in key for key in same) == 4
@@ -461,6 +463,7 @@ def test_a_run_begins_with_a_folder_of_weights(tmp_path: Path, one_size: Path) -
     text = {key: value.clone() for key, value in module.model["text"].state_dict().items()}
     module.prepare(feature_data(one_size))
     module.start_from(str(tmp_path / "ours"))
+    module.configure_model()
     for model in (module.model, module.ema.model):
         for key, value in model["denoiser"].state_dict().items():
             assert torch.equal(value, published.state_dict()[key]), key
@@ -535,7 +538,7 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path, one_size: 
     mixed.val_source = other.val_source
     refused("not encoded alike", mixed)
     for name, value in (("text_dropout", 2), ("lr", "fast"), ("accumulate", 0), ("recompute_every", -1)):
-        refused(f"module.{name}={value} makes no sense", data, **{name: value})
+        refused(rf"module\.{name}={value}: must ", data, **{name: value})
     refused("needs denoiser=NAME", data, denoiser=None)
     refused("needs objective=NAME", data, objective=None)
 
@@ -548,6 +551,7 @@ from osp.conditioning import WordText
 from osp.data.datamodule import ClipDataModule
 from osp.data.sources import FeatureClips
 from osp.denoiser import CrossTransformer
+from osp.devices.mesh import Mesh
 from osp.diffusion import Flow
 from osp.training.denoiser_module import DenoiserModule
 
@@ -557,10 +561,15 @@ class Show(Callback):
             print("loss", repr(trainer.callback_metrics["train/loss"].item()))
     def on_train_end(self, trainer, module):
         mine = torch.cat([value.flatten() for value in module.ema.parameters()])
-        first, second = trainer.strategy.all_gather(mine)
-        assert torch.equal(first, second)
+        gathered = trainer.strategy.all_gather(mine)
+        assert all(torch.equal(other, gathered[0]) for other in gathered)
         if trainer.is_global_zero:
             print("val", repr(trainer.callback_metrics["val/loss"].item()))
+            print("clips", trainer.callback_metrics["data/val_clips"].item())
+
+sharing = int(sys.argv[2])  # so many processes hold the same clips
+if sharing > 1:
+    Mesh.of = lambda trainer: Mesh() if trainer is None else Mesh(2, sequence=sharing, rank=trainer.global_rank)
 
 torch.manual_seed(3)
 denoiser = CrossTransformer(stages=[{"blocks": 2}], channels=4, out_channels=4, heads=1, head_dim=12, text_channels=8)
@@ -569,32 +578,36 @@ module = DenoiserModule(denoiser, text, Flow(shift=1.0), lr=1e-2, accumulate=2)
 source = FeatureClips(sys.argv[1])
 data = ClipDataModule(source, source, batch_size=1, val_clips=3)
 lightning.Trainer(
-    accelerator="cpu", devices=2, strategy="ddp_fork", max_steps=5, max_epochs=-1, logger=False, val_check_interval=5,
-    check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_checkpointing=False, enable_progress_bar=False,
-    enable_model_summary=False, callbacks=[Show()],
+    accelerator="cpu", devices=2 * sharing, strategy="ddp_fork", max_steps=5, max_epochs=-1, logger=False,
+    val_check_interval=5, check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, callbacks=[Show()],
 ).fit(module, data)
 """
 
 
-def test_two_processes_train_as_one(tmp_path: Path, one_size: Path) -> None:
+@pytest.mark.parametrize("sharing", [1, 2])
+def test_two_processes_train_as_one_and_so_do_four_that_share_their_clips(
+    tmp_path: Path, one_size: Path, sharing: int
+) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     done = subprocess.run(
-        [sys.executable, str(script), str(one_size)],
+        [sys.executable, str(script), str(one_size), str(sharing)],
         capture_output=True,
         text=True,
         timeout=200,
         start_new_session=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    said = [line.split() for line in done.stdout.splitlines() if line.startswith(("loss", "val"))]
+    said = [line.split() for line in done.stdout.splitlines() if line.startswith(("loss", "val", "clips"))]
+    assert ["clips", "3.0"] in said
     torch.manual_seed(3)
     denoiser = CrossTransformer(stages=STAGES, **CROSS)
     module = DenoiserModule(denoiser, new_text(), FLOW, lr=1e-2, accumulate=2)
     source = FeatureClips(one_size)
     data = ClipDataModule(source, source, batch_size=2, val_clips=3)
     record = fit(tmp_path, module, data, 5, val_check_interval=5)
-    assert len(said) == 5 + 1
+    assert len(said) == 5 + 2
     assert [float(value) for name, value in said if name == "loss"] == pytest.approx(record.losses(), rel=1e-5)
     expected = torch.load(tmp_path / "best.ckpt", weights_only=True)["callbacks"]
     (kept,) = (value for key, value in expected.items() if key.startswith("ModelCheckpoint"))

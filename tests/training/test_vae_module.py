@@ -176,6 +176,7 @@ def test_files_that_hold_no_vae_are_refused(tmp_path: Path) -> None:
 
 def test_validation_is_the_mean_over_the_clips_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
     module, logged = new_module(), {}
+    module.configure_model()
     monkeypatch.setattr(module, "log", lambda name, value, **more: logged.update({name: float(value)}))
     monkeypatch.setattr(module, "log_dict", logged.update)
     strategy = SimpleNamespace(reduce=lambda value, reduce_op: value)

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from osp.cli.checks import CLIP, build_vae, check_checkpoint, check_numbers
 from osp.cli.plain import plain
 from osp.data.datamodule import ClipDataModule
 from osp.errors import UsageError
+from osp.training.build import is_drawn
 from osp.training.codec import codec_of
 from osp.training.fit import batches_in_step, begin, check_start, fit, precision_on, quiet_lightning, write_result
 from osp.training.module import TrainingModule
@@ -43,16 +45,15 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         module.start_from(cfg.start_from)
     trainer = _trainer(cfg, training.folder)
     if cfg.global_batch is not None:
-        module.accumulate = _accumulated(cfg, trainer.num_devices * trainer.num_nodes)
+        devices = cfg.data.get("devices") or trainer.num_devices * trainer.num_nodes
+        module.accumulate = batches_in_step(cfg.global_batch, cfg.data.batch_size, devices, cfg.module.accumulate)
     start = begin(training, plain(cfg), OmegaConf.to_yaml(cfg, resolve=True), resume=cfg.resume)
     if start.result is None:
         fit(trainer, module, data, start.checkpoint)
     if not trainer.is_global_zero:
         return None
-    overrides = HydraConfig.get().overrides.task
-    return start.result or write_result(
-        training, trainer, module, name=cfg.name, seconds=time.monotonic() - begun, overrides=overrides
-    )
+    about = {"name": cfg.name, "seconds": time.monotonic() - begun, "overrides": HydraConfig.get().overrides.task}
+    return start.result or write_result(training, trainer, module, **about)
 
 
 def _check(cfg: DictConfig) -> None:
@@ -68,9 +69,9 @@ def _check(cfg: DictConfig) -> None:
 
 
 def _module(cfg: DictConfig, data: ClipDataModule) -> TrainingModule:
-    """What trains, with the codec of its clips if it works on latents."""
+    """What trains, with the codec of its clips if it works on latents; models get weights when training begins."""
     if "denoiser" not in cfg.module:
-        return instantiate(cfg.module)
+        return instantiate(cfg.module, **_without_memory(cfg.module, "vae", "discriminator"))
     vae = None
     if cfg.vae.get("path", cfg.vae.get("source")) is not None:
         check_checkpoint(cfg, cfg.vae)
@@ -82,7 +83,15 @@ def _module(cfg: DictConfig, data: ClipDataModule) -> TrainingModule:
         is_scaling_given=(cfg.latent.shift, cfg.latent.scale) != (None, None),
         shows_clips=bool(cfg.logged_clips),
     )
-    return instantiate(cfg.module, codec=codec, scaling_clips=scaling_clips)
+    models = _without_memory(cfg.module, "denoiser", "text")
+    return instantiate(cfg.module, codec=codec, scaling_clips=scaling_clips, **models)
+
+
+def _without_memory(cfg: DictConfig, *parts: str) -> dict[str, Any]:
+    """Those parts of a module whose weights are drawn, built without any; what reads weights from files is left out."""
+    drawn = [part for part in parts if cfg[part] is not None and is_drawn(get_object(cfg[part]._target_))]
+    with torch.device("meta"):
+        return {part: instantiate(cfg[part]) for part in drawn}
 
 
 def _trainer(cfg: DictConfig, folder: Path) -> lightning.Trainer:
@@ -97,10 +106,3 @@ def _trainer(cfg: DictConfig, folder: Path) -> lightning.Trainer:
         enable_progress_bar=sys.stderr.isatty(),
         default_root_dir=folder,
     )
-
-
-def _accumulated(cfg: DictConfig, devices: int) -> int:
-    """The batches of each device in a step. Raises UsageError where accumulation is set as well."""
-    if cfg.module.accumulate != 1:
-        raise UsageError("global_batch counts clips and sets module.accumulate; give only data.batch_size with it")
-    return batches_in_step(cfg.global_batch, cfg.data.batch_size, cfg.data.get("devices") or devices)

@@ -18,6 +18,7 @@ class PatchDiscriminator3d(nn.Module):
         super().__init__()
         if layers < 2:
             raise UsageError(f"discriminator layers={layers} is too small; it must be at least 2")
+        self.settings = {"width": width, "layers": layers, "dropout": dropout}
         modules: list[nn.Module] = [nn.Conv3d(3, width, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
         channels = width
         for layer in range(1, layers + 1):

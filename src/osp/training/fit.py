@@ -67,12 +67,12 @@ def precision_on(precision: str, accelerator: str) -> str:
     return choose_precision("auto", accelerator_device(accelerator))
 
 
-def batches_in_step(global_batch: int, batch_size: int | None, devices: int) -> int:
+def batches_in_step(global_batch: int, batch_size: int | None, devices: int, accumulate: int = 1) -> int:
     """Batches of each device that make up the clips of a step, where `devices` hold different clips.
 
-    Raises UsageError if the global batch cannot be split so.
+    Raises UsageError if the global batch cannot be split so, or if `accumulate` is set beside it.
     """
-    if batch_size is None:
+    if batch_size is None or accumulate != 1:
         raise UsageError("global_batch counts clips and sets module.accumulate; give only data.batch_size with it")
     at_once = batch_size * devices
     if global_batch % at_once:

@@ -1,7 +1,6 @@
 """What the LightningModules here have in common: settings, steps made by hand, averaged weights, validation means."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 from osp.data.datamodule import ClipDataModule
 from osp.devices.mesh import Mesh
 from osp.errors import DataError, UsageError
+from osp.training.build import drawing_from
 from osp.training.clipping import Clipping, DivergedError
 from osp.training.ema import ExponentialMovingAverage
+from osp.training.optimisation import Optimisation
 
 Batch = dict[str, Any]
 
@@ -22,10 +23,12 @@ class TrainingModule(lightning.LightningModule):
     """One training step is one update, on `accumulate` batches; the loader asks `batches_per_step` how many to give.
 
     Optimisation is by hand, so that only the updates of what is trained count as Lightning's `global_step`. A subclass
-    has the attributes `clipping` and `ema`, and says in `monitor` and `mode` which metric of the validation chooses the
-    best checkpoint, and whether more of it is better (`max`) or less (`min`).
+    has the attribute `clipping`, and says in `monitor` and `mode` which metric of the validation chooses the best
+    checkpoint, and whether more of it is better (`max`) or less (`min`).
 
-    Raises UsageError for values out of range.
+    Models may come without memory (`osp.training.build`). They get weights in `configure_model`, drawn from where the
+    random numbers stood when the module was made, so that a seed gives the same ones whenever that is; the averaged
+    weights `ema` are made after that. Out of a Trainer, call `configure_model` first.
     """
 
     monitor: str
@@ -33,31 +36,14 @@ class TrainingModule(lightning.LightningModule):
     clipping: Clipping
     ema: ExponentialMovingAverage[Any]
 
-    def __init__(
-        self,
-        *,
-        lr: float,
-        weight_decay: float,
-        betas: tuple[float, float],
-        warmup_steps: int,
-        decay_until: int | None,
-        accumulate: int,
-        ema_decay: float,
-        seed: int,
-    ) -> None:
+    def __init__(self, optimisation: Optimisation, seed: int) -> None:
         super().__init__()
-        check_value("accumulate", accumulate, least=1)
-        check_value("warmup_steps", warmup_steps)
-        if decay_until is not None:
-            check_value("decay_until", decay_until, least=1)
-        check_value("ema_decay", ema_decay, below=1.0)
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            check_value(name, value)
         self.automatic_optimization = False
-        self.lr, self.weight_decay, self.betas, self.warmup_steps = lr, weight_decay, (betas[0], betas[1]), warmup_steps
-        self.decay_until = decay_until
-        self.accumulate = accumulate
+        self.optimisation = optimisation
+        self.accumulate = optimisation.accumulate
         self.seed = seed
+        self._drawn_from = torch.get_rng_state()
+        self._is_configured = False
         self._broken = 0  # clips replaced since the process began
         self._sums: dict[str, Tensor] = {}  # of the validation under way
 
@@ -65,6 +51,19 @@ class TrainingModule(lightning.LightningModule):
     def learned(self) -> nn.Module:
         """What is trained, averaged and counted."""
         raise NotImplementedError
+
+    def build(self) -> None:
+        """Give weights to the models that have none yet."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Build what is trained, then its averaged twin; once."""
+        if self._is_configured:
+            return
+        with drawing_from(self._drawn_from):
+            self.build()
+        self.ema = ExponentialMovingAverage(self.learned, self.optimisation.ema_decay)
+        self._is_configured = True
 
     def prepare(self, data: ClipDataModule) -> None:
         """Look at the data before anything begins. Raises UsageError or DataError if it does not suit the model."""
@@ -99,23 +98,11 @@ class TrainingModule(lightning.LightningModule):
         total: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")
         return total / self.mesh.sharing  # processes that share a clip have added it as often
 
-    def adamw(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
-        """An optimiser of those that learn."""
-        learning = [parameter for parameter in parameters if parameter.requires_grad]
-        return torch.optim.AdamW(learning, lr, self.betas, weight_decay=self.weight_decay, fused=True)
-
-    def rate_at(self, step: int) -> float:
-        """The learning rate as a part of its highest: a linear start, then constant or half a cosine down to 0."""
-        rising = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        if self.decay_until is None:
-            return rising
-        return rising * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.decay_until)))
-
     def set_rates(self, optimizers: Sequence[LightningOptimizer]) -> None:
         """Give each optimiser its rate for this step."""
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * self.rate_at(self.global_step)
+                group["lr"] = optimizer.defaults["lr"] * self.optimisation.rate_at(self.global_step)
 
     def on_fit_start(self) -> None:
         """Refuse what would train wrongly.
@@ -187,10 +174,3 @@ class TrainingModule(lightning.LightningModule):
         self.log_dict({"step": float(self.global_step), "data/val_clips": clips})
         for name, total in sums.items():
             self.log(f"val/{name}", total / clips, prog_bar=f"val/{name}" == self.monitor)
-
-
-def check_value(name: str, value: float, least: float = 0.0, below: float = float("inf")) -> None:
-    """Raise UsageError unless a setting of the module is a number from `least` to less than `below`."""
-    if not isinstance(value, int | float) or not least <= value < below:
-        limit = "" if below == float("inf") else f" and below {below:g}"
-        raise UsageError(f"module.{name}={value} makes no sense; it must be a number of at least {least:g}{limit}")

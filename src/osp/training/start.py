@@ -1,10 +1,13 @@
 """Where a new run begins: with the weights of another one."""
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from osp.conditioning import WordText
 from osp.denoiser import Denoiser, restage
@@ -19,14 +22,30 @@ log = logging.getLogger(__name__)
 _MAY_DIFFER = ("stages", "long_skips", "frame_channels", "position_scale")
 
 
-@torch.no_grad()
-def load_start(path: str | Path, denoiser: Denoiser, text: WordText | None) -> dict[str, Any] | None:
-    """Give a denoiser, and a text encoder that learns along, the weights of a run's checkpoint or of a folder.
+@dataclass(frozen=True)
+class StartWeights:
+    """What a run begins with: the denoiser's weights, the text encoder's if it brings some, and what it says of its
+    latents, if it says it."""
 
-    A checkpoint of `osp train` (a file) gives its averaged weights; a folder of `osp import-weights` has a denoiser
-    only, and the text encoder stays as it is. The denoiser's schedule, long skips and conditions may be others: new
-    parts start without effect. Gives what the checkpoint says of its latents. Raises UsageError if anything else
-    differs, and errors as the files' readers.
+    denoiser: Mapping[str, Tensor]
+    text: Mapping[str, Tensor] | None
+    latent: dict[str, Any] | None
+
+    def give_to(self, denoiser: Denoiser, text: WordText | None) -> None:
+        """Put them into the modules that they were loaded for."""
+        denoiser.load_state_dict(self.denoiser)
+        if text is not None and self.text is not None:
+            text.load_state_dict(self.text)
+
+
+@torch.no_grad()
+def load_start(path: str | Path, denoiser: Denoiser, text: WordText | None) -> StartWeights:
+    """The weights of a run's checkpoint, or of a folder, for a denoiser, and a text encoder that learns along.
+
+    Neither of them has to have weights yet. A checkpoint of `osp train` gives its averaged weights; a folder of
+    `osp import-weights` has a denoiser only, and the text encoder stays as it is. The denoiser's schedule, long skips
+    and conditions may be others: new parts start without effect. Raises UsageError if anything else differs, and errors
+    as the files' readers.
     """
     old_text = latent = None
     if not is_state(path):
@@ -46,14 +65,18 @@ def load_start(path: str | Path, denoiser: Denoiser, text: WordText | None) -> d
         started = restage(old, **now)
     except UsageError as error:
         raise UsageError(f"start_from={path} does not fit: {error}") from error
-    denoiser.load_state_dict(started.state_dict())
-    if text is not None and old_text is None:
-        log.info("start_from=%s brings no text encoder; the one trained here begins anew", path)
-    elif text is not None and old_text is not None:
-        if old_text.settings != text.settings:
-            raise UsageError(
-                f"start_from={path} does not fit: its text encoder has {old_text.settings}, and text {text.settings}"
-            )
-        text.load_state_dict(old_text.state_dict())
     log.info("starting from %s", path)
-    return latent
+    return StartWeights(started.state_dict(), _text_weights(path, text, old_text), latent)
+
+
+def _text_weights(path: str | Path, text: WordText | None, old: WordText | None) -> Mapping[str, Tensor] | None:
+    if text is None:
+        return None
+    if old is None:
+        log.info("start_from=%s brings no text encoder; the one trained here begins anew", path)
+        return None
+    if old.settings != text.settings:
+        raise UsageError(
+            f"start_from={path} does not fit: its text encoder has {old.settings}, and text {text.settings}"
+        )
+    return old.state_dict()

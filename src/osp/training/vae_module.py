@@ -6,16 +6,18 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from osp.checks import check_number
 from osp.data.datamodule import ClipDataModule
 from osp.data.media.video import to_float
 from osp.errors import UsageError
 from osp.evaluation.metrics import psnr
 from osp.seeds import stable_seed
+from osp.training.build import with_memory
 from osp.training.clipping import NormClipping
 from osp.training.discriminator import PatchDiscriminator3d, adaptive_weight, hinge_loss
-from osp.training.ema import ExponentialMovingAverage
 from osp.training.losses import VAELoss
-from osp.training.module import Batch, TrainingModule, check_value
+from osp.training.module import Batch, TrainingModule
+from osp.training.optimisation import Optimisation
 from osp.training.peek import clip_shapes
 from osp.vae import WFVAE
 
@@ -28,7 +30,9 @@ class VAEModule(TrainingModule):
     over. Only the VAE's updates count as Lightning's `global_step`, so `max_steps`, checkpoints and validation mean VAE
     steps with and without a discriminator. All randomness of a step (latents, dropout) derives from the seed, the step
     and the rank among different clips: a resumed run repeats an uninterrupted one. Without a `discriminator_start`
-    there is no discriminator. Raises UsageError for values out of range.
+    there is no discriminator.
+
+    `optimisation` are the settings of `Optimisation`, `lr` and so on. Raises UsageError for values out of range.
     """
 
     monitor = "val/psnr"
@@ -39,42 +43,33 @@ class VAEModule(TrainingModule):
         vae: WFVAE,
         loss: VAELoss,
         *,
-        lr: float = 1e-5,
-        weight_decay: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        warmup_steps: int = 0,
-        decay_until: int | None = None,
-        accumulate: int = 1,
         gradient_clip: float = 1e5,
-        ema_decay: float = 0.999,
         discriminator: PatchDiscriminator3d | None = None,
         discriminator_start: int | None = None,
         discriminator_weight: float = 0.5,
         discriminator_lr: float | None = None,
         seed: int = 0,
+        **optimisation: Any,
     ) -> None:
-        super().__init__(
-            lr=lr,
-            weight_decay=weight_decay,
-            betas=betas,
-            warmup_steps=warmup_steps,
-            decay_until=decay_until,
-            accumulate=accumulate,
-            ema_decay=ema_decay,
-            seed=seed,
-        )
-        check_value("discriminator_start", discriminator_start or 0)
-        check_value("gradient_clip", gradient_clip)
+        super().__init__(Optimisation(**{"weight_decay": 1e-4, "ema_decay": 0.999} | optimisation), seed)
+        check_number("module.discriminator_start", discriminator_start, least=0, whole=True, null="never")
+        check_number("module.discriminator_lr", discriminator_lr, least=0, null="lr")
+        check_number("module.gradient_clip", gradient_clip, above=0)
         if not isinstance(vae, WFVAE):
             raise UsageError(f"a {type(vae).__name__} cannot be trained here, only evaluated; choose a WF-VAE as vae")
-        self.vae = vae.train()  # weights that were read come in eval mode
-        self.ema = ExponentialMovingAverage(vae, ema_decay)
+        self.vae = vae
         self.clipping = NormClipping(gradient_clip)
         self.discriminator = None if discriminator_start is None else discriminator
         self.loss = loss
         self.discriminator_start = discriminator_start or 0
         self.discriminator_weight = discriminator_weight
-        self.discriminator_lr = lr if discriminator_lr is None else discriminator_lr
+        self.discriminator_lr = discriminator_lr
+
+    def build(self) -> None:
+        """See `TrainingModule.build`."""
+        self.vae = with_memory(self.vae).train()  # weights that were read come in eval mode
+        if self.discriminator is not None:
+            self.discriminator = with_memory(self.discriminator)
 
     @property
     def learned(self) -> nn.Module:
@@ -99,9 +94,9 @@ class VAEModule(TrainingModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW for the VAE, and a second one for the discriminator if there is one."""
-        optimizers = [self.adamw(self.vae.parameters(), self.lr)]
+        optimizers = [self.optimisation.adamw(self.vae.parameters())]
         if self.discriminator is not None:
-            optimizers.append(self.adamw(self.discriminator.parameters(), self.discriminator_lr))
+            optimizers.append(self.optimisation.adamw(self.discriminator.parameters(), self.discriminator_lr))
         return optimizers
 
     def on_fit_start(self) -> None:
