@@ -293,8 +293,8 @@ WRONG = [
     (["recompute_every=-1"], "recompute_every=-1: must be a whole number of at least 0"),
     (["compile=[]"], r"compile=\[\]: leaves nothing"),
     (["denoiser.head_dim=15"], "head_dim=15"),
-    (["half=decode"], "half"),  # a setting of another target
-    (["vae=wfvae_tiny"], "vae"),
+    (["half=decode"], "Could not override 'half'"),  # a setting of another target
+    (["vae=wfvae_tiny"], "Could not override 'vae'"),
     (["denoiser=pretrained"], "denoiser=pretrained needs path=FOLDER"),
     (["denoiser=published"], r"denoiser=published needs denoiser\.kind=\.\.\. and denoiser\.source="),
     (["path=x"], "path=x is not read with denoiser=cross_tiny"),
