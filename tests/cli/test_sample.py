@@ -387,6 +387,29 @@ def test_any_prompt_is_text(multirun: list[str], prompt: str, monkeypatch: pytes
     assert ("commas in a prompt make no sweep" in err) == bool(multirun and "," in prompt)
 
 
+def test_each_job_of_a_multirun_has_a_folder_of_its_own(sample: Run, tmp_path: Path) -> None:
+    command = ["checkpoint=MODELS/joint.ckpt", "prompt=a", "format=gif"]
+    code, _, err = sample(*command, "guidance=2,4", "--multirun")
+    assert code == 0, err
+    made_by = {}
+    for job in ("0", "1"):
+        settings = read_settings(tmp_path / "out" / job / "000_a_seed0.gif")
+        assert settings is not None
+        made_by[job] = settings["guidance"]
+        assert (tmp_path / "out" / job / "samples.jsonl").is_file()
+    assert made_by == {"0": 2, "1": 4}
+    code, _, err = sample(*command, "guidance=4", "output=single")
+    assert code == 0, err
+    one, other = (tmp_path / name / "000_a_seed0.gif" for name in ("out/1", "single"))
+    assert one.read_bytes() == other.read_bytes()
+    before = made(tmp_path / "out")
+    code, result, err = sample(*command, "guidance=2,4", "--multirun")
+    assert (code, result["videos"], result["kept"]) == (0, 0, 1), err
+    assert {k: v for k, v in made(tmp_path / "out").items() if not k.endswith("log")} == {
+        k: v for k, v in before.items() if not k.endswith("log")
+    }
+
+
 def test_a_prompt_in_quotes_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, sample: Run) -> None:
     asked: list[str] = []
     monkeypatch.setattr("osp.cli.sample.run", lambda cfg: asked.append(cfg.prompt))
