@@ -173,7 +173,7 @@ WRONG = [
     (["data=synthetic", "vae=pretrained", "path={world}/vae", "global_batch=3"], 2, "=3 is no multiple of the 2 clips"),
     (["data=synthetic", "after=t2v_tiny"], 2, "begins with the weights of t2v_tiny: give start_from=CHECKPOINT"),
     (["data=synthetic", "vae=pretrained", "path={world}/vae", "module.masks=step9"], 2, "masks=step9: is not known"),
-    (["data=synthetic", "vae=pretrained", "path={world}/vae", "clipping.decay=2"], 2, "clipping: decay=2"),
+    (["data=synthetic", "vae=pretrained", "path={world}/vae", "clipping.decay=2"], 2, "decay=2: must be"),
     (
         ["data=synthetic", "vae=pretrained", "path={world}/vae", "trainer.accelerator=tpu"],
         2,

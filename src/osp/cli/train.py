@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from osp.cli.checks import CLIP, build_vae, check_checkpoint, check_numbers
 from osp.cli.plain import plain
 from osp.data.datamodule import ClipDataModule
+from osp.devices.mesh import Mesh
 from osp.errors import UsageError
 from osp.training.build import is_drawn
 from osp.training.codec import codec_of
@@ -45,8 +46,8 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         module.start_from(cfg.start_from)
     trainer = _trainer(cfg, training.folder)
     if cfg.global_batch is not None:
-        devices = cfg.data.get("devices") or trainer.num_devices * trainer.num_nodes
-        module.accumulate = batches_in_step(cfg.global_batch, cfg.data.batch_size, devices, cfg.module.accumulate)
+        mesh = Mesh(cfg.data.get("devices") or trainer.num_devices * trainer.num_nodes)
+        module.accumulate = batches_in_step(cfg.global_batch, cfg.data.batch_size, mesh, cfg.module.accumulate)
     start = begin(training, plain(cfg), OmegaConf.to_yaml(cfg, resolve=True), resume=cfg.resume)
     if start.result is None:
         fit(trainer, module, data, start.checkpoint)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osp.errors import OspError, UsageError
+from osp.checks import check_number
+from osp.errors import OspError
 
 
 class DivergedError(OspError):
@@ -70,13 +71,12 @@ class Clipping(nn.Module):
 class NormClipping(Clipping):
     """The gradient is scaled down to `max_norm` where it is larger. One that is not finite ends the run at once.
 
-    Raises UsageError for a norm that makes no sense.
+    Raises UsageError for a norm that is not above 0.
     """
 
     def __init__(self, max_norm: float = 1.0) -> None:
         super().__init__()
-        if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not max_norm > 0:
-            raise UsageError(f"clipping: max_norm={max_norm} makes no sense; it must be a number above 0")
+        check_number("clipping.max_norm", max_norm, above=0)
         self.max_norm = float(max_norm)
 
     def limit(self, norm: float) -> float | None:
@@ -103,11 +103,9 @@ class MovingAverage(Clipping):
 
     def __init__(self, decay: float = 0.99, deviations: float = 3.0, warmup: int = 20) -> None:
         super().__init__()
-        if not 0 < decay < 1 or not deviations > 0 or not isinstance(warmup, int) or warmup < 1:
-            raise UsageError(
-                f"clipping: decay={decay} must lie between 0 and 1, deviations={deviations} above 0, "
-                f"and warmup={warmup} must be a whole number of at least 1"
-            )
+        check_number("clipping.decay", decay, above=0, below=1)
+        check_number("clipping.deviations", deviations, above=0)
+        check_number("clipping.warmup", warmup, least=1, whole=True)
         self.decay, self.deviations, self.warmup = decay, deviations, warmup
         self.mean = self.variance = 0.0
         self.norms = 0  # in the averages
@@ -168,8 +166,7 @@ class AbnormalDrop(MovingAverage):
 
     def __init__(self, decay: float = 0.99, deviations: float = 3.0, warmup: int = 20, restart: int = 10) -> None:
         super().__init__(decay, deviations, warmup)
-        if not isinstance(restart, int) or restart < 1:
-            raise UsageError(f"clipping: restart={restart} must be a whole number of at least 1")
+        check_number("clipping.restart", restart, least=1, whole=True)
         self.restart = restart
         self.abnormal = 0  # steps in a row
 

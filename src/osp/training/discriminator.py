@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from osp.errors import UsageError
+from osp.checks import check_number
 
 
 class PatchDiscriminator3d(nn.Module):
@@ -16,8 +16,7 @@ class PatchDiscriminator3d(nn.Module):
 
     def __init__(self, width: int = 64, layers: int = 4, dropout: float = 0.3) -> None:
         super().__init__()
-        if layers < 2:
-            raise UsageError(f"discriminator layers={layers} is too small; it must be at least 2")
+        check_number("module.discriminator.layers", layers, least=2, whole=True)
         self.settings = {"width": width, "layers": layers, "dropout": dropout}
         modules: list[nn.Module] = [nn.Conv3d(3, width, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
         channels = width

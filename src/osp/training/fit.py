@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from osp.data.datamodule import ClipDataModule
 from osp.devices import accelerator_device, choose_precision
+from osp.devices.mesh import Mesh
 from osp.errors import DataError, UsageError
 from osp.files import write_json, write_whole
 from osp.training.module import TrainingModule
@@ -67,14 +68,14 @@ def precision_on(precision: str, accelerator: str) -> str:
     return choose_precision("auto", accelerator_device(accelerator))
 
 
-def batches_in_step(global_batch: int, batch_size: int | None, devices: int, accumulate: int = 1) -> int:
-    """Batches of each device that make up the clips of a step, where `devices` hold different clips.
+def batches_in_step(global_batch: int, batch_size: int | None, mesh: Mesh, accumulate: int = 1) -> int:
+    """Batches of each device that make up the clips of a step on a mesh.
 
     Raises UsageError if the global batch cannot be split so, or if `accumulate` is set beside it.
     """
     if batch_size is None or accumulate != 1:
         raise UsageError("global_batch counts clips and sets module.accumulate; give only data.batch_size with it")
-    at_once = batch_size * devices
+    at_once = batch_size * mesh.data
     if global_batch % at_once:
         nearest = max(1, round(global_batch / at_once)) * at_once
         raise UsageError(

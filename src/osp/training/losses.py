@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from osp.errors import UsageError
+from osp.checks import check_choice
 from osp.evaluation.lpips import PerceptualDistance
 from osp.vae.wfvae import Autoencoding
 
@@ -42,8 +42,7 @@ class VAELoss:
         kl_weight: float = 1e-6,
         wavelet_weight: float = 0.1,
     ) -> None:
-        if pixel not in ("l1", "l2"):
-            raise UsageError(f"loss.pixel={pixel!r} is not known; choose l1 or l2")
+        check_choice("module.loss.pixel", pixel, ("l1", "l2"))
         self.pixel = pixel
         self.perceptual = perceptual
         self.perceptual_weight = perceptual_weight
