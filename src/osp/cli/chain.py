@@ -58,7 +58,9 @@ def _stages(cfg: DictConfig) -> list[Stage]:
     if not cfg.stages:
         choices = sorted(path.stem for path in (config_folder() / "chain").glob("*.yaml"))
         raise UsageError(f"choose chain=NAME: {', '.join(choices)}")
-    output, before = Path(cfg.output), cfg.start_from
+    job, output, before = HydraConfig.get(), Path(cfg.output), cfg.start_from
+    if job.mode is RunMode.MULTIRUN:
+        output /= str(job.job.num)  # as conf/chain.yaml says, and as short as the user gave it
     stages: list[Stage] = []
     for name, said in cfg.stages.items():
         folder = output / name

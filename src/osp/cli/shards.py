@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -22,7 +23,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     check_numbers(cfg, least | {f"synthetic.{key}": value for key, value in drawn.items()}, optional=["workers"])
     if (cfg.input is None) == (cfg.synthetic.clips == 0):
         raise UsageError("give either input=DIR, a folder of videos, or synthetic.clips=N, a number of clips to draw")
-    output = Path(to_absolute_path(cfg.output))
+    output = Path(HydraConfig.get().runtime.output_dir)
     if cfg.input is None:
         report = _draw(cfg, output)
     else:
