@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from osp.weights.families import FAMILIES
+
 GOLDEN = Path(__file__).parent.parent / "golden"
-CASES = [
-    (kind, path.stem)
-    for kind in ("wfvae_v13", "wfvae_v15", "causalvae", "opensora_v13", "opensora_inpaint_v13", "ummdit_v15")
-    for path in sorted((GOLDEN / kind).glob("*.json"))
-]
+PUBLISHED = [kind for family in FAMILIES.values() for kind in family.kinds]
+CASES = [(kind, path.stem) for kind in PUBLISHED for path in sorted((GOLDEN / kind).glob("*.json"))]
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
@@ -35,6 +34,12 @@ def load_case(kind: str, case: str) -> tuple[dict, dict[str, Tensor]]:
 def case(request: pytest.FixtureRequest) -> tuple[str, dict, dict[str, Tensor]]:
     """Kind, published settings and weights of each recorded model."""
     return request.param[0], *load_case(*request.param)
+
+
+@pytest.fixture
+def kinds_without_a_case() -> set[str]:
+    """Published kinds of which no model is recorded."""
+    return {*PUBLISHED} - {kind for kind, _ in CASES}
 
 
 @pytest.fixture

@@ -23,6 +23,10 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], value) for key, value in b.items())
 
 
+def test_every_published_kind_has_a_recorded_model(kinds_without_a_case: set[str]) -> None:
+    assert not kinds_without_a_case
+
+
 def test_published_to_ours_to_published_is_the_identity(case: Case) -> None:
     kind, config, weights = case
     model = load_published(kind, weights, config)
