@@ -88,7 +88,8 @@ class VAECase:
         parameter = next(vae.parameters())
         frames = max(self._lengths(vae)) if self.mode == "stream" else self._input_frames(vae)
         if self.half == "decode":
-            size = (frames, self.height // vae.space_stride, self.width // vae.space_stride)
+            _, rows, columns = vae.strides.latent(1, self.height, self.width)
+            size = (frames, rows, columns)
             return torch.randn(1, vae.latent_channels, *size, device=parameter.device, dtype=parameter.dtype)
         size = (frames, self.height, self.width)
         return torch.rand(1, 3, *size, device=parameter.device, dtype=parameter.dtype).mul_(2).sub_(1)

@@ -55,7 +55,7 @@ class GivenFrames:
         together with what is missing.
         """
         clean = codec.encode(self.video.to(codec.device, codec.dtype))
-        mask = latent_mask(self.mask.to(clean.device), codec.time_stride, *clean.shape[3:])
+        mask = latent_mask(self.mask.to(clean.device), codec.strides.time, *clean.shape[3:])
         whole = (mask.amax(dim=(1, 3, 4)) == 0).long().cumprod(dim=1).bool()
         return ConditionInputs(torch.cat((clean, mask), dim=1), clean=clean, known=whole[:, None, :, None, None])
 
@@ -71,7 +71,7 @@ def joined(given: Sequence[GivenFrames]) -> GivenFrames:
 
 def frame_channels(codec: LatentCodec) -> tuple[int, int]:
     """The channels beside the noisy latent that an inpainting model has for given frames with this VAE."""
-    return codec.latent_channels, codec.time_stride
+    return codec.latent_channels, codec.strides.time
 
 
 def frame_numbers(mode: str, pictures: int, frames: int) -> list[int]:

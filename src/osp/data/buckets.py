@@ -46,7 +46,7 @@ class Patching:
     @property
     def token_strides(self) -> Strides:
         """From pixels to tokens."""
-        return Strides(self.time_stride, self.space_stride * self.patch_size)
+        return Strides(self.time_stride, self.space_stride).patched(self.patch_size)
 
     def tokens(self, shape: Shape) -> int:
         """Tokens of a clip of this shape; frames that do not fill a time stride count as one that does."""

@@ -100,7 +100,7 @@ class CrossTransformer(Denoiser):
             part.reset_parameters()
 
     def neutral_parts(self) -> list[Any]:
-        """The embeddings of conditions."""
+        """The embeddings of conditions, whose last layer is zero at first."""
         return list(self.condition_patches)
 
     def forward(
@@ -145,7 +145,7 @@ class ConditionEmbedding(PatchEmbedding):
         self.zero = nn.Linear(width, width, bias=False)
 
     def reset_parameters(self) -> None:
-        """Zeros last."""
+        """Start as new: the last layer, `zero`, with zeros."""
         initialise(self, "zero")
 
     def forward(self, latent: Tensor) -> Tensor:

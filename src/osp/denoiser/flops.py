@@ -33,12 +33,12 @@ class DenoiserFlops:
 
     @property
     def forward(self) -> int:
-        """All of the forward pass."""
+        """Operations of the forward pass, all parts together."""
         return self.embedding + self.linear + self.attention + self.text_attention
 
     @property
     def backward(self) -> int:
-        """The backward pass, without what `recompute_every` computes again."""
+        """Operations of the backward pass, without what `recompute_every` computes again."""
         # A linear layer takes two products as large as its own, for the gradients of its weights and of its input;
         # those that read latent, text or time need none of the latter.
         linear = self.embedding + 2 * self.linear

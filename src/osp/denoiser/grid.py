@@ -12,5 +12,5 @@ class Grid(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How many there are together."""
+        """The number of tokens: frames x height x width."""
         return self.frames * self.height * self.width

@@ -110,7 +110,7 @@ class JointTransformer(Denoiser):
             part.reset_parameters()
 
     def neutral_parts(self) -> list[Any]:
-        """The long skips."""
+        """The long skips, which pass on the current tokens alone at first."""
         return [*self.video_skips, *self.text_skips]
 
     def forward(
@@ -165,12 +165,12 @@ class LongSkip(nn.Module):
         self.linear = nn.Linear(2 * width, width)
 
     def reset_parameters(self) -> None:
-        """[identity | 0]."""
+        """Start as new: the identity for the current tokens, zeros for the skipped ones."""
         nn.init.eye_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, current: Tensor, skipped: Tensor) -> Tensor:
-        """Both `B N D`."""
+        """Current and skipped tokens, both `B N D` -> `B N D`."""
         return self.linear(torch.cat((current, skipped), dim=2))
 
 
@@ -197,11 +197,11 @@ class Branch(nn.Module):
         return (q, k, v) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary), v)
 
     def attended(self, x: Tensor, out: Tensor, gate: Tensor) -> Tensor:
-        """Tokens with what attention gave (`B N H D`) added."""
+        """Tokens `B N D` with what attention gave (`B N H D`) added."""
         return _gated(x, gate, self.attention_out(out.flatten(2)))
 
     def fed_forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        """Tokens with what the feed-forward gives added."""
+        """Tokens `B N D` with what the feed-forward gives added."""
         return _gated(x, gate, self.feed_forward(_norm(self.feed_forward_norm, x, scale, shift)))
 
 

@@ -48,7 +48,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(hidden, out, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Two linear layers."""
+        """`... D` -> `... D_out`."""
         return self.down(self.activation(self.up(x)))
 
 
@@ -68,6 +68,6 @@ class PatchEmbedding(nn.Module):
         self.linear = nn.Linear(channels * patch_size**2, width)
 
     def forward(self, latent: Tensor) -> Tensor:
-        """A linear layer over the values of a patch, channels first."""
+        """A patch's values, channels first, through one linear layer: `B C T H W` -> `B N D`."""
         x = latent.unflatten(4, (-1, self.patch_size)).unflatten(3, (-1, self.patch_size))  # B C T h p w q
         return self.linear(x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3))

@@ -50,7 +50,7 @@ class Stage:
 
     @property
     def patterns(self) -> list[Pattern]:
-        """That of each block."""
+        """The pattern of each block, in order."""
         cycle = _CYCLES[self.pattern](self.k)
         return [cycle[i % len(cycle)] for i in range(self.blocks)]
 

@@ -81,7 +81,7 @@ class Epsilon(Discrete):
     """The noise is predicted. With `min_snr`, the weight is min(snr, min_snr) / snr."""
 
     def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """The noise."""
+        """The noise, which is what the model should predict."""
         return noise.to(clean.dtype)
 
     def recover(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ class Velocity(Discrete):
         return self.zero_terminal_snr
 
     def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """The velocity."""
+        """The velocity, which is what the model should predict: alpha x noise - sigma x clean."""
         alpha, sigma = self.along(time, clean)
         return (alpha * noise.float() - sigma * clean.float()).to(clean.dtype)
 

@@ -42,7 +42,7 @@ class Flow(Objective):
 
     @property
     def time_span(self) -> float:
-        """1000."""
+        """1000, the time of pure noise."""
         return TIME_SCALE
 
     def shift_at(self, tokens: int | None = None) -> float:
@@ -62,7 +62,7 @@ class Flow(Objective):
         return (TIME_SCALE * sigma).float()
 
     def levels(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """1 - sigma and sigma."""
+        """Factors of the clean latent and of the noise: 1 - sigma and sigma."""
         sigma = time.float() / TIME_SCALE
         return 1 - sigma, sigma
 

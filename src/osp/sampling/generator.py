@@ -21,7 +21,7 @@ from osp.conditioning import (
     given_frames,
 )
 from osp.conditioning.text import LengthCheck
-from osp.data.media.shape import Shape, Strides
+from osp.data.media.shape import Shape
 from osp.denoiser import Denoiser, Grid
 from osp.diffusion import Objective, Solver, draw_normal, guided_prediction, held_prediction, sample
 from osp.errors import UsageError
@@ -114,7 +114,7 @@ class VideoGenerator:
 
     def check_size(self, frames: int, height: int, width: int) -> Grid:
         """The grid of tokens of such a video. Raises UsageError naming the nearest sizes that fit, if it does not."""
-        strides = Strides(self.codec.time_stride, self.codec.space_stride * self.denoiser.patch_size)
+        strides = self.codec.strides.patched(self.denoiser.patch_size)
         strides.check_frames(frames)
         strides.check_sides(height, width, "the VAE's stride times the patch")
         return Grid(*strides.latent(frames, height, width))

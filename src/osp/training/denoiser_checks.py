@@ -39,7 +39,7 @@ def check_parts(denoiser: Denoiser, text: TextEncoder | None, codec: LatentCodec
             "choose another denoiser, such as cross_inpaint_tiny, or module.masks=null"
         )
     if codec is not None:
-        _check_channels(denoiser, masks, codec.latent_channels, codec.time_stride, f"the VAE ({codec.name})")
+        _check_channels(denoiser, masks, codec.latent_channels, codec.strides.time, f"the VAE ({codec.name})")
 
 
 def check_data(

@@ -304,8 +304,8 @@ class DenoiserModule(TrainingModule):
         codec = generator.codec.to(self.device)
         real = to_float(batch["video"][index]) if "video" in batch else codec.decode(batch["latent"][index, None])[0]
         # As many frames as a latent has room for; the last ones may be beyond the clip's.
-        stride, (held, height, width) = codec.time_stride, real.shape[1:]
-        size = 1 + -(-(held - 1) // stride) * stride, height, width
+        held, height, width = real.shape[1:]
+        size = held + codec.strides.missing_frames(held), height, width
         given = given_frames({0: real[:, 0].cpu()}, *size) if self.masks is not None and held > 1 else None
         seed = stable_seed(self.seed, "shown", batch["key"][index])
         with self.trainer.precision_plugin.forward_context():

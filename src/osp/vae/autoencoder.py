@@ -44,7 +44,7 @@ class VideoVAE(nn.Module):
 
     @property
     def strides(self) -> Strides:
-        """Down-sampling in time and space."""
+        """Between the sizes of a clip and of its latent."""
         return Strides(self.time_stride, self.space_stride)
 
     @property
@@ -70,13 +70,13 @@ class VideoVAE(nn.Module):
         self.strides.check_sides(height, width)
 
     def check_video(self, video: Tensor) -> None:
-        """Raise UsageError unless this can be encoded."""
+        """Raise UsageError unless this is a video `B 3 T H W` of a size that can be encoded."""
         if video.ndim != 5 or video.shape[1] != COLOURS:
             raise UsageError(f"a video is B 3 T H W, not {tuple(video.shape)}")
         self.check_size(*video.shape[2:])
 
     def check_latent(self, latent: Tensor) -> None:
-        """Raise UsageError unless this can be decoded."""
+        """Raise UsageError unless this is a latent `B L T H W` of this VAE's channels."""
         if latent.ndim != 5 or latent.shape[1] != self.latent_channels or latent.shape[2] < 1:
             raise UsageError(f"a latent of this VAE is B {self.latent_channels} T H W, not {tuple(latent.shape)}")
 
@@ -125,7 +125,7 @@ class VideoVAE(nn.Module):
         return self._run("decoder", latent, chunk_frames, tiling, held, progress)[:, :, :frames]
 
     def network(self, half: Half) -> Network:
-        """The function of that half."""
+        """`encode_moments` or `decode_latent`: a clip or a piece of one, and the state of its stream -> the result."""
         return self.encode_moments if half == "encoder" else self.decode_latent
 
     def piece(self, half: Half) -> int:

@@ -139,7 +139,7 @@ class MixedAttention(FrameAttention):
 
 
 class Encoder(nn.Module):
-    """Video to the moments of the posterior."""
+    """Video `B 3 T H W` to the mean and log variance of the posterior."""
 
     def __init__(self, config: CausalVAEConfig) -> None:
         super().__init__()

@@ -48,16 +48,6 @@ class LatentCodec:
         return tuple(listed)
 
     @property
-    def time_stride(self) -> int:
-        """That of the VAE."""
-        return self.strides.time
-
-    @property
-    def space_stride(self) -> int:
-        """That of the VAE."""
-        return self.strides.space
-
-    @property
     def origin(self) -> str | None:
         """The file or folder that the VAE was read from, if it was."""
         return self.vae.origin
@@ -73,7 +63,7 @@ class LatentCodec:
         return next(self.vae.parameters()).dtype
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the VAE."""
+        """The codec itself, with its VAE on that device."""
         self.vae.to(device)
         return self
 

@@ -90,7 +90,7 @@ class Autoencoding:
 
 
 class Encoder(nn.Module):
-    """Video to the moments of the posterior."""
+    """Video `B 3 T H W` to the mean and log variance of the posterior."""
 
     def __init__(self, config: WFVAEConfig) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent to video."""
+    """Latent `B L T' H/8 W/8` to video."""
 
     def __init__(self, config: WFVAEConfig) -> None:
         super().__init__()
@@ -211,11 +211,11 @@ class WFVAE(VideoVAE):
         return self.decoder.conv_out.weight
 
     def encode_moments(self, video: Tensor, state: StreamState | None = None) -> Tensor:
-        """See `VideoVAE`."""
+        """Mean and log variance, see `VideoVAE`."""
         return self.encoder(video, state)[0]
 
     def decode_latent(self, latent: Tensor, state: StreamState | None = None) -> Tensor:
-        """See `VideoVAE`."""
+        """Video, see `VideoVAE`."""
         return self.decoder(latent, state)[0]
 
     def forward(self, video: Tensor, generator: torch.Generator | None = None) -> Autoencoding:

@@ -78,7 +78,7 @@ _IN_BLOCK = {
 
 
 def class_name(model: CrossTransformer) -> str:
-    """That of the published class."""
+    """The name of the published class: there is one for text-to-video and one for inpainting."""
     return "OpenSoraInpaint_v1_3" if model.config.frame_channels else "OpenSoraT2V_v1_3"
 
 

@@ -36,7 +36,7 @@ class Weights(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Weights":
-        """The tensors among these values."""
+        """The tensors among these values, by the same keys; other values are left out."""
         if isinstance(values, Weights):
             return values
         tensors = {str(key): value for key, value in values.items() if isinstance(value, Tensor)}

@@ -131,7 +131,10 @@ def save_published(
 
 
 class Candidate:
-    """A model that weights may be of."""
+    """A model that weights may be of: what it expects of them, and by how much they differ (`misfits`, in keys).
+
+    Raises UsageError naming `origin` for settings that no published model has.
+    """
 
     def __init__(self, family: Family, kind: Kind, settings: Mapping[str, Any], weights: Weights, origin: str) -> None:
         try:

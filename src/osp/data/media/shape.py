@@ -28,6 +28,10 @@ class Strides:
     time: int
     space: int
 
+    def patched(self, patch_size: int) -> "Strides":
+        """From pixels to the tokens of a transformer whose patches have so many latent pixels a side."""
+        return Strides(self.time, self.space * patch_size)
+
     def latent(self, frames: int, height: int, width: int) -> Shape:
         """The size of the latent of such a clip."""
         return Shape(self.latent_frames(frames), height // self.space, width // self.space)
