@@ -143,10 +143,12 @@ def test_settings_that_are_not_built_are_neither_passed_nor_failed(tmp_path: Pat
     change(path, lambda s: s["config"].update(encoder_temporal_downsample=["TimeDownsampleRes2x", ""]))
     path = copied(tmp_path, "sched_v15", "a_shift7_50")
     change(path, lambda s: s["config"].update(use_linear_quadratic_schedule=True))
+    path = copied(tmp_path, "sched_v13", "a_100")
+    change(path, lambda s: s["config"].update(beta_schedule="scaled_linear"))
     outcomes = list(check(tmp_path))
-    assert [outcome.state for outcome in outcomes] == ["not supported"] * 2
+    assert [outcome.state for outcome in outcomes] == ["not supported"] * 3
     assert "TimeDownsampleRes2x" in outcomes[0].detail
-    assert summary(outcomes) == "0 passed, 0 failed, 2 not supported, 0 unknown"
+    assert summary(outcomes) == "0 passed, 0 failed, 3 not supported, 0 unknown"
 
 
 def manifest(folder: Path, edit: Callable[[dict[str, Any]], object], name: str = MANIFEST) -> Outcome:

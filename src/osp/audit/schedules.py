@@ -7,22 +7,25 @@ import torch
 from torch import Tensor
 
 from osp.audit.case import Case, Comparison, Unsupported, difference
-from osp.diffusion import Epsilon, Flow, Solver, Velocity, guided, guided_prediction, sample, squared_error
+from osp.diffusion import Flow, Solver, Velocity, guided, guided_prediction, sample, squared_error
 from osp.diffusion.flow import shifted
 
 BAR = 1e-5  # the recorded cases state no tolerance of their own
-_DISCRETE = {"v_prediction": Velocity, "epsilon": Epsilon}
+# Settings are those of diffusers' class, whose defaults count where a case is silent.
+_BETAS = {"num_train_timesteps": "steps", "beta_start": "beta_start", "beta_end": "beta_end"}
+_ONE_VALUE = {"prediction_type": "v_prediction", "beta_schedule": "linear"}
 _TRAINING_TIMES = (0, 250, 999)  # of the three recorded samples
 
 
 def run_v13(case: Case) -> Iterator[Comparison]:
     """Training targets of v1.3, and steps of its sampler."""
     config = case.setting("config")
-    kind = config.get("prediction_type", "v_prediction")
-    if kind not in _DISCRETE:
-        raise Unsupported(f"prediction_type={kind}")
-    objective = _DISCRETE[kind](zero_terminal_snr=case.setting("config", "rescale_betas_zero_snr"))
-    options = {"timestep_spacing": case.setting("config", "timestep_spacing")}
+    for name, known in _ONE_VALUE.items():
+        if config.get(name, known) != known:
+            raise Unsupported(f"{name}={config[name]}; only {known} is built")
+    betas = {ours: config[theirs] for theirs, ours in _BETAS.items() if theirs in config}
+    objective = Velocity(zero_terminal_snr=config.get("rescale_betas_zero_snr", False), **betas)
+    options = {"timestep_spacing": config.get("timestep_spacing", "linspace")}
     solver = Solver(objective, "euler_ancestral", case.setting("config", "num_inference_steps"), options=options)
     yield case.compare("betas_train", objective.betas.float(), BAR)
     yield case.compare("alphas_cumprod_train", objective.alphas_cumprod.float(), BAR)
@@ -77,7 +80,7 @@ def run_v15(case: Case) -> Iterator[Comparison]:
 
 
 def _flow_steps(case: Case, solver: Solver, tokens: int | None) -> Iterator[Comparison]:
-    scale, rescale = case.setting("config", "guidance_scale"), case.setting("config", "guidance_rescale")
+    scale, rescale = case.setting("config", "guidance_scale"), case.setting("config").get("guidance_rescale", 0.0)
     wanted, without = case.tensor("in/v_text"), case.tensor("in/v_uncond")
     yield case.compare("cfg", guided(wanted, without, scale), BAR)
     yield case.compare("cfg_rescaled", guided(wanted, without, scale, rescale), BAR)
