@@ -34,7 +34,7 @@ def test_an_object_says_what_is_its_own(tmp_path: Path) -> None:
         ('{"prompt": "a", "seed": "3"}', "seed=3: must be a whole number of at least 0"),
         ('{"prompt": "a", "seed": true}', "seed=true: must be a whole number of at least 0"),
         ('{"prompt": "a", "frames": 0}', "frames=0: must be a whole number of at least 1"),
-        ('{"prompt": "a", "frame": 9}', "frame is not known; choose prompt, seed, frames"),
+        ('{"prompt": "a", "frame": 9}', "key=frame: is not known; choose prompt, seed, frames"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:

@@ -1,8 +1,18 @@
-"""Run a VAE over clips and write what it loses: numbers for each clip, a contact sheet, videos side by side."""
+"""Run a VAE over clips and write what it loses: numbers for each clip, a contact sheet, videos side by side.
+
+Files, each replaced as a whole:
+    metrics.json: what `evaluate_reconstruction` returns, with `mean` and `std` (of the population) over clips,
+        `frechet`, `baselines`, `psnr_gain` (dB of the model over each baseline), `counts`, `clips`, `skipped`. A value
+        that a clip does not have (flicker of an image) is null and does not count in the mean.
+    metrics.csv: a row a clip, then the row `mean`.
+    contact_sheet.png: the first `contact_sheet_clips` clips.
+    reconstructions/NUMBER-KEY.mp4: input and reconstruction side by side of the first `save_videos` clips; a PNG for a
+        single frame. Those of an earlier evaluation go.
+"""
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -12,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from osp.checks import check_number
 from osp.data.media.shape import Strides
 from osp.data.media.video import ClipError, to_float, to_uint8
 from osp.devices import autocast_dtype
@@ -83,6 +94,7 @@ class _Networks:
     perceptual: PerceptualDistance | None
     features: VideoFeatures | None
     device: torch.device
+    autocast: torch.dtype | None
 
     def __post_init__(self) -> None:
         for network in (self.vae, *self.baselines.values(), self.perceptual, self.features):
@@ -97,10 +109,20 @@ class _Networks:
             raise UsageError(f"frames={frames}: {self.features.name} needs at least {self.features.min_frames} frames")
 
 
+@dataclass(frozen=True)
+class _Keep:
+    """Where results go, and how many clips are shown on the contact sheet and kept as videos."""
+
+    folder: Path
+    sheet_clips: int
+    videos: int
+
+
 @dataclass
 class _Run:
     """What has been gathered so far."""
 
+    frechet: FrechetDistance | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     sheet: list[SheetClip] = field(default_factory=list)
@@ -134,56 +156,17 @@ def evaluate_reconstruction(
     `32-true`, `bf16-mixed`, `16-mixed`; metrics are always computed in float32, the Frechet distance in float64.
     `baselines` reconstruct the same clips and are compared by PSNR. `settings` is copied into the results.
 
-    Files, each replaced as a whole:
-        metrics.json: what is returned, with `mean` and `std` (of the population) over clips, `frechet`, `baselines`,
-            `psnr_gain` (dB of the model over each baseline), `counts`, `clips`, `skipped`. A value that a clip does
-            not have (flicker of an image) is null and does not count in the mean.
-        metrics.csv: a row a clip, then the row `mean`.
-        contact_sheet.png: the first `contact_sheet_clips` clips.
-        reconstructions/NUMBER-KEY.mp4: input and reconstruction side by side of the first `save_videos` clips; a PNG
-            for a single frame. Those of an earlier evaluation go.
-
     Raises:
         UsageError: a setting, or the clips' size, does not fit the networks.
         DataError: no clip could be evaluated, or `output` cannot be made a folder.
         OSError: a file in it cannot be written.
     """
-    autocast = autocast_dtype(precision)
-    if batch_size < 1:
-        raise UsageError(f"batch_size={batch_size}: must be at least 1")
-    networks = _Networks(vae, baselines, perceptual, features, torch.device(device))
-    output = begin(output, PAIRS)
-    frechet = None if features is None else FrechetDistance(features.num_features)
-
-    run = _Run()
-    with torch.no_grad():
-        for batch in _batches(clips, batch_size, networks, run):
-            video = to_float(torch.stack([clip["video"] for clip in batch]).to(networks.device))
-            reconstruction = reconstruct(vae, video, autocast)
-            others = {name: reconstruct(baseline, video, autocast) for name, baseline in baselines.items()}
-            finite = torch.stack([x.isfinite().flatten(1).all(1) for x in (reconstruction, *others.values())]).all(0)
-            for i, (clip, is_finite) in enumerate(zip(batch, finite.tolist(), strict=True)):
-                if not is_finite:
-                    run.skip(str(clip["key"]), "the reconstruction holds NaN or infinity")
-                    continue
-                record = _record(clip, clip_metrics(reconstruction[i], video[i], perceptual))
-                record["baselines"] = {
-                    name: {"psnr": psnr(other[i], video[i]).item()} for name, other in others.items()
-                }
-                shown = len(run.records)
-                run.records.append(record)
-                if shown < max(contact_sheet_clips, save_videos):
-                    pair = clip["video"], to_uint8(reconstruction[i]).cpu()
-                    if shown < contact_sheet_clips:
-                        run.sheet.append(_sheet_clip(record, *pair))
-                    if shown < save_videos:
-                        key = str(clip["key"])
-                        name = f"{shown:03d}-{key.removesuffix(Path(key).suffix)}"  # keys may be paths
-                        save_clip(output / PAIRS, name, torch.cat([pair[0].cpu(), pair[1]], -1), float(clip["fps"]))
-            if features is not None and frechet is not None and finite.any():
-                frechet.update(features(video[finite]).cpu(), reference=True)
-                frechet.update(features(reconstruction[finite]).cpu(), reference=False)
-
+    check_number("batch_size", batch_size, 1, whole=True)
+    networks = _Networks(vae, baselines, perceptual, features, torch.device(device), autocast_dtype(precision))
+    keep = _Keep(begin(output, PAIRS), contact_sheet_clips, save_videos)
+    run = _Run(frechet=None if features is None else FrechetDistance(features.num_features))
+    for batch in _batches(clips, batch_size, networks, run):
+        _measure(batch, networks, keep, run)
     if not run.records:
         reasons = f"; the first: {run.skipped[0]['clip']}: {run.skipped[0]['reason']}" if run.skipped else ""
         raise DataError(f"no clip could be evaluated: {len(run.skipped)} skipped{reasons}")
@@ -194,12 +177,46 @@ def evaluate_reconstruction(
         "perceptual": None if perceptual is None else perceptual.name,
         "features": None if features is None else features.name,
     }
-    distance = None if features is None or frechet is None else frechet_record(frechet, features)
+    distance = None if features is None or run.frechet is None else frechet_record(run.frechet, features)
     results = _summary(run, model_name, {**settings, **own_settings}, distance, baselines)
     title = f"{model_name}, clips: {len(run.records)}"
     sheet = draw_contact_sheet(run.sheet, title, _headline(results)) if run.sheet else None
-    write_results(output, results, _table(results), sheet)
+    write_results(keep.folder, results, _table(results), sheet)
     return results
+
+
+@torch.no_grad()
+def _measure(batch: Sequence[Mapping[str, Any]], networks: _Networks, keep: _Keep, run: _Run) -> None:
+    """Reconstruct clips of one shape and gather what is found; one that is not finite is skipped."""
+    video = to_float(torch.stack([clip["video"] for clip in batch]).to(networks.device))
+    reconstruction = reconstruct(networks.vae, video, networks.autocast)
+    others = {name: reconstruct(one, video, networks.autocast) for name, one in networks.baselines.items()}
+    finite = torch.stack([x.isfinite().flatten(1).all(1) for x in (reconstruction, *others.values())]).all(0)
+    for i, (clip, is_finite) in enumerate(zip(batch, finite.tolist(), strict=True)):
+        if not is_finite:
+            run.skip(str(clip["key"]), "the reconstruction holds NaN or infinity")
+            continue
+        record = _record(clip, clip_metrics(reconstruction[i], video[i], networks.perceptual))
+        record["baselines"] = {name: {"psnr": psnr(other[i], video[i]).item()} for name, other in others.items()}
+        _show(clip, record, reconstruction[i], keep, run)
+        run.records.append(record)
+    if networks.features is not None and run.frechet is not None and finite.any():
+        run.frechet.update(networks.features(video[finite]).cpu(), reference=True)
+        run.frechet.update(networks.features(reconstruction[finite]).cpu(), reference=False)
+
+
+def _show(clip: Mapping[str, Any], record: Mapping[str, Any], reconstruction: Tensor, keep: _Keep, run: _Run) -> None:
+    """Put the clip on the contact sheet and into a file, if it is one of the first."""
+    shown = len(run.records)
+    if shown >= max(keep.sheet_clips, keep.videos):
+        return
+    pair = clip["video"], to_uint8(reconstruction).cpu()
+    if shown < keep.sheet_clips:
+        run.sheet.append(_sheet_clip(record, *pair))
+    if shown < keep.videos:
+        key = str(clip["key"])
+        name = f"{shown:03d}-{key.removesuffix(Path(key).suffix)}"  # keys may be paths
+        save_clip(keep.folder / PAIRS, name, torch.cat([pair[0].cpu(), pair[1]], -1), float(clip["fps"]))
 
 
 def _batches(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from osp.checks import check_choice
 from osp.errors import DataError
 from osp.sampling.pictures import PictureFiles
 from osp.sampling.settings import check_setting
@@ -77,8 +78,7 @@ def _parsed(line: str, folder: Path, where: str) -> Request:
         raise DataError(f'{where}: must be an object, like {{"prompt": "a red circle"}}')
     known = [field.name for field in fields(Request)]
     for key, value in given.items():
-        if key not in known:
-            raise DataError(f"{where}: {key} is not known; choose {', '.join(known)}")
+        check_choice(f"{where}: key", key, known, DataError)
         if value is None and key != "prompt":
             continue
         if key in _NUMBERS:
