@@ -130,8 +130,17 @@ def test_loss_falls(tmp_path: Path) -> None:
 
 
 def test_mixed_precision_trains(tmp_path: Path) -> None:
-    trainer, _ = fit(tmp_path, new_module(discriminator_start=0), 2, precision="bf16-mixed")
-    assert trainer.global_step == 2
+    module = new_module(discriminator_start=0)
+    seen: set[torch.dtype] = set()
+    module.vae.decoder.conv_out.register_forward_hook(lambda _, args, out: seen.add(out.dtype))
+    before = module.vae.decoder.conv_out.weight.detach().clone()
+    trainer, losses = fit(tmp_path, module, 2, precision="bf16-mixed")
+    assert trainer.global_step == len(losses.by_step) == 2
+    assert seen == {torch.bfloat16}
+    after = module.vae.decoder.conv_out.weight
+    assert after.dtype == torch.float32
+    assert after.isfinite().all()
+    assert not torch.equal(after, before)
 
 
 def test_float16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
