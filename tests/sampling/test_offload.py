@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from osp.errors import Stopped
 from osp.sampling import VideoGenerator, offload
 from osp.sampling.offload import BLOCKS_ON_DEVICE, offloaded
 
@@ -77,3 +78,19 @@ def test_on_an_accelerator_the_next_block_is_on_its_way_and_no_more_than_three_a
     assert notes.count("copied") == 6
     blocks.clear()
     assert [block.table.data_ptr() for block in denoiser.blocks] == homes
+
+
+def test_work_that_ends_early_leaves_the_weights_at_home(make_generator: Make) -> None:
+    denoiser = make_generator("joint").denoiser
+    inputs = torch.randn(1, 4, 3, 4, 6), torch.rand(1), torch.randn(1, 5, 16), None, torch.randn(1, 16)
+    homes = [value.data_ptr() for value in denoiser.parameters()]
+    hook = denoiser.blocks[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(Stopped()))
+    with torch.no_grad():
+        with pytest.raises(Stopped), offloaded(denoiser, torch.device("cpu")):
+            denoiser(*inputs)
+        hook.remove()
+        assert [value.data_ptr() for value in denoiser.parameters()] == homes
+        assert not any(block._forward_hooks or block._forward_pre_hooks for block in denoiser.blocks)
+        wanted = denoiser(*inputs)
+        with offloaded(denoiser, torch.device("cpu")):
+            assert torch.equal(denoiser(*inputs), wanted)

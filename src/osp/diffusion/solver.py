@@ -41,6 +41,12 @@ _FLOW_SOLVERS: dict[str, Entry] = {
     "dpm++_sde": ("DPMSolverMultistepScheduler", _FLOW | _SDE),
     "unipc": ("UniPCMultistepScheduler", _FLOW),
 }
+# What the classes of diffusers differ in, beside their options. Those that work with log(signal / noise):
+_LOG_SNR = {"DPMSolverMultistepScheduler", "UniPCMultistepScheduler"}
+# Those that step by whole numbers of the objective's steps, and keep no list of noise levels:
+_WHOLE_STEPS = {"DDPMScheduler", "DDIMScheduler"}
+# Those for flows alone, whose state is what the model is given, and noise as it is drawn at first:
+_UNSCALED = {"FlowMatchEulerDiscreteScheduler", "LTXEulerAncestralRFScheduler", "FlowMatchHeunDiscreteScheduler"}
 # Options that the objective decides; for a flow also all that shape its times.
 _OWNED = {"prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"}
 _OWNED |= {"rescale_betas_zero_snr", "use_flow_sigmas", "flow_shift", "shift", "use_dynamic_shifting"}
@@ -110,7 +116,7 @@ class Solver:
     ) -> "Integration":
         shift = objective.shift_at(tokens) if self.shift is None else self.shift
         sigmas = torch.from_numpy(objective.sigmas(self.steps, shift)).float()
-        if hasattr(scheduler, "lambda_t"):
+        if type(scheduler).__name__ in _LOG_SNR:
             sigmas = sigmas.clamp(max=_MOST_NOISE)
         scheduler.set_timesteps(self.steps)
         # The schedulers differ in how they space their steps, and some do not start from noise alone: they get ours.
@@ -126,7 +132,7 @@ class Solver:
         distinct = times.unique_consecutive()
         # Rounding makes one step too many of some numbers (61, 103, ...).
         possible = len(distinct) == self.steps and bool((distinct >= 0).all())
-        if hasattr(scheduler, "sigmas"):
+        if type(scheduler).__name__ not in _WHOLE_STEPS:
             # Zero signal is cut off at 2^-12 to keep sigma finite. The levels just before have less, where they are
             # used: from some 250 steps on.
             sigmas = scheduler.sigmas.unique_consecutive()
@@ -150,17 +156,18 @@ class Integration:
     def __init__(self, scheduler: Any, times: Tensor) -> None:
         self.scheduler = scheduler
         self.times = times
+        self._unscaled = type(scheduler).__name__ in _UNSCALED
         self._options = inspect.signature(scheduler.step).parameters.keys()
-        if hasattr(scheduler, "set_begin_index"):
+        if type(scheduler).__name__ not in _WHOLE_STEPS:
             scheduler.set_begin_index(0)
 
     def first(self, noise: Tensor) -> Tensor:
         """Standard normal noise -> the solver's state to start from, in float32."""
-        return noise.float() * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+        return noise.float() * (1.0 if self._unscaled else float(self.scheduler.init_noise_sigma))
 
     def model_input(self, state: Tensor, call: int) -> Tensor:
         """The noisy latent that the model is given at a call, of the state."""
-        if not hasattr(self.scheduler, "scale_model_input"):
+        if self._unscaled:
             return state
         return self.scheduler.scale_model_input(state, self.scheduler.timesteps[call])
 
