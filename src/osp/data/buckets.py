@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from osp.checks import check_number
 from osp.data.media.shape import Shape, Strides
 from osp.errors import UsageError
 
@@ -55,8 +56,7 @@ class Patching:
     def check(self) -> None:
         """Raise UsageError for strides or patches below 1."""
         for name in ("time_stride", "space_stride", "patch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"buckets: {name}={getattr(self, name)} must be at least 1")
+            check_number(f"buckets: {name}", getattr(self, name), 1, whole=True)
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,7 @@ def choose(
         sizes: of the clips, None where it is not known.
         min_clips: shapes that fewer clips than these share are left out, with their clips.
     """
-    if min_clips < 1:
-        raise UsageError(f"min_clips={min_clips}: must be at least 1")
+    check_number("min_clips", min_clips, 1, whole=True)
     shapes = [None if size is None else rule.fit(size) for size in sizes]
     counts = Counter(shape for shape in shapes if shape is not None)
     kept = [(i, shape) for i, shape in enumerate(shapes) if shape is not None and counts[shape] >= min_clips]
