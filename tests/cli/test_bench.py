@@ -297,7 +297,7 @@ WRONG = [
     (["vae=wfvae_tiny"], "Could not override 'vae'"),
     (["denoiser=pretrained"], "denoiser=pretrained needs path=FOLDER"),
     (["denoiser=published"], r"denoiser=published needs denoiser\.kind=\.\.\. and denoiser\.source="),
-    (["path=x"], "path=x is not read with denoiser=cross_tiny"),
+    (["path=x"], "path=x: nothing reads it here; it is read with denoiser=pretrained"),
     (["denoiser=pretrained", "path={vae}"], "denoiser is a WFVAE, which is none; give weights of a denoiser"),
 ]
 

@@ -174,7 +174,7 @@ WRONG = [
     (["clip.height=36"], 2, "height=36: must be a multiple of 8"),
     (["clip.frames=99"], 1, "none of its 7 clips is long enough"),
     (["path=null"], 2, "give checkpoint=FILE"),
-    (["vae=wfvae_tiny"], 2, "random weights"),
+    (["vae=wfvae_tiny", "path=null"], 2, "random weights"),
     (["precision=8-true"], 2, "precision=8-true"),
     (["dtype=float8"], 2, "dtype=float8"),
     (["posterior=mode"], 2, "posterior=mode"),

@@ -285,7 +285,7 @@ WRONG = [
     (["bench", *BENCH, "repeats=0"], 2, "repeats=0: must be a whole number of at least 1"),
     (["bench", *BENCH, "threads=0"], 2, "threads=0: must be a whole number of at least 1, or null"),
     (["bench", *BENCH, "isolate=often"], 2, "isolate=often: is not known; choose null, true or false"),
-    (["bench", *BENCH, "checkpoint=x"], 2, "checkpoint=x is not read with vae=wfvae_tiny; give vae=trained too"),
+    (["bench", *BENCH, "checkpoint=x"], 2, "checkpoint=x: nothing reads it here; it is read with vae=trained"),
     (["bench", "vae=pretrained"], 2, "vae=pretrained needs path=FOLDER"),
     (["bench", "vae=published"], 2, r"vae=published needs vae\.kind=\.\.\. and vae\.source="),
     (["bench", "vae=trained", "checkpoint={tmp}/none.ckpt"], 1, r"none\.ckpt: no such file"),

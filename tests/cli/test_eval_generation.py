@@ -218,7 +218,7 @@ def test_a_folder_of_samples_is_judged_by_its_own_prompts(
     ("arguments", "code", "message"),
     [
         ([], 2, "give checkpoint=FILE of `osp train`, or generator=opensora_v13"),
-        (["checkpoint=x", "generated=y"], 2, "checkpoint=FILE and generated=DIR exclude each other"),
+        (["checkpoint=x", "generated=y"], 2, "checkpoint=x: nothing reads it here; .* not generated=DIR"),
         (["checkpoint=none.ckpt"], 1, "checkpoint=none.ckpt: no such file; give a checkpoint of `osp train`"),
         (["checkpoint=x", "input=none"], 1, "input=none: no such folder"),
         (["generator=opensora_v13"], 2, r"give denoiser\.path=FOLDER vae\.path=FOLDER text\.path=FOLDER"),

@@ -270,7 +270,11 @@ EARLY = [
     (["checkpoint=MODELS/joint.ckpt", "prompts=bad.jsonl"], 1, "bad.jsonl, line 2: is no JSON"),
     (["prompt=a"], 2, "give checkpoint=FILE"),
     (["prompt=a", "checkpoint=none.ckpt"], 1, "checkpoint=none.ckpt: no such file; give a checkpoint of `osp train`"),
-    (["prompt=a", "checkpoint=x", "generator=opensora_v13", *PUBLISHED[:3], "text.path=x"], 2, "x is not read by this"),
+    (
+        ["prompt=a", "checkpoint=x", "generator=opensora_v13", *PUBLISHED[:3], "text.path=x"],
+        2,
+        "checkpoint=x: nothing reads it here; it is read with generator=trained",
+    ),
     (["prompt=a", "checkpoint=x", "text=null"], 2, "text=null: a choice is left out by '~text'"),
     (["prompt=a", "checkpoint=x", "colour=red"], 2, "Could not override 'colour'; --help lists the settings"),
     (

@@ -198,6 +198,6 @@ def test_a_vae_and_a_denoiser_want_what_is_theirs(world: Path, osp: Osp) -> None
     code, _, said = osp("train", "module=denoiser", "data.workers=0")
     assert (code, said.count("\n")) == (2, 0)
     assert "module=denoiser needs denoiser=NAME" in said
-    code, _, said = osp("train", "experiment=wfvae_tiny", "start_from=x", "perceptual.download=false")
+    code, _, said = osp("train", "experiment=wfvae_tiny", "start_from=x")
     assert (code, said.count("\n")) == (2, 0)
     assert "start_from=x is for module=denoiser" in said

@@ -51,12 +51,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 def _source(cfg: DictConfig, group: str) -> ModelSource:
     """The model that `group` configures.
 
-    Raises UsageError where it needs a setting that is missing, or does not read one that is given.
+    Raises UsageError where it needs a setting that is missing.
     """
     choice = str(HydraConfig.get().runtime.choices[group])
     for key, reader, what in _SOURCES:
-        if cfg.get(key) is not None and choice != reader:
-            raise UsageError(f"{key}={cfg[key]} is not read with {group}={choice}; give {group}={reader} too")
         if key in cfg and cfg[key] is None and choice == reader:
             raise UsageError(f"{group}={choice} needs {key}={what}")
     if missing := sorted(OmegaConf.missing_keys(cfg[group])):

@@ -2,7 +2,7 @@
 
 import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from osp.checks import check_number
 from osp.cli import config_folder, user_error
-from osp.cli.overrides import check_choices, quoted
+from osp.cli.composed import check_read
+from osp.cli.overrides import prepared, quoted
 from osp.cli.plain import plain
 from osp.errors import UsageError
 from osp.report.tables import as_texts, print_table
@@ -69,7 +70,8 @@ def _stages(cfg: DictConfig) -> list[Stage]:
         overrides += [] if said.data is None else [f"data.train.path={quoted(said.data)}"]
         overrides += [*cfg.overrides, f"output={quoted(folder)}"]
         overrides += [] if before is None else [f"start_from={quoted(before)}"]
-        settings = _composed(name, overrides)
+        settings, unread = _composed(name, overrides, cfg.shared)
+        overrides = [override for override in overrides if override not in unread]
         missing = sorted(_missing(OmegaConf.to_container(settings), ""))
         if missing and not cfg.dry_run:
             listed = ",".join(f"'{key}=...'" for key in missing)
@@ -83,20 +85,26 @@ def _stages(cfg: DictConfig) -> list[Stage]:
     return stages
 
 
-def _composed(name: str, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of `osp train` with these overrides. Raises UsageError naming the stage."""
+def _composed(name: str, overrides: Sequence[str], shared: Sequence[str]) -> tuple[DictConfig, Collection[str]]:
+    """The configuration of `osp train` with these overrides, and those of the recipe's that nothing reads in it.
+
+    These are of no use once others take their place, as a folder does that of a checkpoint. Raises UsageError naming
+    the stage, also if nothing reads another one.
+    """
     loader = GlobalHydra.instance().config_loader()
     try:
-        check_choices(overrides, config_folder())
-        settings = loader.load_configuration("train", overrides=list(overrides), run_mode=RunMode.RUN)
+        overrides = prepared("train", overrides, config_folder())
+        settings = loader.load_configuration("train", overrides=overrides, run_mode=RunMode.RUN)
+        choices = settings.hydra.runtime.choices
+        OmegaConf.set_struct(settings, False)
+        settings.pop("hydra")
+        unread = check_read("train", settings, overrides, choices, free=shared)
         check_number("trainer.max_steps", settings.trainer.max_steps, 1, whole=True)
     except Exception as error:
         if (mended := user_error(error, "train")) is None:
             raise
         raise UsageError(f"stage {name}: {mended}") from error
-    OmegaConf.set_struct(settings, False)
-    settings.pop("hydra")
-    return settings
+    return settings, unread
 
 
 def _missing(value: Any, key: str) -> Iterator[str]:

@@ -11,6 +11,12 @@ _TEXTS = ("prompt", "negative_prompt")
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
+def config_folder() -> Path:
+    """The folder of configurations: inside an installed package, or at the top of a checkout."""
+    installed = Path(__file__).parent.parent / "conf"
+    return installed if installed.is_dir() else Path(__file__).parents[3] / "conf"
+
+
 def quoted(value: object) -> str:
     """A value as Hydra and OmegaConf read it back, whatever characters it has."""
     if re.fullmatch(r"[\w./-]+", str(value), re.ASCII):
@@ -26,6 +32,21 @@ def with_quoted_prompts(overrides: Sequence[str]) -> list[str]:
         is_bare = equals and key in _TEXTS and not _QUOTED.fullmatch(value.strip())
         prepared.append(f"{key}={_in_quotes(value)}" if is_bare else override)
     return prepared
+
+
+def prepared(verb: str, overrides: Sequence[str], configs: Path) -> list[str]:
+    """The overrides of a verb as Hydra takes them; `configs` is the folder of all configurations.
+
+    Raises UsageError for one that Hydra takes for something else than is meant.
+    """
+    overrides = with_own_groups(verb, overrides, configs)
+    check_choices(overrides, configs)
+    return with_quoted_prompts(overrides) if verb in ("sample", "eval") else overrides
+
+
+def is_prompt_with_commas(overrides: Sequence[str]) -> bool:
+    """Whether a prompt among the overrides has commas that might be meant for a sweep, and stands in no quotes."""
+    return any("," in one for one in {*overrides} - {*with_quoted_prompts(overrides)})
 
 
 def with_own_groups(verb: str, overrides: Sequence[str], configs: Path) -> list[str]:

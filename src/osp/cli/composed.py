@@ -1,0 +1,58 @@
+"""What Hydra has composed of a command: whether all of it is read, and what there is to set."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from osp.cli.overrides import config_folder, prepared
+from osp.configs.groups import groups_of
+from osp.configs.help import help_text
+from osp.configs.unread import Given, unread
+from osp.errors import UsageError
+
+
+def check_read(
+    verb: str, cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, Any], free: Collection[str] = ()
+) -> Collection[str]:
+    """Raise UsageError for the first override that nothing in the configuration reads; gives those of `free` ones.
+
+    Overrides with null, and those that take something away, are always allowed.
+    """
+    given = [
+        Given(str(one.input_line), (one.package or one.key_or_group).replace("/", "."), "+" in str(one.input_line)[:2])
+        for one in OverridesParser.create().parse_overrides(list(overrides))
+        if not one.is_delete() and one.value() is not None and not one.key_or_group.startswith("hydra")
+    ]
+    config = _plain(cfg)
+    found = unread(verb, config, given, _names(verb, config, choices), config_folder())
+    for override, hint in found.items():
+        if override not in free:
+            raise UsageError(f"{override}: nothing reads it here; {hint or 'leave it out'}")
+    return found
+
+
+def help_of(verb: str, overrides: Sequence[str]) -> str:
+    """The help of a verb with these overrides."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        cfg = compose(verb, prepared(verb, overrides, config_folder()), return_hydra_config=True)
+    config = _plain(cfg)
+    return help_text(verb, config, _names(verb, config, cfg.hydra.runtime.choices), config_folder())
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration with its references as they stand, without Hydra's own."""
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if key != "hydra"}
+
+
+def _names(verb: str, config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What is chosen of each group; of one that takes several choices Hydra says them in the configuration only."""
+    names = {str(group): [] if choice is None else [str(choice)] for group, choice in choices.items()}
+    for group, known in groups_of(verb, config_folder()).items():
+        if group not in choices and isinstance(part := config.get(group), dict):
+            names[group] = [name for name in part if name in known]
+    return names

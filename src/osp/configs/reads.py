@@ -1,0 +1,44 @@
+"""Which settings each verb reads itself, and when."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Where:
+    """When a verb reads a key itself, and how to `say` so; else it does where what it reads refers to the key."""
+
+    say: str = ""
+    holds: Callable[[Config], bool] = lambda config: False
+
+
+def _is_on_clips(config: Config) -> bool:
+    clips = config["data"].get("train") or {}
+    return "denoiser" in config["module"] and not str(clips.get("_target_")).endswith("FeatureClips")
+
+
+BY_REFERENCE = Where()
+_DENOISER = Where("module=denoiser", lambda config: "denoiser" in config["module"])
+_ON_CLIPS = Where("module=denoiser on clips, not on features", _is_on_clips)
+_BUCKETS = Where("buckets=tokens or buckets=shapes", lambda config: config.get("buckets") is not None)
+_FOLDER = Where("input=DIR", lambda config: config["input"] is not None)
+_DRAWN = Where("synthetic.clips=N and no input", lambda config: config["input"] is None)
+_RECONSTRUCTED = Where("target=reconstruction", lambda config: config["target"] == "reconstruction")
+_GENERATED = Where("a generator, not generated=DIR", lambda config: config["generated"] is None)
+
+SOMETIMES: Mapping[str, Mapping[str, Where]] = {
+    "shards": {"synthetic": _DRAWN} | dict.fromkeys(("captions", "clip_seconds", "min_frames"), _FOLDER),
+    "cache": {"min_clips": _BUCKETS} | dict.fromkeys(("path", "checkpoint"), BY_REFERENCE),
+    "train": dict.fromkeys(("denoiser", "text", "objective", "clipping", "perceptual", "buckets"), BY_REFERENCE)
+    | dict.fromkeys(("clip", "path", "checkpoint", "checkpoint_every"), BY_REFERENCE)
+    | {"vae": _DENOISER, "latent": _ON_CLIPS},
+    "eval": dict.fromkeys(("path", "checkpoint", "denoiser", "text"), BY_REFERENCE)
+    | dict.fromkeys(("generator", "solver", "guidance", "rescale", "negative_prompt", "hold_given"), _GENERATED)
+    | {"vae": _RECONSTRUCTED},
+    "sample": dict.fromkeys(("checkpoint", "denoiser", "vae", "text"), BY_REFERENCE),
+    "bench": dict.fromkeys(("path", "checkpoint"), BY_REFERENCE),
+}
+"""The keys of each verb that it does not always read itself; all others it does."""

@@ -1,0 +1,86 @@
+"""What a command sets and nothing reads: a setting without effect is a mistake of the one who gives it."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from osp.configs.groups import groups_of
+from osp.configs.reads import BY_REFERENCE, SOMETIMES, Config
+from osp.configs.references import reached_from, references, related, value_at
+
+Choices = Mapping[str, Sequence[str]]
+"""What is chosen of each group: nothing, one, or several."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a command says of a key or a group: `key` with dots, and whether it may be one that there was not before."""
+
+    said: str
+    key: str
+    may_be_new: bool = False
+
+
+def unread(verb: str, config: Config, given: Sequence[Given], choices: Choices, configs: Path) -> dict[str, str]:
+    """What of the given has no effect, as it was said, and for each what would read it (empty: nothing does).
+
+    `config` is a verb's configuration with its references as they stand, `configs` is the folder of all.
+    """
+    new = {one.key for one in given if one.may_be_new} - _declared(verb, configs)
+    read = _read(verb, config, new)
+    return {
+        one.said: _hint(verb, one.key, config, choices, configs)
+        for one in {one.key: one for one in given}.values()  # of several for one key the last counts
+        if one.key.partition(".")[0] in config and not any(related(one.key, path) for path in read)
+    }
+
+
+def is_read(verb: str, config: Config, key: str) -> bool:
+    """Whether anything of a key has an effect in a verb's configuration."""
+    return any(related(key, path) for path in _read(verb, config))
+
+
+def _read(verb: str, config: Config, new: Collection[str] = ()) -> set[str]:
+    """The paths of what is read; of `new` keys only what others refer to."""
+    sometimes = SOMETIMES.get(verb, {})
+    roots = [key for key in config if key not in new and (key not in sometimes or sometimes[key].holds(config))]
+    return reached_from(config, roots)
+
+
+def _declared(verb: str, configs: Path) -> set[str]:
+    """All keys at the top that the verb's own files have, and all groups."""
+    files = [configs / f"{verb}.yaml", *(configs / verb).rglob("*.yaml")]
+    return {key for file in files for key in yaml.safe_load(file.read_text())} | groups_of(verb, configs).keys()
+
+
+def _hint(verb: str, key: str, config: Config, choices: Choices, configs: Path) -> str:
+    where = SOMETIMES.get(verb, {}).get(key.partition(".")[0], BY_REFERENCE).say
+    readers = [f"it is read with {where}"] if where else []
+    others = []
+    for group, name, path in _readers(verb, key, choices, configs):
+        if name not in choices[group]:
+            others.append(f"{group}={name}")
+        elif "${" in str(now := value_at(config, path)):
+            readers.append(_hint(verb, group, config, choices, configs))
+        else:
+            readers.append(f"{path}={'null' if now is None else now} stands where it would be read")
+    listed = f"it is read with {' or '.join(dict.fromkeys(others))}" if others else ""
+    return next((reader for reader in (*readers, listed) if reader), "")
+
+
+def _readers(verb: str, key: str, choices: Choices, configs: Path) -> Iterator[tuple[str, str, str]]:
+    """Group, name and path of each reference to the key in what could be chosen."""
+    for group, names in groups_of(verb, configs).items():
+        for name in names if group in choices else ():
+            for path, reference in _references_in(configs, group, name):
+                if related(key, reference):
+                    yield group, name, path
+
+
+def _references_in(configs: Path, group: str, name: str) -> Iterator[tuple[str, str]]:
+    """The references in a choice of a group, where they stand in a configuration with it."""
+    text = (configs / group / f"{name}.yaml").read_text()
+    for key, value in (yaml.safe_load(text) or {}).items():
+        yield from references(value, key if text.startswith("# @package _global_") else f"{group}.{key}")
