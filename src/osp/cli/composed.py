@@ -5,9 +5,10 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from osp.cli.overrides import config_folder, prepared
+from osp.cli.plain import plain
 from osp.configs.groups import groups_of
 from osp.configs.help import help_text
 from osp.configs.unread import Given, unread
@@ -26,7 +27,7 @@ def check_read(
         for one in OverridesParser.create().parse_overrides(list(overrides))
         if not one.is_delete() and one.value() is not None and not one.key_or_group.startswith("hydra")
     ]
-    config = _plain(cfg)
+    config = plain(cfg, resolve=False)
     found = unread(verb, config, given, _names(verb, config, choices), config_folder())
     for override, hint in found.items():
         if override not in free:
@@ -38,15 +39,8 @@ def help_of(verb: str, overrides: Sequence[str]) -> str:
     """The help of a verb with these overrides."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         cfg = compose(verb, prepared(verb, overrides, config_folder()), return_hydra_config=True)
-    config = _plain(cfg)
+    config = {key: value for key, value in plain(cfg, resolve=False).items() if key != "hydra"}
     return help_text(verb, config, _names(verb, config, cfg.hydra.runtime.choices), config_folder())
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration with its references as they stand, without Hydra's own."""
-    plain = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items() if key != "hydra"}
 
 
 def _names(verb: str, config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, list[str]]:

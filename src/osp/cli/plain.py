@@ -5,8 +5,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 
-def plain(config: DictConfig) -> dict[str, Any]:
-    """A configuration as plain values, its references followed."""
-    values = OmegaConf.to_container(config, resolve=True)
+def plain(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    """A configuration as plain values, its references followed unless `resolve` is false."""
+    values = OmegaConf.to_container(config, resolve=resolve)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
