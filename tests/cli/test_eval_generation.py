@@ -224,7 +224,7 @@ def test_a_folder_of_samples_is_judged_by_its_own_prompts(
         (["generator=opensora_v13"], 2, r"give denoiser\.path=FOLDER vae\.path=FOLDER text\.path=FOLDER"),
         (["generated=none"], 1, r"none/samples\.jsonl: lists no video"),
         (["generated=none", "mode=image"], 2, "mode=image needs checkpoint=FILE"),
-        (["checkpoint=x", "prompts=0"], 2, "prompts=0 makes no sense"),
+        (["checkpoint=x", "prompts=0"], 2, "prompts=0: must be a"),
         (["checkpoint=x", "precision=8-true"], 2, "precision=8-true"),
         (["checkpoint=x", "mode=image"], 2, "this denoiser was not trained with any"),
         (["checkpoint=x", "mode=continuation", "keep_frames=9"], 2, "keep_frames=9: the videos have 9 frames"),

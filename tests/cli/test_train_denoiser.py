@@ -169,7 +169,7 @@ WRONG = [
         2,
         r"Missing mandatory value: data\.train\.rule\.",
     ),
-    (["data.train.path=x", "global_batch=0"], 2, "global_batch=0 makes no sense"),
+    (["data.train.path=x", "global_batch=0"], 2, "global_batch=0: must be a"),
     (["data=synthetic", "vae=pretrained", "path={world}/vae", "global_batch=3"], 2, "=3 is no multiple of the 2 clips"),
     (["data=synthetic", "after=t2v_tiny"], 2, "begins with the weights of t2v_tiny: give start_from=CHECKPOINT"),
     (["data=synthetic", "vae=pretrained", "path={world}/vae", "module.masks=step9"], 2, "masks=step9: is not known"),

@@ -12,6 +12,7 @@ from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 from torch import multiprocessing
 
+from osp.checks import check_choice
 from osp.cli import user_error
 from osp.cli.checks import CLIP, build_vae, check_numbers, check_vae_source
 from osp.data.features.format import DTYPES, POSTERIORS, load_feature_index, require_feature_index
@@ -45,9 +46,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     check_numbers(cfg, CLIP | least | {"processes": 1, "part": 0, "parts": 1})
     if cfg.part >= cfg.parts:
         raise UsageError(f"part={cfg.part}, parts={cfg.parts}: the parts are 0 to {cfg.parts - 1}")
-    for key, known in (("posterior", POSTERIORS), ("dtype", DTYPES)):
-        if cfg[key] not in known:
-            raise UsageError(f"{key}={cfg[key]} is not known; choose {', '.join(known)}")
+    check_choice("posterior", cfg.posterior, POSTERIORS)
+    check_choice("dtype", cfg.dtype, DTYPES)
     check_vae_source(cfg)
     cfg.precision = choose_precision(cfg.precision, choose_device(cfg.device))  # which goes into the folder
     output = Path(to_absolute_path(cfg.output))

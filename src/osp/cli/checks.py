@@ -6,6 +6,7 @@ from pathlib import Path
 from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
+from osp.checks import check_number
 from osp.errors import DataError, UsageError
 from osp.vae import VideoVAE
 
@@ -19,14 +20,8 @@ def check_numbers(cfg: DictConfig, least: Mapping[str, float], optional: Collect
     """
     for key, bound in least.items():
         value = OmegaConf.select(cfg, key)
-        if value is None and key in optional:
-            continue
-        whole = isinstance(bound, int)
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value >= bound:
-            given = "null" if value is None else value
-            raise UsageError(
-                f"{key}={given} makes no sense; it must be a {'whole ' if whole else ''}number of at least {bound}"
-            )
+        if value is not None or key not in optional:
+            check_number(key, value, bound, whole=isinstance(bound, int))
 
 
 def check_vae_source(cfg: DictConfig) -> None:

@@ -22,9 +22,10 @@ def check_read(
 
     Overrides with null, and those that take something away, are always allowed.
     """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     given = [
         Given(str(one.input_line), (one.package or one.key_or_group).replace("/", "."), "+" in str(one.input_line)[:2])
-        for one in OverridesParser.create().parse_overrides(list(overrides))
+        for one in {one.key_or_group: one for one in parsed}.values()  # of several for one key the last counts
         if not one.is_delete() and one.value() is not None and not one.key_or_group.startswith("hydra")
     ]
     config = plain(cfg, resolve=False)

@@ -56,8 +56,6 @@ def _to_judge(cfg: DictConfig) -> ToJudge:
     sampling = read_sampling(cfg)
     if cfg.generated is None:
         check_generator_source(cfg)
-    elif cfg.checkpoint is not None:
-        raise UsageError("checkpoint=FILE and generated=DIR exclude each other; leave one of them out")
     if not Path(to_absolute_path(cfg.input)).exists():
         raise DataError(f"input={cfg.input}: no such folder; give shards of procedural clips")
     real = RealClips(Path(to_absolute_path(cfg.input)), sampling.clip, cfg.clip.stride, cfg.clip.fps)

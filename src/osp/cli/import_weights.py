@@ -35,5 +35,5 @@ def _published_settings(config: Any) -> dict[str, Any] | None:
         return read_json(Path(to_absolute_path(config)))
     settings = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
     if not isinstance(settings, dict):
-        raise UsageError(f"config={settings} makes no sense; give a JSON file or {{key: value}}")
+        raise UsageError(f"config={settings}: must be a JSON file or {{key: value}}")
     return {str(key): value for key, value in settings.items()}

@@ -32,7 +32,7 @@ def unread(verb: str, config: Config, given: Sequence[Given], choices: Choices, 
     read = _read(verb, config, new)
     return {
         one.said: _hint(verb, one.key, config, choices, configs)
-        for one in {one.key: one for one in given}.values()  # of several for one key the last counts
+        for one in given
         if one.key.partition(".")[0] in config and not any(related(one.key, path) for path in read)
     }
 
