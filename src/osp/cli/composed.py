@@ -48,6 +48,6 @@ def _names(verb: str, config: Mapping[str, Any], choices: Mapping[str, Any]) -> 
     """What is chosen of each group; of one that takes several choices Hydra says them in the configuration only."""
     names = {str(group): [] if choice is None else [str(choice)] for group, choice in choices.items()}
     for group, known in groups_of(verb, config_folder()).items():
-        if group not in choices and isinstance(part := config.get(group), dict):
-            names[group] = [name for name in part if name in known]
+        if group not in choices and group in config:
+            names[group] = [name for name in config[group] or () if name in known]
     return names
