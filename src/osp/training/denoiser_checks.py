@@ -1,11 +1,8 @@
 """Whether a denoiser, its text, its latents and the clips go together, before any work is lost."""
 
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from osp.conditioning import EncodedText, MaskMix, TextEncoder
+from osp.conditioning import MaskMix, TextEncoder
 from osp.data.datamodule import ClipDataModule
 from osp.data.features.format import FeatureIdentity
 from osp.data.media.shape import Shape
@@ -96,28 +93,6 @@ def _encoders(source: ClipSource) -> tuple[Any, ...]:
 def uses_embeddings(source: ClipSource, text: TextEncoder | None) -> bool:
     """Whether text comes as the embeddings in features, not from captions."""
     return source.made_with is not None and (text is None or not text.trained)
-
-
-def empty_text(source: ClipSource) -> EncodedText | None:
-    """The embedding of the empty text in features, if they have it."""
-    if "text" not in source.empty:
-        return None
-    text, pooled = source.empty["text"][None], source.empty.get("pooled_text")
-    mask = torch.ones(text.shape[:2], dtype=torch.bool)
-    return EncodedText(text, mask, None if pooled is None else pooled[None])
-
-
-def latent_identity(source: ClipSource, codec: LatentCodec | None) -> dict[str, Any]:
-    """What latents are made with, as plain values: the codec's identity, and where its VAE was read from."""
-    if source.made_with is not None:
-        held = source.made_with.as_json()
-        names = ("vae", "vae_fingerprint", "time_stride", "space_stride", "latent_channels", "shift", "scale")
-        identity = {name: held[name] for name in names}
-        origin = source.vae_origin if codec is None or codec.origin is None else codec.origin
-    else:
-        assert codec is not None
-        identity, origin = codec.identity(), codec.origin
-    return identity | {"origin": None if origin is None else str(Path(origin).absolute())}
 
 
 def _check_text(denoiser: Denoiser, whose: str, channels: int, pooled_channels: int | None) -> None:

@@ -156,6 +156,7 @@ class DenoiserModule(TrainingModule):
 
         They are checked now, after `prepare`, and taken over when the model is built.
         """
+        assert not self._is_configured
         self._start = load_start(path, self.denoiser, self._trained_text)
         if (latent := self._start.latent) is None:
             return

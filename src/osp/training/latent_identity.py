@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from osp.data.datamodule import ClipDataModule
+from osp.data.sources import ClipSource
 from osp.errors import UsageError
-from osp.training.denoiser_checks import latent_identity
 from osp.training.peek import first_clips
 from osp.vae import LatentCodec
 
@@ -25,7 +26,7 @@ class LatentIdentity:
     @classmethod
     def of(cls, data: ClipDataModule, codec: LatentCodec | None) -> "LatentIdentity":
         """That of the training clips."""
-        latent = latent_identity(data.train_source, codec)
+        latent = _made_with(data.train_source, codec)
         clips = first_clips(data.val_source) or first_clips(data.train_source)
         if not clips:
             return cls(latent)
@@ -49,3 +50,16 @@ class LatentIdentity:
                 f"{whose} was trained on latents with another shift and scale; for features take them over by "
                 "`osp cache scaling_from=FOLDER`, for videos by latent.shift and latent.scale"
             )
+
+
+def _made_with(source: ClipSource, codec: LatentCodec | None) -> dict[str, Any]:
+    """What latents are made with, as plain values: the codec's identity, and where its VAE was read from."""
+    if source.made_with is not None:
+        held = source.made_with.as_json()
+        names = ("vae", "vae_fingerprint", "time_stride", "space_stride", "latent_channels", "shift", "scale")
+        identity = {name: held[name] for name in names}
+        origin = source.vae_origin if codec is None or codec.origin is None else codec.origin
+    else:
+        assert codec is not None
+        identity, origin = codec.identity(), codec.origin
+    return identity | {"origin": None if origin is None else str(Path(origin).absolute())}

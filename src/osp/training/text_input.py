@@ -11,7 +11,6 @@ from osp.checks import check_number
 from osp.conditioning import EncodedText, TextEncoder, draw_dropped, drop_prompts
 from osp.data.features.format import TextIdentity
 from osp.data.sources import ClipSource
-from osp.training.denoiser_checks import empty_text
 from osp.training.encode_features import text_identities
 from osp.training.module import Batch
 
@@ -38,7 +37,7 @@ class TextInput:
 
     def prepare(self, source: ClipSource) -> None:
         """Take from the training clips what their embeddings are made by, and that of the empty text."""
-        self._empty = empty_text(source)
+        self._empty = _empty_text(source)
         self._made_by = text_identities(self.frozen)
         if self.frozen is None and not self.is_trained and source.made_with is not None:
             self._made_by = source.made_with.text, source.made_with.pooled_text
@@ -78,3 +77,12 @@ class TextInput:
             assert isinstance(trained, nn.Module)
             return {"encoder": type(trained).__name__, "settings": trained.settings}
         return {"encoder": None, "settings": {}, "made_by": [one and asdict(one) for one in self._made_by]}
+
+
+def _empty_text(source: ClipSource) -> EncodedText | None:
+    """The embedding of the empty text in features, if they have it."""
+    if "text" not in source.empty:
+        return None
+    text, pooled = source.empty["text"][None], source.empty.get("pooled_text")
+    mask = torch.ones(text.shape[:2], dtype=torch.bool)
+    return EncodedText(text, mask, None if pooled is None else pooled[None])
