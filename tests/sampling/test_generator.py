@@ -223,7 +223,7 @@ def test_parts_that_do_not_fit_together_are_refused(make_generator: Make) -> Non
         VideoGenerator(make_generator("inpaint").denoiser, good.text, good.objective, eight)
 
 
-class Named:
+class Marks:
     """A condition of another kind: three channels beside the latent, which guidance leads away from."""
 
     guided = True
@@ -237,15 +237,15 @@ class Named:
     def encode(self, codec: LatentCodec) -> ConditionInputs:
         return ConditionInputs(torch.full((1, 8, *codec.latent_shape(*SIZE)[1:]), self.value))
 
-    def without(self) -> "Named":
-        return Named(0.0)
+    def without(self) -> "Marks":
+        return Marks(0.0)
 
 
 @pytest.mark.parametrize("low", [False, True])
 def test_a_condition_of_another_kind_needs_no_change_in_the_generator(make_generator: Make, low: bool) -> None:
     generator = make_generator("inpaint")
     seen = watched(generator)
-    generator.generate(["a", "b"], *SIZE, seeds=[0, 1], given=Named(2.0), low_memory=low, **short(generator))
+    generator.generate(["a", "b"], *SIZE, seeds=[0, 1], given=Marks(2.0), low_memory=low, **short(generator))
     values = [[float(row[4:].mean()) for row in latent] for latent in seen]
     assert values == ([[2.0, 2.0], [0.0, 0.0]] * 3 if low else [[0.0, 0.0, 2.0, 2.0]] * 3)
 
