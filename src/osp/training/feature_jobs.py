@@ -1,0 +1,202 @@
+"""A folder of features, made from a folder of clips by this process or by several."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+from osp.conditioning import TextEncoder
+from osp.data.buckets import BucketRule
+from osp.data.features.format import load_feature_index, require_feature_index
+from osp.data.features.writer import FeatureWriter, feature_report
+from osp.data.sources import BucketClips, ClipSource, ShardClips
+from osp.devices import choose_device
+from osp.devices.device import backend
+from osp.errors import DataError, OspError, UsageError
+from osp.files import folder_lock
+from osp.training.encode_features import FeatureEncoder, encode_features, measure_source_scaling, read_scaling
+from osp.vae import LatentCodec, VideoVAE
+
+log = logging.getLogger(__name__)
+
+# Held while the scale is measured: whoever comes first does it, and the others read it in the index.
+_SCALING_LOCK = ".scaling.lock"
+
+
+@dataclass(frozen=True)
+class FeatureJob:
+    """What a folder of features is made of and by whom, models apart.
+
+    Args:
+        clip: `frames`, `height`, `width`, `stride` and `fps` of each; with a rule for shapes the last two alone count.
+        shift, scale: of the latents; both None: those of `scaling_from`, another folder of features, else the
+            folder's own, else the published ones, else measured over `scaling_clips`.
+        part, parts: of the work of `processes` each.
+    """
+
+    input: Path
+    output: Path
+    clip: Mapping[str, Any]
+    min_clips: int
+    posterior: str
+    dtype: str
+    shift: Any
+    scale: Any
+    scaling_clips: int
+    scaling_from: Path | None
+    batch_size: int
+    workers: int
+    shard_clips: int
+    processes: int
+    part: int
+    parts: int
+    device: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class FeatureModels:
+    """What encodes: a VAE, a text encoder or none, and the rule that gives clips their shape or none."""
+
+    vae: VideoVAE
+    text: TextEncoder | None
+    rule: BucketRule | None
+
+
+def make_features(
+    job: FeatureJob, load: Callable[[], FeatureModels], set_up: Callable[[], None] | None = None
+) -> dict[str, Any]:
+    """Encode what is not encoded yet; gives what the folder holds now.
+
+    `load` gives each process its models, after `set_up` in those that are started here; both go there by pickling.
+    Raises UsageError before any work for a folder that was begun otherwise, DataError if no clip can be used.
+    """
+    load_feature_index(job.output)  # another folder is refused before any model is read
+    runs = [encode_part(job, load())] if job.processes == 1 else _encode_in_processes(job, load, set_up)
+    encoded, seconds = sum(clips for clips, _ in runs), max(seconds for _, seconds in runs)
+    report = feature_report(job.output)
+    if report["complete"] and not report["clips"]:
+        last = report["skipped"][-1]
+        raise DataError(f"{job.output}: no clip could be used (last: {last['reason']}); mend the input, delete this")
+    identity = require_feature_index(job.output)["identity"]
+    return {
+        "output": str(job.output),
+        **report,
+        "skipped": len(report["skipped"]),
+        "seconds": round(seconds, 1),
+        "clips_per_second": round(encoded / seconds, 3) if encoded else None,
+        "scaling": {name: identity[name] for name in ("shift", "scale")},
+    }
+
+
+def encode_part(job: FeatureJob, models: FeatureModels, process: int = 0) -> tuple[int, float]:
+    """Encode what falls to a process; gives how many clips it encoded, and the seconds that this took."""
+    device = choose_device(job.device)
+    if job.processes > 1 and device.type != "cpu" and device.index is None:
+        device = torch.device(device.type, process % backend(device).device_count())
+    vae = models.vae
+    if vae.origin is None:
+        raise UsageError("this VAE has random weights, and what it encodes nothing can decode; give checkpoint=FILE")
+    source = _source(job, models)
+    with folder_lock(job.output, _SCALING_LOCK):
+        codec = _codec(job, vae, source, device)
+        how: dict[str, Any] = {
+            "posterior": job.posterior,
+            "dtype": job.dtype,
+            "device": device,
+            "precision": job.precision,
+        }
+        encoder = FeatureEncoder(codec, models.text, **how)
+        writer = FeatureWriter(
+            job.output,
+            encoder.identity,
+            clips=len(source),
+            origin=f"{source.fingerprint()} precision={job.precision}",
+            shard_clips=job.shard_clips,
+            part=job.part * job.processes + process,
+            parts=job.parts * job.processes,
+            empty=encoder.empty(),
+            vae_origin=str(Path(vae.origin).absolute()),
+        )
+    begun = time.monotonic()
+    encoded = encode_features(source, encoder, writer, job.batch_size, job.workers)
+    return encoded, time.monotonic() - begun
+
+
+def _source(job: FeatureJob, models: FeatureModels) -> ClipSource:
+    """The clips, always the same frames of each, in sizes that the VAE takes."""
+    clip, always = job.clip, {"random_start": False, "flip": False}
+    if models.rule is None:
+        models.vae.check_size(clip["frames"], clip["height"], clip["width"])
+        return ShardClips(job.input, **clip, **always)
+    rate = {"stride": clip["stride"], "fps": clip["fps"]}
+    source = BucketClips(job.input, models.rule, **rate, min_clips=job.min_clips, **always)
+    for reason, clips in source.dropped.items():
+        log.info("%s: %d clips left out, %s", job.input, clips, reason)
+    return source
+
+
+def _codec(job: FeatureJob, vae: VideoVAE, source: ClipSource, device: torch.device) -> LatentCodec:
+    """The VAE with its scaling, which comes from where `FeatureJob` says."""
+    is_given = job.shift is not None or job.scale is not None
+    if job.scaling_from is not None:
+        if is_given:
+            raise UsageError("scaling_from=DIR says the shift and scale of the latents; leave out latent.shift, .scale")
+        return LatentCodec(vae, *read_scaling(job.scaling_from, vae))
+    if is_given:
+        return LatentCodec(vae, job.shift, job.scale)
+    if load_feature_index(job.output) is not None:
+        return LatentCodec(vae, *read_scaling(job.output, vae))
+    if vae.scaling is not None:
+        return LatentCodec(vae)
+    how: dict[str, Any] = {"batch_size": job.batch_size, "device": device, "precision": job.precision}
+    return LatentCodec(vae, *measure_source_scaling(source, vae, job.scaling_clips, **how))
+
+
+def _encode_in_processes(
+    job: FeatureJob, load: Callable[[], FeatureModels], set_up: Callable[[], None] | None
+) -> Sequence[tuple[int, float]]:
+    """`encode_part` in processes of their own. Raises what the first of them that fails has raised."""
+    threads = max(1, torch.get_num_threads() // job.processes)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells that it ends the others
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    died = None
+    try:
+        multiprocessing.spawn(_one_process, args=(job, load, set_up, threads, queue), nprocs=job.processes)
+    except multiprocessing.ProcessExitedException as error:
+        died = error
+    results = []
+    while not queue.empty():
+        results.append(queue.get())
+    for result in results:
+        if isinstance(result, OspError):
+            raise result
+    if died is not None:
+        raise DataError(
+            f"a process has ended ({died}): out of memory, or ended from outside; "
+            "use fewer processes or a smaller batch_size. The same command goes on"
+        )
+    return results
+
+
+def _one_process(
+    process: int,
+    job: FeatureJob,
+    load: Callable[[], FeatureModels],
+    set_up: Callable[[], None] | None,
+    threads: int,
+    queue: Any,
+) -> None:
+    if set_up is not None:
+        set_up()
+    torch.set_num_threads(threads)
+    try:
+        queue.put(encode_part(job, load(), process))
+    except OspError as error:
+        queue.put(error)
+        raise SystemExit(error.exit_code) from error
