@@ -44,11 +44,18 @@ class Losses(Callback):
 
 
 def fit(
-    folder: Path, module: VAEModule, steps: int, *, save_every: int = 2, resume: Path | None = None, **trainer: object
+    folder: Path,
+    module: VAEModule,
+    steps: int,
+    *,
+    frames: int = 5,
+    save_every: int = 2,
+    resume: Path | None = None,
+    **trainer: object,
 ) -> tuple[lightning.Trainer, Losses]:
     losses = Losses()
     data = ClipDataModule(
-        train=SyntheticClips(10, 5, 16, 16, seed=0), val=SyntheticClips(2, 5, 16, 16, seed=1), batch_size=2
+        train=SyntheticClips(10, frames, 16, 16, seed=0), val=SyntheticClips(2, frames, 16, 16, seed=1), batch_size=2
     )
     best = ModelCheckpoint(folder, "best", monitor="val/psnr", mode="max", enable_version_counter=False)
     runner = lightning.Trainer(
@@ -134,7 +141,9 @@ def test_mixed_precision_trains(tmp_path: Path) -> None:
     seen: set[torch.dtype] = set()
     module.vae.decoder.conv_out.register_forward_hook(lambda _, args, out: seen.add(out.dtype))
     before = module.vae.decoder.conv_out.weight.detach().clone()
-    trainer, losses = fit(tmp_path, module, 2, precision="bf16-mixed")
+    # Of clips of 5 frames, 2 x 4 x 4 places are left to the discriminator's last convolutions. For so few, torch 2.13
+    # gives gradients in bfloat16 on the CPU that hold what lay in memory before.
+    trainer, losses = fit(tmp_path, module, 2, frames=9, precision="bf16-mixed")
     assert trainer.global_step == len(losses.by_step) == 2
     assert seen == {torch.bfloat16}
     after = module.vae.decoder.conv_out.weight
