@@ -283,6 +283,13 @@ WRONG = [
     (["bench", *BENCH, "tiling=[{{size:100,overlap:8}}]"], 2, "tiling: size=100: must be a multiple of 8"),
     (["bench", *BENCH, "device=cuda:99"], 2, "device=cuda:99: this machine has"),
     (["bench", *BENCH, "repeats=0"], 2, "repeats=0: must be a whole number of at least 1"),
+    (["bench", "target=denoiser", "checkpoint_every=1"], 2, "checkpoint_every is now called recompute_every"),
+    (
+        ["train", "module=denoiser", "denoiser=cross_tiny", "denoiser.condition_channels=[16,4]"],
+        2,
+        "denoiser.condition_channels is now called denoiser.frame_channels of a CrossTransformer or "
+        "denoiser.modulation_width of a JointTransformer",
+    ),
     (["bench", *BENCH, "threads=0"], 2, "threads=0: must be a whole number of at least 1, or null"),
     (["bench", *BENCH, "isolate=often"], 2, "isolate=often: is not known; choose null, true or false"),
     (["bench", *BENCH, "checkpoint=x"], 2, "checkpoint=x: nothing reads it here; it is read with vae=trained"),

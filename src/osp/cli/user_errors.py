@@ -34,6 +34,11 @@ def _one_line(error: BaseException, verb: str) -> str:
     hidden = ("full_key:", "object_type=", "See https", "To append to your")
     shown = [line.rstrip(".") for line in lines if line and not line.startswith(hidden)]
     if shown and shown[0].startswith("Could not override"):
+        from osp.training.former import new_key  # here: it brings the models
+
+        key = shown[0].partition("'")[2].partition("'")[0]
+        if (now := new_key(verb, key)) is not None:
+            return f"{key} is now called {now}"
         by_target = f"; those of `osp {verb}` depend on target=..." if verb in ("bench", "eval") else ""
         shown.append(f"--help lists the settings{by_target}")
     return "; ".join(shown).replace(":;", ":")

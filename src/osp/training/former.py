@@ -13,6 +13,17 @@ _KEYS = {
     "osp.denoiser.CrossTransformer": CrossTransformerConfig.former_names,
     "osp.denoiser.JointTransformer": JointTransformerConfig.former_names,
 }
+# Of a verb's command line alone
+_OF_VERBS = {("bench", "checkpoint_every"): "recompute_every"}
+
+
+def new_key(verb: str, key: str) -> str | None:
+    """What a former key of a verb's command line is called now, by family where these differ; None for another key."""
+    part, _, name = key.rpartition(".")
+    if part != "denoiser":
+        return _OF_VERBS.get((verb, key))
+    now = {target.rpartition(".")[2]: keys[name] for target, keys in _KEYS.items() if name in keys}
+    return " or ".join(f"{part}.{new} of a {family}" for family, new in now.items()) or None
 
 
 def renamed(config: Any) -> Any:
