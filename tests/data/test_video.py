@@ -200,7 +200,7 @@ def test_a_clip_that_is_too_short_says_what_it_has_and_needs(
 
 @pytest.mark.parametrize("settings", [{"frames": 0}, {"frames": 2, "stride": 0}, {"frames": 2, "fps": -1.0}])
 def test_impossible_settings_are_a_usage_error(settings: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match="must be positive"):
+    with pytest.raises(UsageError, match=": must be"):
         read_clip(b"x", **settings)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="exclude each other"):
         read_clip(b"x", frames=2, stride=2, fps=8.0)

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from osp.checks import check_choice
 from osp.data.media.shape import Shape, Strides
 from osp.data.shards.index import INDEX_NAME, ClipEntry, listed_entry
 from osp.errors import DataError, UsageError
@@ -70,11 +71,8 @@ class FeatureIdentity:
     dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if self.posterior not in POSTERIORS or self.dtype not in DTYPES:
-            raise UsageError(
-                f"features: posterior={self.posterior}, dtype={self.dtype}: choose from {', '.join(POSTERIORS)}, "
-                f"and from {', '.join(DTYPES)}"
-            )
+        check_choice("features: posterior", self.posterior, POSTERIORS)
+        check_choice("features: dtype", self.dtype, DTYPES)
         for name in ("shift", "scale"):
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
             if len(getattr(self, name)) != self.latent_channels:

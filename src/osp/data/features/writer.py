@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from osp.checks import check_number
 from osp.data.features.format import (
     DTYPES,
     EMPTY_NAME,
@@ -78,11 +79,9 @@ class FeatureWriter:
         empty: Mapping[str, Tensor] | None = None,
         vae_origin: str | None = None,
     ) -> None:
-        if clips < 1 or shard_clips < 1 or not 0 <= part < parts:
-            raise UsageError(
-                f"clips={clips}, shard_clips={shard_clips}, part={part}, parts={parts}: "
-                "the first two must be positive, and part lies between 0 and parts - 1"
-            )
+        for name, value in (("clips", clips), ("shard_clips", shard_clips), ("parts", parts)):
+            check_number(name, value, 1, whole=True)
+        check_number("part", part, 0, below=parts, whole=True)
         self.folder, self.identity = Path(folder), identity
         self.clips, self.shard_clips = clips, shard_clips
         self.part, self.parts = part, parts

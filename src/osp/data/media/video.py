@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from osp.checks import check_number
 from osp.errors import DataError, UsageError
 from osp.files import write_whole
 
@@ -145,8 +146,9 @@ def read_clip(
         UsageError: settings that no clip could meet.
     """
     name = _name(source, name)
-    if frames < 1 or stride < 1 or (fps is not None and not fps > 0):
-        raise UsageError(f"frames={frames}, stride={stride}, fps={fps}: each must be positive")
+    check_number("frames", frames, 1, whole=True)
+    check_number("stride", stride, 1, whole=True)
+    check_number("fps", fps, above=0, null="the video's own")
     if fps is not None and stride != 1:
         raise UsageError(f"stride={stride} and fps={fps} exclude each other: leave one of them out")
     if is_image(source, name):

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from osp.checks import check_number
 from osp.data.media.clips import Clip, Examined, examine, extract
 from osp.data.media.folder import media_files
 from osp.data.media.video import VideoInfo, encode_video, probe
@@ -89,11 +90,10 @@ def write_shards(
         UsageError: settings out of range, no such folder, or `output` was begun with other settings or captions.
         DataError: nothing in `videos` could be stored.
     """
-    if not clip_seconds > 0 or min_frames < 1:
-        raise UsageError(f"clip_seconds={clip_seconds}, min_frames={min_frames}: both must be positive")
+    check_number("clip_seconds", clip_seconds, above=0)
+    check_number("min_frames", min_frames, 1, whole=True)
+    check_number("workers", workers, 0, whole=True, null="one a core")
     workers = default_workers() if workers is None else workers
-    if workers < 0:
-        raise UsageError(f"workers={workers}: must not be negative")
     if not videos.is_dir():
         raise UsageError(f"{videos}: no such folder of videos")
     texts = Captions() if captions is None else read_captions(captions, videos)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from osp.checks import check_number
 from osp.data.shards.index import INDEX_FORMAT, INDEX_NAME, INDEX_VERSION, load_index
 from osp.data.shards.tar import TarShard, to_json
 from osp.errors import DataError, UsageError
@@ -38,8 +39,8 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], shard_clips: int, shard_bytes: int) -> None:
-        if shard_clips < 1 or shard_bytes < 1:
-            raise UsageError(f"shard_clips={shard_clips}, shard_bytes={shard_bytes}: both must be positive")
+        check_number("shard_clips", shard_clips, 1, whole=True)
+        check_number("shard_bytes", shard_bytes, 1, whole=True)
         self.folder = folder
         self.index: dict[str, Any] = {}
         self.sources: dict[str, dict[str, Any]] = {}  # the journal's last line about each source

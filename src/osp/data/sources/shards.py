@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
+from osp.checks import check_number
 from osp.data.buckets import Bucket, BucketRule, choose, make_buckets
 from osp.data.media.shape import Shape
 from osp.data.media.video import ClipError, probe, read_clip
@@ -54,8 +55,7 @@ class ShardClips(ClipSource):
         flip: bool = False,
     ) -> None:
         for name, value in (("frames", frames), ("height", height), ("width", width)):
-            if value < 1:
-                raise UsageError(f"{name}={value}: must be at least 1")
+            check_number(name, value, 1, whole=True)
         self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip), flip
         self.path = Path(path)
         self.shape = Shape(frames, height, width)
@@ -170,8 +170,7 @@ class Decoding:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise UsageError(f"stride={self.stride}: must be at least 1")
+        check_number("stride", self.stride, 1, whole=True)
         if self.fps is not None and (self.fps <= 0 or self.stride != 1):
             raise UsageError(f"fps={self.fps}, stride={self.stride}: give a positive fps or a stride, not both")
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from osp.checks import check_number
 from osp.data.buckets import Bucket
 from osp.data.features.format import FeatureIdentity
-from osp.errors import UsageError
 
 
 class ClipSource(Protocol):
@@ -79,8 +79,7 @@ class FirstClips(ClipSource):
     """The first so many clips of a source, or all if it has fewer. Raises UsageError for less than one."""
 
     def __init__(self, source: ClipSource, clips: int) -> None:
-        if clips < 1:
-            raise UsageError(f"train_clips or val_clips is {clips}: must be at least 1, or null for all")
+        check_number("train_clips or val_clips", clips, 1, whole=True)
         self.source, self.clips = source, clips
         self.path, self.made_with, self.vae_origin = source.path, source.made_with, source.vae_origin
         self.empty, self.mirrors, self.dropped = source.empty, source.mirrors, source.dropped

@@ -1,12 +1,12 @@
 """Procedural clips as a source: drawn when they are read."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from hashlib import blake2b
 from json import dumps
 from typing import Any
 
+from osp.checks import check_number
 from osp.data.procedural.drawing import DRAWING_VERSION, MIN_SIDE, motions_for, render
 from osp.data.procedural.scene import (
     BACKGROUND_COLOURS,
@@ -61,12 +61,9 @@ class SyntheticClips(ClipSource):
             ("height", height, MIN_SIDE),
             ("width", width, MIN_SIDE),
         ):
-            if value < least:
-                raise UsageError(f"synthetic clips: {name}={value} is too small, use at least {least}")
-        if not (fps > 0 and math.isfinite(fps)):
-            raise UsageError(f"synthetic clips: fps={fps} must be a positive number")
-        if objects not in (None, 1, 2):
-            raise UsageError(f"synthetic clips: objects={objects} must be 1, 2 or null (a mix of both)")
+            check_number(f"synthetic clips: {name}", value, least, whole=True)
+        check_number("synthetic clips: fps", fps, above=0)
+        check_number("synthetic clips: objects", objects, 1, 2, whole=True, null="a mix of both")
         self.clips = clips
         self.frames = frames
         self.height = height
