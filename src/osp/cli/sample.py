@@ -38,8 +38,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise UsageError(f"generator is a {type(generator).__name__}; choose one of conf/generator")
     plan = plan_jobs(generator.to(device), sampling, asked, folder)
     _tell(plan)
-    with shown_progress("sampling", len(plan.batches)) as show:
-        run_jobs(plan, lambda progress: show(progress.batches_done))
+    with shown_progress("sampling") as show:
+        run_jobs(plan, lambda progress: show(progress.batches_done, progress.batches))
     return {"output": str(folder.folder), "videos": plan.videos, "kept": plan.kept, "list": str(folder.list)}
 
 

@@ -14,6 +14,7 @@ from osp.cli.checks import check_numbers
 from osp.data.shards.build import ShardReport, write_rendered, write_shards
 from osp.data.sources import SyntheticClips
 from osp.errors import UsageError
+from osp.report.progress import shown_progress
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -27,16 +28,18 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.input is None:
         report = _draw(cfg, output)
     else:
-        report = write_shards(
-            Path(to_absolute_path(cfg.input)),
-            output,
-            captions=None if cfg.captions is None else Path(to_absolute_path(cfg.captions)),
-            clip_seconds=cfg.clip_seconds,
-            min_frames=cfg.min_frames,
-            shard_clips=cfg.shard_clips,
-            shard_bytes=cfg.shard_bytes,
-            workers=cfg.workers,
-        )
+        with shown_progress("reading files") as show:
+            report = write_shards(
+                Path(to_absolute_path(cfg.input)),
+                output,
+                captions=None if cfg.captions is None else Path(to_absolute_path(cfg.captions)),
+                clip_seconds=cfg.clip_seconds,
+                min_frames=cfg.min_frames,
+                shard_clips=cfg.shard_clips,
+                shard_bytes=cfg.shard_bytes,
+                workers=cfg.workers,
+                watch=show,
+            )
     return {"output": str(output), **asdict(report)}
 
 

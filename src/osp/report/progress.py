@@ -15,20 +15,20 @@ _EVERY = 30.0  # seconds between two lines of the log
 
 
 @contextmanager
-def shown_progress(what: str, parts: int) -> Iterator[Callable[[float], None]]:
-    """A function to call with how many of the parts are done, and fractions of them.
+def shown_progress(what: str) -> Iterator[Callable[[float, float], None]]:
+    """A function to call with how many parts are done, and fractions of them, and with how many there are.
 
     On a terminal it moves a bar; elsewhere it writes a log line now and then.
     """
     if sys.stderr.isatty():
         columns = TextColumn(what), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=parts)
-            yield lambda done: bar.update(task, completed=done)
+            task = bar.add_task(what, total=None)
+            yield lambda done, parts: bar.update(task, completed=done, total=parts)
         return
     begun = last = time.monotonic()
 
-    def tell(done: float) -> None:
+    def tell(done: float, parts: float) -> None:
         nonlocal last
         now = time.monotonic()
         if done > 0 and now - last >= _EVERY:

@@ -8,15 +8,11 @@ import hashlib
 import itertools
 import logging
 import re
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from osp.checks import check_number
@@ -32,7 +28,6 @@ from osp.errors import DataError, UsageError
 log = logging.getLogger(__name__)
 
 _KEY = re.compile(r"[\w-]{1,90}", re.ASCII)
-_LOG_EVERY = 30.0  # seconds, where there is no terminal for a progress bar
 
 
 @dataclass(frozen=True)
@@ -72,6 +67,7 @@ def write_shards(
     shard_clips: int = 1000,
     shard_bytes: int = 1_000_000_000,
     workers: int | None = None,
+    watch: Callable[[int, int], None] = lambda done, files: None,
 ) -> ShardReport:
     """Writes every video and image below `videos` into WebDataset shards in `output`.
 
@@ -85,6 +81,7 @@ def write_shards(
         min_frames: shorter videos are left out.
         shard_clips, shard_bytes: a shard is closed before it would have more clips or media bytes.
         workers: processes, None: one a core; 0: all in this process, where a decoder's crash ends the run.
+        watch: told after each file how many of the new ones are done, and how many there are.
 
     Raises:
         UsageError: settings out of range, no such folder, or `output` was begun with other settings or captions.
@@ -105,11 +102,11 @@ def write_shards(
         todo = [source for source in sources if not _is_done(source, writer.sources.get(source.name))]
         if todo:
             log.info("%s: %d files, %d of them new", videos, len(sources), len(todo))
-            with Workers(workers, preload=["osp.data.media.clips"]) as pool, _progress(len(todo)) as progress:
+            with Workers(workers, preload=["osp.data.media.clips"]) as pool:
                 calls = ((examine, s.path, clip_seconds, min_frames, _known(s, writer.sources)) for s in todo)
-                for source, examined in zip(todo, pool.in_order(calls), strict=True):
+                for done, (source, examined) in enumerate(zip(todo, pool.in_order(calls), strict=True), start=1):
                     _store(source, examined, writer, pool)
-                    progress.advance(writer)
+                    watch(done, len(todo))
         writer.commit()
         report = _report(writer, before, len(texts.missing))
     if not report.clips:
@@ -274,39 +271,3 @@ def _report(writer: ShardWriter, before: int, captions_missing: int) -> ShardRep
         captions_missing=captions_missing,
         skipped=tuple((entry["source"], entry["reason"]) for entry in index["skipped"]),
     )
-
-
-class _Meter(Protocol):
-    def advance(self, writer: ShardWriter) -> None: ...
-
-
-class _Bar:
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task("files", total=total, shards=0)
-
-    def advance(self, writer: ShardWriter) -> None:
-        self._progress.update(self._task, advance=1, shards=len(writer.index["shards"]))
-
-
-class _Lines:
-    def __init__(self, total: int) -> None:
-        self._done, self._total, self._told = 0, total, time.monotonic()
-
-    def advance(self, writer: ShardWriter) -> None:
-        self._done += 1
-        if time.monotonic() - self._told > _LOG_EVERY:
-            self._told = time.monotonic()
-            log.info("%d of %d files read, %d shards written", self._done, self._total, len(writer.index["shards"]))
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[_Meter]:
-    """A bar on stderr where that is a terminal, else a log line now and then."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Lines(total)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[shards]} shards"), console=console, transient=True) as progress:
-        yield _Bar(progress, total)
