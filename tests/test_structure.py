@@ -1,6 +1,7 @@
 """The house: small functions, thin faces, rooms with a purpose, and hardware named in one place."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,16 @@ def test_only_devices_name_hardware() -> None:
         or (isinstance(node, ast.Constant) and str(node.value).split(":")[0] in HARDWARE)
     ]
     assert not named
+
+
+def test_the_import_contracts_know_every_room() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    rooms = {f"osp.{file.relative_to(PACKAGE).with_suffix('').parts[0]}" for file in FILES} - {"osp.__init__"}
+    for contract in (one for one in contracts if one["type"] == "forbidden"):
+        named = {*contract["source_modules"]}
+        assert rooms - named <= {"osp.cli", "osp._torchvision"}, contract["name"]
+    floors = next(one["layers"] for one in contracts if one["name"] == "Rooms import downwards only")
+    assert rooms <= {room.strip(" ()") for floor in floors for room in floor.replace("|", ":").split(":")}
 
 
 def test_only_devices_and_parallel_talk_to_other_processes() -> None:
