@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from osp.cli import VERBS, config_folder
 from osp.configs.groups import groups_of
+from osp.configs.references import missing_keys
 from osp.diffusion import Epsilon, Flow, Objective, Velocity
 from osp.training.clipping import AbnormalDrop, AdaptiveClipping, Clipping, NormClipping
 from osp.training.denoiser_module import DenoiserModule
@@ -114,18 +115,10 @@ def reader(group: str) -> str:
 GROUPS = sorted({group for verb in VERBS for group in groups_of(verb, config_folder())})
 
 
-def missing(value: Any, key: str = "") -> Iterator[str]:
-    """The keys that have to be given."""
-    if value == "???":
-        yield key
-    for name, inner in value.items() if isinstance(value, dict) else ():
-        yield from missing(inner, f"{key}.{name}".lstrip("."))
-
-
 def filled(group: str, name: str, verb: str) -> dict[str, Any]:
     """The configuration with a choice of a group, with something for all that has to be given."""
     cfg = composed(verb, f"{group}={name}", *WITH.get((group, name), ["output=x"] if verb == "chain" else []))
-    for key in missing(OmegaConf.to_container(cfg)):
+    for key in missing_keys(OmegaConf.to_container(cfg)):
         OmegaConf.update(cfg, key, FILLED[key.rpartition(".")[2]])
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 

@@ -2,7 +2,7 @@
 
 import logging
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from osp.cli import config_folder, user_error
 from osp.cli.composed import check_read
 from osp.cli.overrides import prepared, quoted
 from osp.cli.plain import plain
+from osp.configs.references import missing_keys
 from osp.errors import UsageError
 from osp.report.tables import as_texts, print_table
 from osp.training.chain import COLUMNS, TABLE, Stage, first_to_run, run_stages
@@ -72,7 +73,7 @@ def _stages(cfg: DictConfig) -> list[Stage]:
         overrides += [] if before is None else [f"start_from={quoted(before)}"]
         settings, unread = _composed(name, overrides, cfg.shared)
         overrides = [override for override in overrides if override not in unread]
-        missing = sorted(_missing(OmegaConf.to_container(settings), ""))
+        missing = sorted(missing_keys(OmegaConf.to_container(settings)))
         if missing and not cfg.dry_run:
             listed = ",".join(f"'{key}=...'" for key in missing)
             raise UsageError(
@@ -105,12 +106,3 @@ def _composed(name: str, overrides: Sequence[str], shared: Sequence[str]) -> tup
             raise
         raise UsageError(f"stage {name}: {mended}") from error
     return settings, unread
-
-
-def _missing(value: Any, key: str) -> Iterator[str]:
-    """The keys of settings that have to be given; references to them are not followed, so each comes once."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _missing(inner, f"{key}.{name}" if key else name)
-    elif value == "???":
-        yield key

@@ -45,3 +45,12 @@ def value_at(config: Any, path: str) -> Any:
 def related(one: str, other: str) -> bool:
     """Whether two paths are the same, or one lies within the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def missing_keys(value: Any, key: str = "") -> Iterator[str]:
+    """The keys that have to be given; references to them are not followed, so each comes once."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from missing_keys(inner, f"{key}.{name}" if key else name)
+    elif value == "???":
+        yield key
