@@ -140,3 +140,13 @@ def test_each_run_of_a_sweep_and_each_stage_of_a_chain_is_checked_before_its_wor
     code, out, said = osp("chain", "chain=tiny", "checkpoint=x", "overrides=['buckets=shapes']", f"output={tmp_path}")
     assert (code, out) == (2, "")
     assert said == "osp chain: stage images: buckets=shapes: nothing reads it here; it is read with data=buckets"
+
+
+def test_what_a_recipe_says_and_nothing_reads_is_left_out_and_what_the_user_says_is_not(osp: Osp) -> None:
+    chain = ["chain", "chain=tiny", "checkpoint=x", "dry_run=true"]
+    assert "checkpoint=" in osp(*chain)[1].splitlines()[0]
+    code, out, _ = osp(*chain, "overrides=['vae=pretrained','path=y']")
+    assert code == 0
+    assert all("vae=pretrained path=y" in line and " 'checkpoint=" not in line for line in out.splitlines()[:-1])
+    code, _, said = osp(*chain, "stages.sparse.overrides=['buckets=shapes']")
+    assert (code, said.startswith("osp chain: stage sparse: buckets=shapes: nothing reads it here")) == (2, True)

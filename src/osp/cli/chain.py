@@ -63,6 +63,7 @@ def _stages(cfg: DictConfig) -> list[Stage]:
     job, output, before = HydraConfig.get(), Path(cfg.output), cfg.start_from
     if job.mode is RunMode.MULTIRUN:
         output /= str(job.job.num)  # as conf/chain.yaml says, and as short as the user gave it
+    given = {override.partition("=")[0] for override in job.overrides.task}
     stages: list[Stage] = []
     for name, said in cfg.stages.items():
         folder = output / name
@@ -71,7 +72,9 @@ def _stages(cfg: DictConfig) -> list[Stage]:
         overrides += [] if said.data is None else [f"data.train.path={quoted(said.data)}"]
         overrides += [*cfg.overrides, f"output={quoted(folder)}"]
         overrides += [] if before is None else [f"start_from={quoted(before)}"]
-        settings, unread = _composed(name, overrides, cfg.shared)
+        parts = {"shared": cfg.shared, f"stages.{name}.overrides": said.overrides}
+        recipe = [override for key, part in parts.items() if key not in given for override in part]
+        settings, unread = _composed(name, overrides, recipe)
         overrides = [override for override in overrides if override not in unread]
         missing = sorted(missing_keys(OmegaConf.to_container(settings)))
         if missing and not cfg.dry_run:
@@ -86,7 +89,7 @@ def _stages(cfg: DictConfig) -> list[Stage]:
     return stages
 
 
-def _composed(name: str, overrides: Sequence[str], shared: Sequence[str]) -> tuple[DictConfig, Collection[str]]:
+def _composed(name: str, overrides: Sequence[str], recipe: Sequence[str]) -> tuple[DictConfig, Collection[str]]:
     """The configuration of `osp train` with these overrides, and those of the recipe's that nothing reads in it.
 
     These are of no use once others take their place, as a folder does that of a checkpoint. Raises UsageError naming
@@ -99,7 +102,7 @@ def _composed(name: str, overrides: Sequence[str], shared: Sequence[str]) -> tup
         choices = settings.hydra.runtime.choices
         OmegaConf.set_struct(settings, False)
         settings.pop("hydra")
-        unread = check_read("train", settings, overrides, choices, free=shared)
+        unread = check_read("train", settings, overrides, choices, free=recipe)
         check_number("trainer.max_steps", settings.trainer.max_steps, 1, whole=True)
     except Exception as error:
         if (mended := user_error(error, "train")) is None:
