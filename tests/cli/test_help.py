@@ -1,7 +1,7 @@
 """`osp VERB --help` and conf/README.md say what there is to set, and what it means."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -60,6 +60,35 @@ def test_every_group_of_a_verb_has_its_meaning_in_the_file(verb: str) -> None:
     listed = yaml.safe_load((CONFIGS / f"{verb}.yaml").read_text())["defaults"]
     named = {next(iter(entry)) for entry in listed if isinstance(entry, dict)}
     assert {f"{group}=" for group in named if not group.startswith("override")} <= here
+
+
+def settings(value: object, path: str) -> Iterator[str]:
+    """The paths of what a file sets itself: not the classes, nor what refers to another setting."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from settings(inner, f"{path}{key}.")
+    elif "${" not in str(value) and not path.endswith("_target_."):
+        yield path.removesuffix(".")
+
+
+# What these choose are settings that are explained elsewhere.
+CHOICES_OF_OTHERS = ("experiment", "chain", "debug", "solver/opensora_v13", "solver/suv_v15", "data/synthetic_plain")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_setting_of_a_verb_and_of_its_groups_has_a_meaning(verb: str) -> None:
+    for group, names in {"": (verb,), **groups_of(verb, CONFIGS)}.items():
+        for name in names:
+            file = CONFIGS / group / f"{name}.yaml"
+            if f"{group}/{name}".startswith(CHOICES_OF_OTHERS):
+                continue
+            content = {key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "defaults"}
+            said = choice_meanings(CONFIGS, group, name) if group else meanings(file)
+            places = () if not group or file.read_text().startswith("# @package _global_") else (f"{group}.",)
+            chosen = {"hydra", "target", *groups_of(verb, CONFIGS)} if not places else set()
+            own = {key: value for key, value in content.items() if key not in chosen}
+            for path in settings(own, "".join(places)):
+                assert said.keys() & {path, path.rpartition(".")[0]}, f"{file.relative_to(CONFIGS)}: {path}"
 
 
 def test_help_follows_what_is_chosen(osp: Osp) -> None:

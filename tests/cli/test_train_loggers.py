@@ -51,6 +51,8 @@ def test_a_job_of_a_sweep_without_loggers_keeps_its_checkpoints_apart(tmp_path: 
     ("wrong", "told"),
     [
         ("logger=paper", "logger/paper.*csv; *tensorboard; *wandb"),
+        ("logger=null", "logger=null: several may be chosen of this group, and logger=\\[\\] chooses none"),
+        ("~logger", "~logger: .*logger=\\[\\] chooses none"),
         ("callbacks.last.every_n_steps=0", "checkpoint_every=0: must be a whole number of at least 1"),
         ("callbacks.clips.clips=-1", "logged_clips=-1: must be a whole number of at least 0"),
     ],

@@ -79,6 +79,7 @@ WRONG = [
     (["eval", "target=generation", "input=x", "generated=y", "checkpoint=z"], "not generated=DIR"),
     (["sample", "prompt=a", "generator=opensora_v13", "checkpoint=x"], "generator=trained"),
     (["cache", "input=x", "output=y", "min_clips=2"], "buckets=tokens or buckets=shapes"),
+    (["cache", "input=x", "output=y", "buckets=tokens", "clip.fps=8", "clip.frames=9"], "not with buckets"),
     (["shards", "input=x", "output=y", "synthetic=plain"], "synthetic.clips=N and no input"),
     (["shards", "synthetic.clips=1", "output=y", "captions=x"], "input=DIR"),
 ]
@@ -108,6 +109,8 @@ READ = [
         "clipping.max_norm=1",
         "clipping=norm",
     ],
+    ["cache", "input=x", "output=y", "clip.frames=9"],
+    ["cache", "input=x", "output=y", "buckets=tokens", "clip.stride=2"],
     ["bench", "++half=decode", "target=vae", "vae=trained", "checkpoint=x"],
     ["sample", "generator=opensora_v13", "vae.path=x", "solver.steps=3", "prompt=a, ${b}"],
     ["eval", "target=generation", "checkpoint=x", "vae=trained", "vae.path=y", "solver=suv_v15"],

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from osp.configs.groups import groups_of_several
 from osp.errors import UsageError
 
 # Whatever these are, they are text: Hydra's own grammar takes `null` and `1` for values, and commas for a sweep.
@@ -40,7 +41,7 @@ def prepared(verb: str, overrides: Sequence[str], configs: Path) -> list[str]:
     Raises UsageError for one that Hydra takes for something else than is meant.
     """
     overrides = with_own_groups(verb, overrides, configs)
-    check_choices(overrides, configs)
+    check_choices(verb, overrides, configs)
     return with_quoted_prompts(overrides) if verb in ("sample", "eval") else overrides
 
 
@@ -55,10 +56,13 @@ def with_own_groups(verb: str, overrides: Sequence[str], configs: Path) -> list[
     return [f"{verb}/{override}" if override.partition("=")[0] in own else override for override in overrides]
 
 
-def check_choices(overrides: Sequence[str], configs: Path) -> None:
-    """Raise UsageError for a choice of a group in `configs` that is set to null, which Hydra does not take."""
+def check_choices(verb: str, overrides: Sequence[str], configs: Path) -> None:
+    """Raise UsageError for a group in `configs` of which nothing is chosen in a way that Hydra does not take."""
+    several = groups_of_several(verb, configs)
     for override in overrides:
         key, _, value = override.partition("=")
+        if (group := key.lstrip("~+/")) in several and (value == "null" or key.startswith("~")):
+            raise UsageError(f"{override}: several may be chosen of this group, and {group}=[] chooses none")
         if value == "null" and (configs / key.partition("@")[0].lstrip("+/")).is_dir():
             raise UsageError(f"{override}: a choice is left out by '~{key.lstrip('+')}', in quotes")
 

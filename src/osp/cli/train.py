@@ -101,7 +101,7 @@ def _trainer(cfg: DictConfig, folder: Path) -> lightning.Trainer:
         # A run shorter than the interval is validated once, or it would have no best checkpoint.
         val_check_interval=min(cfg.trainer.val_check_interval, cfg.trainer.max_steps),
         precision=precision_on(cfg.trainer.precision, cfg.trainer.accelerator),
-        callbacks=[instantiate(callback) for callback in cfg.callbacks.values()],
+        callbacks=[instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()],
         logger=[instantiate(logger) for logger in (cfg.logger or {}).values()],
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=sys.stderr.isatty(),

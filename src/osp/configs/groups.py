@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -21,11 +22,22 @@ def groups_of(verb: str, configs: Path) -> dict[str, tuple[str, ...]]:
     return found
 
 
+@cache
+def groups_of_several(verb: str, configs: Path) -> frozenset[str]:
+    """The groups of which a verb takes several choices: those with a list in its file."""
+    entries = _defaults(configs / f"{verb}.yaml")
+    return frozenset(name for entry in entries for name, choice in entry.items() if isinstance(choice, list))
+
+
+def _defaults(file: Path) -> list[dict[str, Any]]:
+    """The entries of the list `defaults` of a file that choose from a group."""
+    listed = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
+    return [entry for entry in listed if isinstance(entry, dict)]
+
+
 def _named(file: Path) -> Iterator[str]:
     """The groups in the list `defaults` of a file, by their path from the top; not those of Hydra itself."""
-    content = yaml.safe_load(file.read_text()) or {}
-    for entry in content.get("defaults", []):
-        name = next(iter(entry)) if isinstance(entry, dict) else ""
-        name = name.removeprefix("override ").partition("@")[0].removeprefix("/")
-        if name and not name.startswith("hydra/"):
+    for entry in _defaults(file):
+        name = next(iter(entry)).removeprefix("override ").partition("@")[0].removeprefix("/")
+        if not name.startswith("hydra/"):
             yield name

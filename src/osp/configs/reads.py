@@ -24,6 +24,7 @@ BY_REFERENCE = Where()
 _DENOISER = Where("module=denoiser", lambda config: "denoiser" in config["module"])
 _ON_CLIPS = Where("module=denoiser on clips, not on features", _is_on_clips)
 _BUCKETS = Where("buckets=tokens or buckets=shapes", lambda config: config.get("buckets") is not None)
+_ONE_SIZE = Where("one size for all clips, not with buckets", lambda config: config.get("buckets") is None)
 _FOLDER = Where("input=DIR", lambda config: config["input"] is not None)
 _DRAWN = Where("synthetic.clips=N and no input", lambda config: config["input"] is None)
 _RECONSTRUCTED = Where("target=reconstruction", lambda config: config["target"] == "reconstruction")
@@ -31,7 +32,9 @@ _GENERATED = Where("a generator, not generated=DIR", lambda config: config["gene
 
 SOMETIMES: Mapping[str, Mapping[str, Where]] = {
     "shards": {"synthetic": _DRAWN} | dict.fromkeys(("captions", "clip_seconds", "min_frames"), _FOLDER),
-    "cache": {"min_clips": _BUCKETS} | dict.fromkeys(("path", "checkpoint"), BY_REFERENCE),
+    "cache": {"min_clips": _BUCKETS}
+    | dict.fromkeys(("clip.frames", "clip.height", "clip.width"), _ONE_SIZE)
+    | dict.fromkeys(("path", "checkpoint"), BY_REFERENCE),
     "train": dict.fromkeys(("denoiser", "text", "objective", "clipping", "perceptual", "buckets"), BY_REFERENCE)
     | dict.fromkeys(("clip", "path", "checkpoint", "checkpoint_every"), BY_REFERENCE)
     | {"vae": _DENOISER, "latent": _ON_CLIPS},
@@ -41,4 +44,4 @@ SOMETIMES: Mapping[str, Mapping[str, Where]] = {
     "sample": dict.fromkeys(("checkpoint", "denoiser", "vae", "text"), BY_REFERENCE),
     "bench": dict.fromkeys(("path", "checkpoint"), BY_REFERENCE),
 }
-"""The keys of each verb that it does not always read itself; all others it does."""
+"""The keys of each verb, or paths one level below, that it does not always read itself; all others it does."""

@@ -45,8 +45,15 @@ def is_read(verb: str, config: Config, key: str) -> bool:
 def _read(verb: str, config: Config, new: Collection[str] = ()) -> set[str]:
     """The paths of what is read; of `new` keys only what others refer to."""
     sometimes = SOMETIMES.get(verb, {})
-    roots = [key for key in config if key not in new and (key not in sometimes or sometimes[key].holds(config))]
-    return reached_from(config, roots)
+    roots = [path for path in _paths(config, sometimes) if path not in sometimes or sometimes[path].holds(config)]
+    return reached_from(config, [path for path in roots if path not in new])
+
+
+def _paths(config: Config, sometimes: Collection[str]) -> Iterator[str]:
+    """The keys at the top, or those below one of which only a part is read at times."""
+    for key, value in config.items():
+        in_parts = isinstance(value, Mapping) and any(path.startswith(f"{key}.") for path in sometimes)
+        yield from (f"{key}.{name}" for name in value) if in_parts else (key,)
 
 
 def _declared(verb: str, configs: Path) -> set[str]:
@@ -56,7 +63,8 @@ def _declared(verb: str, configs: Path) -> set[str]:
 
 
 def _hint(verb: str, key: str, config: Config, choices: Choices, configs: Path) -> str:
-    where = SOMETIMES.get(verb, {}).get(key.partition(".")[0], BY_REFERENCE).say
+    sometimes = SOMETIMES.get(verb, {})
+    where = sometimes.get(key, sometimes.get(key.partition(".")[0], BY_REFERENCE)).say
     readers = [f"it is read with {where}"] if where else []
     others = []
     for group, name, path in _readers(verb, key, choices, configs):

@@ -5,7 +5,6 @@ cut at keyframes by copying its packets; only a piece that has no keyframe to be
 """
 
 import bisect
-import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from osp.data.media.video import (
     packet_timeline,
     probe,
 )
+from osp.files import file_digest
 
 # What PyAV and libav raise on files that nobody should have made; a programming error (TypeError, ...) is not among it.
 BAD_FILE = (ClipError, av.FFmpegError, OSError, ValueError, ArithmeticError, RuntimeError, MemoryError)
@@ -79,8 +79,7 @@ def examine(path: Path, clip_seconds: float, min_frames: int, known_sha256: str 
     """
     sha256 = ""
     try:
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = file_digest(path)
         if sha256 == known_sha256:
             return Examined(sha256, unchanged=True)
         if is_image(path, path.name):

@@ -24,6 +24,7 @@ from osp.data.shards.tar import to_json
 from osp.data.shards.workers import Crashed, Workers, default_workers
 from osp.data.shards.writer import ShardWriter
 from osp.errors import DataError, UsageError
+from osp.files import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -241,8 +242,7 @@ def _store(source: _Source, examined: Examined | Crashed, writer: ShardWriter, p
 
 def _sha256(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
     except OSError:
         return ""
 

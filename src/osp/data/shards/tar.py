@@ -1,7 +1,6 @@
 """One shard that is being written: a WebDataset tar under its temporary name, with the lines of its listing."""
 
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from osp.errors import UsageError
-from osp.files import sync, write_whole
+from osp.files import file_digest, sync, write_whole
 
 
 def to_json(value: object) -> bytes:
@@ -68,9 +67,8 @@ class TarShard:
         self._tar.close()
         sync(self._file)
         part = self.path.with_name(f".{self.path.name}.part")
-        with open(part, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        entry = {"file": self.path.name, "clips": len(self.lines), "bytes": part.stat().st_size, "sha256": sha256}
+        sha256, size = file_digest(part), part.stat().st_size
+        entry = {"file": self.path.name, "clips": len(self.lines), "bytes": size, "sha256": sha256}
         head = [] if skipped is None else [to_json({**entry, "skipped": list(skipped)})]
         write_whole(self.path.with_suffix(".jsonl"), b"".join(line + b"\n" for line in [*head, *self.lines]))
         os.replace(part, self.path)
