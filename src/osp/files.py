@@ -5,11 +5,12 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 
@@ -67,4 +68,13 @@ def weights_digest(about: str, weights: Mapping[str, Tensor]) -> str:
     content = hashlib.sha256(about.encode())
     for key, value in sorted(weights.items()):
         content.update(key.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:32]
+
+
+def exact_digest(about: str, labelled: Iterable[tuple[str, Tensor]]) -> str:
+    """32 hexadecimal digits that change with `about`, with a label, with any bit of a tensor, and with their order."""
+    content = hashlib.sha256(about.encode())
+    for label, value in labelled:
+        content.update(label.encode())
+        content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return content.hexdigest()[:32]

@@ -17,7 +17,7 @@ from osp.conditioning.text import EncodedText, LengthCheck
 from osp.denoiser.layers import FeedForward, initialise
 from osp.devices import attention
 from osp.errors import UsageError
-from osp.files import weights_digest
+from osp.files import exact_digest
 
 WORD_BYTES = 16  # longer words, and text without spaces, become several tokens
 _NONE, _END, _BYTES = 0, 1, 2  # rows of the table: nothing, the end of the prompt, the first byte
@@ -104,8 +104,9 @@ class WordText(nn.Module):
         return [len(_spelled(prompt)) for prompt in prompts]
 
     def fingerprint(self) -> str:
-        """Of its settings and its weights as they are now."""
-        return f"{self.name} {weights_digest(repr(self.settings), self.state_dict())}"
+        """Of its settings and its weights as they are now; it stands in videos, so it stays as it was."""
+        weights = [(f"{key} {value.dtype} {tuple(value.shape)}", value) for key, value in self.state_dict().items()]
+        return f"{self.name} {exact_digest(f'{self.name} {self.max_tokens} {self.heads}', weights)}"
 
     def networks(self) -> Sequence[nn.Module]:
         """See `TextEncoder.networks`."""

@@ -3,14 +3,19 @@
 from typing import Any
 
 from osp.denoiser import Denoiser
-from osp.files import weights_digest
+from osp.files import exact_digest
 from osp.sampling.generator import VideoGenerator
 
 
 def denoiser_fingerprint(denoiser: Denoiser) -> str:
-    """A hash of settings and weights as they are, type included; the device does not matter."""
-    about = type(denoiser).__name__, sorted(denoiser.settings.items()), denoiser.out.weight.dtype
-    return weights_digest(repr(about), denoiser.state_dict())
+    """A hash of settings and weights as they are, type included; the device does not matter.
+
+    It stands in videos, so it stays as it was: settings count by the names that they had first.
+    """
+    first = {new: former for former, new in denoiser.config.former_names.items()}
+    settings = sorted((first.get(key, key), value) for key, value in denoiser.settings.items())
+    weights = [(f"{key} {value.dtype}", value) for key, value in sorted(denoiser.state_dict().items())]
+    return exact_digest(f"{type(denoiser).__name__} {settings}", weights)
 
 
 def generator_identity(generator: VideoGenerator) -> dict[str, Any]:
