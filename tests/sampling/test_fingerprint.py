@@ -1,4 +1,4 @@
-"""What videos say of the weights that made them: if it changed, `osp sample` would refuse folders of earlier samples."""
+"""What videos say of the weights that made them: if it changed, folders of earlier samples would be refused."""
 
 from typing import TypeVar
 
