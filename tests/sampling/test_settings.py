@@ -37,6 +37,7 @@ def test_the_configuration_says_what_is_so_by_default(config: list[str]) -> None
         ({"clip": {"frames": 0}}, "clip.frames=0: must be a whole number of at least 1, or null: that of the training"),
         ({"solver": {"shift": 0}}, "solver.shift=0: must be a number above 0, or null: as in training"),
         ({"solver": {"name": "rk4"}}, "solver.name=rk4: is not known; choose euler, "),
+        ({"solver": {"stepz": 3}}, "solver: key=stepz: is not known; choose name, steps, shift or options"),
         ({"memory": "tiny"}, "memory=tiny: is not known; choose normal or low"),
         ({"mode": "dream"}, "mode=dream: is not known; choose text, image, transition, continuation or frames"),
         ({"hold_given": "yes"}, "hold_given=yes: is not known; choose true or false"),
@@ -70,3 +71,4 @@ def test_the_solver_of_an_objective_is_as_by_default_where_nothing_is_said() -> 
     solver = SolverSettings(steps=7, options={"a": 1}).build(Flow())
     assert (solver.name, solver.steps, dict(solver.options)) == ("euler", 7, {"a": 1})
     assert SolverSettings().build(Velocity()).name == "dpm++"
+    assert dict(Sampling.read({"solver": {"options": None}}).solver.build(Flow()).options) == {}

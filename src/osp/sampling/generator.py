@@ -53,7 +53,7 @@ class VideoGenerator:
     """What makes videos of prompts: a denoiser, and all that it was trained with.
 
     Args:
-        denoiser: with condition channels it is an inpainting model, which frames may be given to.
+        denoiser: with frame channels it is an inpainting model, which frames may be given to.
         text: encoder of the prompts.
         objective: what the denoiser predicts.
         codec: the VAE, and the scaling of its latents.

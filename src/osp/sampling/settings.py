@@ -67,7 +67,7 @@ class SolverSettings:
         """The solver for an objective; what is null is as in `default_solver`. Raises UsageError if they do not go."""
         usual = default_solver(objective)
         steps = usual.steps if self.steps is None else self.steps
-        return Solver(objective, self.name or usual.name, steps, self.shift, dict(self.options))
+        return Solver(objective, self.name or usual.name, steps, self.shift, dict(self.options or {}))
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,16 @@ class Sampling:
     def read(cls, values: Mapping[str, Any]) -> Self:
         """Of plain values by name, `clip` and `solver` as mappings; what is not there is as by default.
 
-        Names that are no setting are passed over, so that a whole configuration may be given.
+        Names that are no setting are passed over, so that a whole configuration may be given; those of `clip` too, which
+        says elsewhere how clips are read. Raises UsageError for one of `solver`.
         """
-        kinds: dict[str, type] = {"clip": ClipSize, "solver": SolverSettings}
         known = {one.name: values[one.name] for one in fields(cls) if one.name in values}
-        for name, kind in kinds.items():
-            if name in known:
-                mine = {one.name for one in fields(kind)}
-                known[name] = kind(**{key: value for key, value in known[name].items() if key in mine})
+        if "clip" in known:
+            known["clip"] = ClipSize(**{key: known["clip"][key] for key in Shape._fields if key in known["clip"]})
+        if "solver" in known:
+            for key in known["solver"]:
+                check_choice("solver: key", key, [one.name for one in fields(SolverSettings)])
+            known["solver"] = SolverSettings(**known["solver"])
         return cls(**known)
 
     def guiding(self, objective: Objective) -> dict[str, Any]:

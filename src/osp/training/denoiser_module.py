@@ -49,7 +49,7 @@ class DenoiserModule(TrainingModule):
     mean over the clips, each at one time in every quarter of the times.
 
     Args:
-        denoiser: one with condition channels learns to go on from given frames, by `masks`.
+        denoiser: one with frame channels learns to go on from given frames, by `masks`.
         text: the encoder of captions; None where the features hold embeddings.
         objective: what is predicted.
         codec: the VAE with its scaling. None for features; where it is given for them, clips are shown.
