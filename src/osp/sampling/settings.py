@@ -104,8 +104,8 @@ class Sampling:
     def read(cls, values: Mapping[str, Any]) -> Self:
         """Of plain values by name, `clip` and `solver` as mappings; what is not there is as by default.
 
-        Names that are no setting are passed over, so that a whole configuration may be given; those of `clip` too, which
-        says elsewhere how clips are read. Raises UsageError for one of `solver`.
+        Names that are no setting are passed over, so that a whole configuration may be given, also those of `clip` (of
+        an evaluation it says how clips are read too). Raises UsageError for one of `solver`.
         """
         known = {one.name: values[one.name] for one in fields(cls) if one.name in values}
         if "clip" in known:
