@@ -224,21 +224,25 @@ def test_parts_that_do_not_fit_together_are_refused(make_generator: Make) -> Non
 
 
 class Marks:
-    """A condition of another kind: three channels beside the latent, which guidance leads away from."""
+    """A condition of another kind: channels beside the latent, or none, which guidance leads away from."""
 
     guided = True
 
-    def __init__(self, value: float) -> None:
-        self.value = value
+    def __init__(self, value: float, beside: int = 8) -> None:
+        self.value, self.beside = value, beside
+
+    def channels(self, codec: LatentCodec) -> int:
+        return self.beside
 
     def check(self, size: Shape, videos: int) -> None:
         assert (size, videos) == (Shape(*SIZE), 2)
 
     def encode(self, codec: LatentCodec) -> ConditionInputs:
-        return ConditionInputs(torch.full((1, 8, *codec.latent_shape(*SIZE)[1:]), self.value))
+        shape = 1, self.beside, *codec.latent_shape(*SIZE)[1:]
+        return ConditionInputs(torch.full(shape, self.value) if self.beside else None)
 
     def without(self) -> "Marks":
-        return Marks(0.0)
+        return Marks(0.0, self.beside)
 
 
 @pytest.mark.parametrize("low", [False, True])
@@ -248,6 +252,15 @@ def test_a_condition_of_another_kind_needs_no_change_in_the_generator(make_gener
     generator.generate(["a", "b"], *SIZE, seeds=[0, 1], given=Marks(2.0), low_memory=low, **short(generator))
     values = [[float(row[4:].mean()) for row in latent] for latent in seen]
     assert values == ([[2.0, 2.0], [0.0, 0.0]] * 3 if low else [[0.0, 0.0, 2.0, 2.0]] * 3)
+
+
+def test_a_condition_without_channels_needs_no_frames(make_generator: Make) -> None:
+    generator = make_generator("cross")
+    asked: dict[str, Any] = {"seeds": [0, 1], **short(generator)}
+    plain = generator.generate(["a", "b"], *SIZE, **asked)
+    assert torch.equal(generator.generate(["a", "b"], *SIZE, given=Marks(2.0, beside=0), **asked), plain)
+    with pytest.raises(UsageError, match="frames are given"):
+        generator.check(["a", "b"], *SIZE, given=Marks(2.0), **asked)
 
 
 def every(told: list[Progress], step: str) -> list[tuple[int, int]]:

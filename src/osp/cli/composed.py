@@ -41,7 +41,17 @@ def help_of(verb: str, overrides: Sequence[str]) -> str:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         cfg = compose(verb, prepared(verb, overrides, config_folder()), return_hydra_config=True)
     config = {key: value for key, value in plain(cfg, resolve=False).items() if key != "hydra"}
-    return help_text(verb, config, _names(verb, config, cfg.hydra.runtime.choices), config_folder())
+    names = _names(verb, config, cfg.hydra.runtime.choices)
+    return help_text(verb, config, names, config_folder(), fields_of(verb, config))
+
+
+def fields_of(verb: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """What settings mean that stand in the code: those of sampling, where the verb has them."""
+    if verb != "sample" and config.get("target") != "generation":
+        return {}
+    from osp.sampling.settings import setting_meanings  # here: other verbs start without it
+
+    return setting_meanings()
 
 
 def _names(verb: str, config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, list[str]]:

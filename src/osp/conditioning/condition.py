@@ -54,6 +54,10 @@ class Condition(Protocol):
         """Whether guidance leads away from it, as it does from the prompt."""
         ...
 
+    def channels(self, codec: LatentCodec) -> int:
+        """How many channels it puts beside the noisy latent."""
+        ...
+
     def check(self, size: Shape, videos: int) -> None:
         """Raise UsageError unless it is for so many videos of this size, in frames and pixels."""
         ...

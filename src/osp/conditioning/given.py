@@ -38,6 +38,10 @@ class GivenFrames:
         """False: the model is given them with the prompt and without, as published."""
         return False
 
+    def channels(self, codec: LatentCodec) -> int:
+        """Those of the kept video's latent, and one a frame of the time stride for the mask."""
+        return sum(frame_channels(codec))
+
     def check(self, size: Shape, videos: int) -> None:
         """Raise UsageError unless they are for so many videos of this size, or for one."""
         mine = Shape(*self.mask.shape[1:])

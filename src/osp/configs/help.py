@@ -17,14 +17,17 @@ _MEANING = 40  # the column where meanings begin
 _LONG = 72  # a value of more characters is shown key by key, or not
 
 
-def help_text(verb: str, config: Config, choices: Choices, configs: Path) -> str:
+def help_text(
+    verb: str, config: Config, choices: Choices, configs: Path, fields: Mapping[str, str] | None = None
+) -> str:
     """Groups and settings of a verb; `config` and `choices` stand for the defaults.
 
-    Of the choices that a configuration has, those are listed whose settings it reads.
+    Of the choices that a configuration has, those are listed whose settings it reads. `fields` are meanings of settings
+    that stand in the code; a comment comes before them.
     """
     file = configs / f"{verb}.yaml"
     groups = {group: names for group, names in groups_of(verb, configs).items() if group in choices}
-    said = meanings(file)
+    said = {**(fields or {}), **meanings(file)}
     for group in groups:
         for name in choices[group]:
             said |= choice_meanings(configs, group, name)

@@ -156,7 +156,7 @@ class VideoGenerator:
         LengthCheck(self.text.name, self.text.max_tokens)(read, self.text.count_tokens(read), strict=True)
 
     def _check_given(self, given: Condition, size: Shape, videos: int) -> None:
-        if not self.takes_frames:
+        if given.channels(self.codec) and not self.takes_frames:
             raise UsageError(
                 "frames are given, but this denoiser was not trained with any; sample with mode=text, or with an "
                 "inpainting model"

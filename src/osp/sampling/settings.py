@@ -33,7 +33,7 @@ class ClipSize:
     """Frames, and height and width in pixels."""
 
     frames: int | None = setting(
-        None, "of each video; 1 is an image", least=1, whole=True, null="that of the training clips"
+        None, "frames of each video; 1 is an image", least=1, whole=True, null="that of the training clips"
     )
     height: int | None = setting(None, "in pixels", least=1, whole=True, null="that of the training clips")
     width: int | None = setting(None, "in pixels", least=1, whole=True, null="that of the training clips")
@@ -55,12 +55,15 @@ class SolverSettings:
     """How noise is turned into a video; see `osp.diffusion.Solver`."""
 
     name: str | None = setting(
-        None, "of the solver", choices=dict.fromkeys([*solvers(Flow()), *solvers(Velocity())]), null="by the objective"
+        None,
+        "the solver; lms, ddpm and ddim are for discrete objectives only",
+        choices=dict.fromkeys([*solvers(Flow()), *solvers(Velocity())]),
+        null="by the objective",
     )
-    steps: int | None = setting(None, "of the solver", least=1, whole=True, null="by the solver's default")
-    shift: float | None = setting(None, "of a flow's noise levels", above=0, null="as in training")
+    steps: int | None = setting(None, "how many steps it takes", least=1, whole=True, null="by the solver's default")
+    shift: float | None = setting(None, "shift of a flow's noise levels", above=0, null="as in training")
     options: Mapping[str, Any] = field(
-        default_factory=dict, metadata={"meaning": "of the solver's class in diffusers", "limits": None}
+        default_factory=dict, metadata={"meaning": "settings of the solver's class in diffusers", "limits": None}
     )
 
     def build(self, objective: Objective) -> Solver:
@@ -78,7 +81,7 @@ class Sampling:
     """
 
     clip: ClipSize = field(default_factory=ClipSize)
-    fps: float | None = setting(None, "frames a second", least=0.001, null="that of the training videos")
+    fps: float | None = setting(None, "frames a second of the files", least=0.001, null="that of the training videos")
     seed: int = setting(0, "of the first video; the following ones count on", least=0, whole=True)
     videos_per_prompt: int = setting(1, "how many, each with a seed of its own", least=1, whole=True)
     batch_size: int = setting(1, "videos that are made at once", least=1, whole=True)
@@ -91,10 +94,18 @@ class Sampling:
     )
     keep_frames: int = setting(5, "frames of a given video that are gone on with", least=1, whole=True)
     hold_given: bool = setting(
-        True, "latent frames wholly given stay as they are; false: as the model copies them", choices=(True, False)
+        True,
+        "latent frames wholly given stay as they are; false: as the model copies them, as published",
+        choices=(True, False),
     )
-    precision: str = setting("32-true", "of the arithmetic; 32-true: the weights' own", choices=(*AUTOCAST, "auto"))
-    memory: str = setting("normal", "low: parts are on the device one after another", choices=MEMORY)
+    precision: str = setting(
+        "32-true",
+        "precision of the arithmetic; 32-true: the weights' own, auto: what is fast on the device",
+        choices=(*AUTOCAST, "auto"),
+    )
+    memory: str = setting(
+        "normal", "low: parts are on the device one after another, the denoiser block by block", choices=MEMORY
+    )
 
     def __post_init__(self) -> None:
         for name, value in _flat(self).items():
@@ -119,6 +130,23 @@ class Sampling:
     def guiding(self, objective: Objective) -> dict[str, Any]:
         """`solver`, `guidance` and `rescale`, as a generator with this objective takes them."""
         return {"solver": self.solver.build(objective), "guidance": self.guidance, "rescale": self.rescale}
+
+
+def setting_meanings() -> dict[str, str]:
+    """What each setting means, with its limits and what null is, by its whole name."""
+    return {name: _meaning(one.metadata) for name, one in _FIELDS.items() if "meaning" in one.metadata}
+
+
+def _meaning(metadata: Mapping[str, Any]) -> str:
+    limits = metadata["limits"] or {}
+    choices = limits.get("choices", ())
+    parts = [
+        metadata["meaning"],
+        "" if True in choices else ", ".join(choices),
+        "{least} to {most}".format(**limits) if "most" in limits else "",
+        f"null: {limits['null']}" if limits.get("null") else "",
+    ]
+    return "; ".join(part for part in parts if part)
 
 
 def check_setting(name: str, value: Any, key: str | None = None, error: type[OspError] = UsageError) -> None:
