@@ -269,7 +269,7 @@ WRONG = [
         2,
         "CausalVideoVAE cannot be trained",
     ),
-    (["bench", *BENCH, "target=oven"], 2, r"target/oven.*denoiser; .*vae"),
+    (["bench", *BENCH, "target=oven"], 2, r"'target/oven.*denoiser; .*vae"),
     (["bench", *BENCH, "sizes=64"], 2, "sizes=64: must be HEIGHTxWIDTH, for example 256x256"),
     (["bench", *BENCH, "sizes=[64x64,64x60]"], 2, "width=60: must be a multiple of 8.*; use 56 or 64"),
     (["bench", *BENCH, "sizes=[]"], 2, r"sizes=\[\]: leaves nothing"),

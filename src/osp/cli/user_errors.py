@@ -41,4 +41,5 @@ def _one_line(error: BaseException, verb: str) -> str:
             return f"{key} is now called {now}"
         by_target = f"; those of `osp {verb}` depend on target=..." if verb in ("bench", "eval") else ""
         shown.append(f"--help lists the settings{by_target}")
-    return "; ".join(shown).replace(":;", ":")
+    # A group in the folder of its verb is given without that.
+    return "; ".join(shown).replace(":;", ":").replace(f"{verb}/target", "target")
