@@ -32,7 +32,9 @@ def check_number(
         (above, lambda: value > above),
         (below, lambda: value < below),
     )
-    fits = not isinstance(value, bool) and isinstance(value, int if whole else int | float) and math.isfinite(value)
+    # Whole numbers are finite, and may be too large to be asked.
+    is_number = isinstance(value, int) or (not whole and isinstance(value, float) and math.isfinite(value))
+    fits = is_number and not isinstance(value, bool)
     if not fits or not all(within() for limit, within in limits if limit is not None):
         otherwise = f", or null: {null}" if null else ""
         raise error(f"{key}={_shown(value)}: must {_limits(least, most, above, below, whole)}{otherwise}")
@@ -55,11 +57,11 @@ def _shown(value: Any) -> str:
 def _limits(least: float | None, most: float | None, above: float | None, below: float | None, whole: bool) -> str:
     kind = "whole number" if whole else "number"
     if least is not None and most is not None and not whole:
-        return f"lie between {least:g} and {most:g}"
-    parts = [
-        None if least is None else f"of at least {least:g}",
-        None if most is None else f"of at most {most:g}",
-        None if above is None else f"above {above:g}",
-        None if below is None else f"below {below:g}",
-    ]
-    return f"be a {kind} {' and '.join(part for part in parts if part is not None)}".rstrip()
+        return f"lie between {_limit(least)} and {_limit(most)}"
+    limits = (("of at least", least), ("of at most", most), ("above", above), ("below", below))
+    parts = [f"{which} {_limit(limit)}" for which, limit in limits if limit is not None]
+    return f"be a {kind} {' and '.join(parts)}".rstrip()
+
+
+def _limit(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
