@@ -174,7 +174,7 @@ def _encode_in_processes(
     while not queue.empty():
         results.append(queue.get())
     for result in results:
-        if isinstance(result, OspError):
+        if isinstance(result, Exception):
             raise result
     if died is not None:
         raise DataError(
@@ -197,6 +197,6 @@ def _one_process(
     torch.set_num_threads(threads)
     try:
         queue.put(encode_part(job, load(), process))
-    except OspError as error:
+    except (OspError, OSError) as error:
         queue.put(error)
-        raise SystemExit(error.exit_code) from error
+        raise SystemExit(1) from error

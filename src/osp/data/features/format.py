@@ -15,7 +15,7 @@ from torch import Tensor
 
 from osp.checks import check_choice
 from osp.data.media.shape import Shape, Strides
-from osp.data.shards.index import INDEX_NAME, ClipEntry, listed_entry
+from osp.data.shards.index import INDEX_NAME, ClipEntry, listed_entry, read_index_file
 from osp.errors import DataError, UsageError
 
 FEATURES_FORMAT = "osp-features"
@@ -169,24 +169,12 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def load_feature_index(folder: Path) -> dict[str, Any] | None:
     """The parsed `index.json` of a folder of features, None if it has none. Raises DataError for any other."""
-    path = folder / INDEX_NAME
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    index = read_index_file(folder, "features", FEATURES_FORMAT, FEATURES_VERSION, "osp cache")
+    if index is None:
         return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable index ({error})") from error
-    if not isinstance(index, dict) or index.get("format") != FEATURES_FORMAT:
-        raise DataError(
-            f"{path}: not an index of features (format {FEATURES_FORMAT!r} expected); make one with `osp cache`"
-        )
-    if index.get("version") != FEATURES_VERSION:
-        raise DataError(
-            f"{path}: version {index.get('version')!r}, this OSP reads version {FEATURES_VERSION}; write it anew"
-        )
     wanted = {"identity", "clips", "shards", "shard_clips", "origin", "empty", "vae_origin"}
     if not wanted <= index.keys() or index["identity"].keys() != {field.name for field in fields(FeatureIdentity)}:
-        raise DataError(f"{path}: a damaged index; write the folder anew")
+        raise DataError(f"{folder / INDEX_NAME}: a damaged index; write the folder anew")
     return index
 
 

@@ -70,19 +70,30 @@ _MEND = "copy the shard again, or write the folder anew with `osp shards input=.
 
 def load_index(folder: Path) -> dict[str, Any] | None:
     """The parsed `index.json` of a folder, None if it has none. Raises DataError for one that is not ours."""
+    index = read_index_file(folder, "OSP shards", INDEX_FORMAT, INDEX_VERSION, "osp shards input=... output=...")
+    if index is not None and not isinstance(index.get("shards"), list):
+        raise DataError(f"{folder / INDEX_NAME}: a damaged index; {_MEND}")
+    return index
+
+
+def read_index_file(folder: Path, what: str, form: str, version: int, command: str) -> dict[str, Any] | None:
+    """The parsed `index.json` of a folder of `what`, None if it has none.
+
+    Raises DataError for a file that is no index of this form and version; `command` writes one.
+    """
     path = folder / INDEX_NAME
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable index ({error}); {_MEND}") from error
-    if not isinstance(index, dict) or index.get("format") != INDEX_FORMAT or not isinstance(index.get("shards"), list):
-        raise DataError(f"{path}: not an index of OSP shards (format {INDEX_FORMAT!r} expected)")
-    if index.get("version") != INDEX_VERSION:
+        raise DataError(f"{path}: not a readable index ({error}); write the folder anew with `{command}`") from error
+    if not isinstance(index, dict) or index.get("format") != form:
+        raise DataError(f"{path}: not an index of {what} (format {form!r} expected); make one with `{command}`")
+    if index.get("version") != version:
         raise DataError(
-            f"{path}: version {index.get('version')!r}, this OSP reads version {INDEX_VERSION}; "
-            "write the folder anew with `osp shards input=... output=...`"
+            f"{path}: version {index.get('version')!r}, this OSP reads version {version}; "
+            f"write the folder anew with `{command}`"
         )
     return index
 

@@ -26,7 +26,7 @@ from osp.data.features.format import (
 from osp.data.media.shape import Shape
 from osp.data.media.video import ClipError
 from osp.data.shards.index import ClipEntry
-from osp.data.sources.source import ClipSource
+from osp.data.sources.source import ListedClips
 from osp.errors import DataError
 from osp.seeds import seeded
 
@@ -44,7 +44,7 @@ class StoredShapes(Patching):
         return clip if whole and self.min_tokens <= self.tokens(clip) <= self.max_tokens else None
 
 
-class FeatureClips(ClipSource):
+class FeatureClips(ListedClips):
     """The encoded clips of a folder: a source with buckets for the loaders, which give a `FeatureBatch`.
 
     Args:
@@ -107,20 +107,9 @@ class FeatureClips(ClipSource):
             torch.tensor(values).view(-1, 1, 1, 1) for values in (self.made_with.shift, self.made_with.scale)
         )
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
     def buckets(self) -> list[Bucket]:
         """See `ClipSource.buckets`."""
         return self._buckets
-
-    def record(self, index: int) -> Mapping[str, Any]:
-        """See `ClipSource.record`."""
-        return self.entries[index].record
-
-    def has_captions(self) -> bool:
-        """See `ClipSource.has_captions`."""
-        return any(any(entry.record["captions"]) for entry in self.entries)
 
     def fingerprint(self) -> str:
         listing = hashlib.sha256(json.dumps(self.made_with.as_json()).encode())

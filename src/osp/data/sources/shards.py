@@ -15,14 +15,14 @@ from osp.data.buckets import Bucket, BucketRule, choose, make_buckets
 from osp.data.media.shape import Shape
 from osp.data.media.video import ClipError, probe, read_clip
 from osp.data.shards.index import ClipEntry, read_index
-from osp.data.sources.source import ClipSource
+from osp.data.sources.source import ListedClips
 from osp.errors import DataError, UsageError
 from osp.seeds import seeded
 
 log = logging.getLogger(__name__)
 
 
-class ShardClips(ClipSource):
+class ShardClips(ListedClips):
     """The clips of a shard folder, decoded to one size and length.
 
     Args:
@@ -73,17 +73,6 @@ class ShardClips(ClipSource):
         if left_out:
             log.info("%s: %d of %d clips are too short and left out", path, left_out, len(listed))
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def record(self, index: int) -> Mapping[str, Any]:
-        """See `ClipSource.record`."""
-        return self.entries[index].record
-
-    def has_captions(self) -> bool:
-        """See `ClipSource.has_captions`."""
-        return any(entry.record.get("caption") for entry in self.entries)
-
     def fingerprint(self) -> str:
         return f"shards {self.shape} {self.decoding} {_listing(self.entries)}"
 
@@ -92,7 +81,7 @@ class ShardClips(ClipSource):
         return self.decoding.read(self.entries[index], self.shape, draw)
 
 
-class BucketClips(ClipSource):
+class BucketClips(ListedClips):
     """The clips of shard folders, each decoded to the shape that a rule gives it.
 
     Args:
@@ -136,20 +125,9 @@ class BucketClips(ClipSource):
                 "allow fewer tokens or frames, or make shards of larger clips"
             )
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
     def buckets(self) -> list[Bucket]:
         """See `ClipSource.buckets`."""
         return self._buckets
-
-    def record(self, index: int) -> Mapping[str, Any]:
-        """See `ClipSource.record`."""
-        return self.entries[index].record
-
-    def has_captions(self) -> bool:
-        """See `ClipSource.has_captions`."""
-        return any(entry.record.get("caption") for entry in self.entries)
 
     def fingerprint(self) -> str:
         shapes = hashlib.sha256(repr([tuple(shape) for shape in self._shapes]).encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ from torch import Tensor
 from osp.checks import check_number
 from osp.data.buckets import Bucket
 from osp.data.features.format import FeatureIdentity
+from osp.data.shards.index import ClipEntry
 
 
 class ClipSource(Protocol):
@@ -73,6 +74,28 @@ class ClipSource(Protocol):
             "key": [clip["key"] for clip in clips],
             "fps": torch.tensor([clip["fps"] for clip in clips], dtype=torch.float32),
         }
+
+
+class ListedClips(ClipSource, Protocol):
+    """A source of clips that are all listed, each with a record.
+
+    Attributes:
+        entries: the clips, as their shards list them.
+    """
+
+    entries: list[ClipEntry]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def record(self, index: int) -> Mapping[str, Any]:
+        """See `ClipSource.record`."""
+        return self.entries[index].record
+
+    def has_captions(self) -> bool:
+        """See `ClipSource.has_captions`. Features list several captions a clip, videos one."""
+        records = (entry.record for entry in self.entries)
+        return any(record.get("caption") or any(record.get("captions", ())) for record in records)
 
 
 class FirstClips(ClipSource):
