@@ -27,7 +27,8 @@ source = ModelSource("tiny", json.dumps(widths), lambda settings: WFVAE(**settin
 settings = {"half": "encode", "mode": ["whole", "pieces"], "precision": "32-true", "compile": False}
 settings |= {"sizes": "16x16", "frames": 5, "chunk_frames": None, "tiling": None}
 cases, model = vae.cases(settings, source)
-how = run.Conditions(torch.device("cpu"), repeats=1, isolate=False)
+torch.set_num_threads(2)
+how = run.Conditions(torch.device("cpu"), repeats=1, threads=1, isolate=False)
 run.run_benchmark(vae.VAE, {"model": model}, cases, how, Path(sys.argv[1]))
 """
 
@@ -37,6 +38,7 @@ def test_a_benchmark_needs_neither_hydra_nor_lightning(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], check=True, timeout=180)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["model"].startswith("tiny with random weights, ")
+    assert (results["threads"], results["device"].rpartition(", ")[2]) == (1, "1 thread")
     assert [row["mode"] for row in results["rows"]] == ["whole", "pieces"]
     assert all(row["seconds"] > 0 for row in results["rows"])
     assert {path.name for path in tmp_path.iterdir()} == {"table.md", "results.json", "results.csv", "plot.png"}

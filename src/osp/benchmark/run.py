@@ -29,12 +29,14 @@ class Conditions:
     threads: int | None = None
     isolate: bool | None = None
 
-    def about(self) -> dict[str, Any]:
-        """As the results say them, with what None stands for."""
+    def set_up(self) -> dict[str, Any]:
+        """Give torch its threads; then what results say of the conditions, with what None stands for."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         return {
             "device": describe_device(self.device),
             "torch": torch.__version__,
-            "threads": torch.get_num_threads() if self.threads is None else self.threads,
+            "threads": torch.get_num_threads(),
             "repeats": self.repeats,
             "isolate": self.device.type == "cpu" if self.isolate is None else self.isolate,
             "memory": PeakMemory(self.device).how,
@@ -49,9 +51,8 @@ def run_benchmark(
     Files in `output`, each replaced as a whole, the first three after every row: `table.md`, `results.json` (the same
     as numbers, with all runs of a row), `results.csv` (the rows), and `plot.png` (speed and memory over length).
     """
-    device, measured = conditions.device, conditions.about()
+    device, measured = conditions.device, conditions.set_up()
     results = {**about, **measured, "notes": list(target.notes), "columns": list(cases[0].about)}
-    torch.set_num_threads(measured["threads"])
     run_case = measure_apart if measured["isolate"] else measure
     rates = _peaks(cases, device)
     done: list[tuple[Case, dict[str, Any]]] = []

@@ -75,7 +75,7 @@ def videos_to_make(
     asked = _captions(real, prompts)
     if len(asked) < prompts:
         log.warning("prompts=%d, but %s has %d clips: as many prompts", prompts, real.path, len(asked))
-    mode = "null" if sampling.mode is None else sampling.mode
+    mode = sampling.mode or "text"
     count = {"text": 0, "image": 1, "transition": 2}.get(mode, sampling.keep_frames)
     if count >= real.shape.frames:
         raise UsageError(f"keep_frames={count}: the videos have {real.shape.frames} frames; leave one to generate")
@@ -90,12 +90,17 @@ def videos_to_make(
         given=_given(mode, given, [blank]),
         **guiding,
     )
-    clips = _make(generator, sampling, real, asked, given)
+    clips = _make(generator, sampling, real, asked, mode, given)
     return ToJudge(name, clips, asked, real, given, generator.codec.vae, guiding["solver"])
 
 
 def _make(
-    generator: VideoGenerator, sampling: Sampling, real: ShardClips, prompts: Sequence[str], given: Sequence[int]
+    generator: VideoGenerator,
+    sampling: Sampling,
+    real: ShardClips,
+    prompts: Sequence[str],
+    mode: str,
+    given: Sequence[int],
 ) -> Iterator[GeneratedClip]:
     """A video of each prompt; the prompt of a clip whose frames are needed and cannot be read is left out."""
     for start in range(0, len(prompts), sampling.batch_size):
@@ -109,7 +114,7 @@ def _make(
             **real.shape._asdict(),
             "seeds": [sampling.seed + number for number in clips],
             "negative_prompt": sampling.negative_prompt,
-            "given": _given(sampling.mode or "", given, sources),
+            "given": _given(mode, given, sources),
             **sampling.guiding(generator.objective),
         }
         videos = generate_batch(generator, sampling, arguments)
