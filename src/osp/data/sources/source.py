@@ -1,6 +1,7 @@
-"""What training, encoding and evaluation ask of clips: the `ClipSource` protocol."""
+"""`ClipSource`, the protocol of all that gives clips to training, encoding and evaluation."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from osp.checks import check_number
 from osp.data.buckets import Bucket
 from osp.data.features.format import FeatureIdentity
 from osp.data.shards.index import ClipEntry
+from osp.data.summary import Summary
 
 
 class ClipSource(Protocol):
@@ -26,7 +28,7 @@ class ClipSource(Protocol):
         vae_origin: the file or folder of the VAE that made the features, if that is known.
         empty: of features the embeddings of the empty text, `text` (`L D`) and `pooled_text` (`P`), if they are kept.
         mirrors: whether half of the clips are read mirrored.
-        dropped: clips that are left out (reason -> clips).
+        dropped: clips that are left out (reason -> clips); a reason reads on after "3 clips".
     """
 
     path: Path | None = None
@@ -66,6 +68,14 @@ class ClipSource(Protocol):
         """Whether any of the clips has a caption; None: only reading them tells."""
         return None
 
+    def summary(self) -> Summary:
+        """How many clips there are, what is left out and why, and how many have captions.
+
+        Verbs log it once, when they begin to read.
+        """
+        place = type(self).__name__ if self.path is None else str(self.path)
+        return Summary(place, len(self), {f"clips {reason}": clips for reason, clips in self.dropped.items()})
+
     def collate(self, clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Clips of one shape, as `read` gives them, as a batch: videos stacked, `B C T H W`."""
         return {
@@ -93,9 +103,12 @@ class ListedClips(ClipSource, Protocol):
         return self.entries[index].record
 
     def has_captions(self) -> bool:
-        """See `ClipSource.has_captions`. Features list several captions a clip, videos one."""
-        records = (entry.record for entry in self.entries)
-        return any(record.get("caption") or any(record.get("captions", ())) for record in records)
+        """See `ClipSource.has_captions`."""
+        return any(map(_is_captioned, self.entries))
+
+    def summary(self) -> Summary:
+        """See `ClipSource.summary`."""
+        return replace(super().summary(), captioned=sum(map(_is_captioned, self.entries)))
 
 
 class FirstClips(ClipSource):
@@ -132,6 +145,15 @@ class FirstClips(ClipSource):
         """See `ClipSource.has_captions`; of all clips of the source."""
         return self.source.has_captions()
 
+    def summary(self) -> Summary:
+        """See `ClipSource.summary`; of all clips of the source."""
+        return self.source.summary()
+
     def collate(self, clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """See `ClipSource.collate`."""
         return self.source.collate(clips)
+
+
+def _is_captioned(entry: ClipEntry) -> bool:
+    """Whether a clip's record has a caption, or of features any that is not empty."""
+    return bool(entry.record.get("caption")) or any(entry.record.get("captions", ()))

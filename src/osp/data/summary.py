@@ -1,0 +1,80 @@
+"""What became of many files: how many clips are taken, what is left out and why, and which clips have a caption.
+
+Every verb that reads a folder ends with the `Summary` of what it read, so that nothing is left out in silence.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from osp.documents import printable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was read of one place.
+
+    Args:
+        place: the folder, or what else the clips come from.
+        clips: how many are taken.
+        left_out: how many files or clips are left out, by a reason that reads on after the number ("clips that are too
+            short", ".heic files").
+        captioned: clips with a caption; None: only reading them tells.
+    """
+
+    place: str
+    clips: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    captioned: int | None = None
+
+    def line(self) -> str:
+        """All of it for people, in one line."""
+        parts = [f"{self.clips} {_clips(self.clips)}"]
+        if self.captioned is not None and self.captioned < self.clips:
+            missing = self.clips - self.captioned
+            parts.append(f"{missing} of the {self.clips} {_clips(self.clips)} have no caption")
+        elif self.captioned is not None:
+            parts[0] += ", all with captions"
+        if left_out := [f"{count} {reason}" for reason, count in self.left_out.items() if count]:
+            parts.append(f"left out: {', '.join(left_out)}")
+        return printable(f"{self.place}: {'; '.join(parts)}")
+
+    def log(self) -> None:
+        """Log the line; as a warning where something is left out or clips have no caption."""
+        incomplete = any(self.left_out.values()) or (self.captioned is not None and self.captioned < self.clips)
+        log.log(logging.WARNING if incomplete else logging.INFO, "%s", self.line())
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for the result of a verb."""
+        return {"clips": self.clips, "captioned": self.captioned, "left_out": dict(self.left_out)}
+
+
+class Tally:
+    """Counts of what is passed over, by reason, each with the first one as an example."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self._first: dict[str, str] = {}
+
+    def add(self, reason: str, example: object, count: int = 1) -> None:
+        """Count one more for a reason that reads on after the number ("side-cars that cannot be read")."""
+        self.counts[reason] = self.counts.get(reason, 0) + count
+        self._first.setdefault(reason, printable(example))
+
+    def lines(self) -> Iterator[str]:
+        """One line a reason, such as "3 side-cars that cannot be read (first: a.json: is no JSON)"."""
+        for reason, count in self.counts.items():
+            first = self._first[reason]
+            yield f"{count} {reason} ({'first: ' if count > 1 else ''}{first})"
+
+    def warn(self, place: object) -> None:
+        """Log a warning of one line for each reason."""
+        for line in self.lines():
+            log.warning("%s: %s", printable(place), line)
+
+
+def _clips(count: int) -> str:
+    return "clip" if count == 1 else "clips"
