@@ -1,0 +1,128 @@
+"""The pages say what is so: their links lead somewhere, their code is real, the two READMEs are one."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import osp
+from osp.cli import VERBS
+from osp.data.procedural.scene import COLOURS, MOTION_PHRASES, SHAPES
+from osp.weights.families import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+READMES = ("README.md", "README.zh.md")
+PAGES = [*READMES, "data/README.md", "conf/README.md", "notebooks/README.md"]
+PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+PICTURE = 1_500_000
+"""Bytes of a picture at most: a README is read on phones too."""
+
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The blocks of code of a page: language and text."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text(page), re.MULTILINE | re.DOTALL)
+
+
+def prose(page: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", text(page), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What `#` of a link to this page may be: its headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_a_page_imports_what_there_is(page: str) -> None:
+    for language, code in blocks(page):
+        for node in ast.walk(ast.parse(code if language == "python" else "")):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("osp"):
+                module = importlib.import_module(str(node.module))
+                assert not [name.name for name in node.names if not hasattr(module, name.name)], node.module
+
+
+def test_both_readmes_have_the_same_code_links_and_pictures() -> None:
+    def parts(page: str) -> list[tuple[str, str]]:
+        return [(language, re.sub(r" *# .*", "", code)) for language, code in blocks(page)]
+
+    def targets(page: str) -> list[str]:
+        return sorted(link for link in re.findall(r"\]\(([^)]+)\)", text(page)) if link not in READMES)
+
+    english, chinese = READMES
+    assert parts(chinese) == parts(english)
+    assert targets(chinese) == targets(english)
+    assert f"]({chinese})" in text(english)
+    assert f"]({english})" in text(chinese)
+    for mark in ("## ", "### ", "| "):  # the same sections and rows
+        assert len(re.findall(f"^{re.escape(mark)}", prose(chinese), re.MULTILINE)) == len(
+            re.findall(f"^{re.escape(mark)}", prose(english), re.MULTILINE)
+        ), mark
+
+
+def test_the_readme_has_the_two_commands() -> None:
+    assert re.search(r"^```\nmake demo +#.*\nmake test +#.*\n```$", text("README.md"), re.MULTILINE)
+
+
+def test_pictures_of_pages_are_small() -> None:
+    pictures = [path for path in (ROOT / "docs" / "images").iterdir() if path.is_file()]
+    assert pictures
+    assert not [path.name for path in pictures if path.stat().st_size > PICTURE]
+    named = {Path(link).name for page in PAGES for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text(page))}
+    assert named == {path.name for path in pictures}
+
+
+def test_the_citation_names_this_version() -> None:
+    assert f"version = {{{osp.__version__}}}" in text("README.md")
+
+
+def test_the_page_of_the_demo_has_the_words_of_its_captions() -> None:
+    page = text("docs/demo.md")
+    for kind, words in (("colours", COLOURS), ("shapes", SHAPES)):
+        assert f"| {kind} | {', '.join(words)} |" in page
+    readme = text("README.md").replace("\n", " ")
+    assert f"({', '.join(COLOURS)})" in readme
+    assert f"({', '.join(SHAPES)})" in readme
+    for phrases in MOTION_PHRASES.values():
+        quoted = ", ".join(f'"{phrase}"' for phrase in phrases)
+        assert f"| {quoted} |" in page
+
+
+def test_the_page_of_the_demo_has_the_numbers_of_the_makefile() -> None:
+    makefile, page = text("Makefile"), text("docs/demo.md").replace("\n", " ")
+    for name in ("DEMO_CLIPS", "DEMO_VAE", "DEMO_DENOISER"):
+        for number in (
+            re.search(rf"^{name} \?= (\d+)", makefile, re.MULTILINE),
+            re.search(rf" {name}=(\d+)", makefile),
+        ):
+            assert number is not None
+            assert re.search(rf"\b{int(number[1]):,}\b", page), number[0]
+
+
+def test_the_page_of_the_command_line_has_every_verb() -> None:
+    rows = re.findall(r"^\| (`osp .*?) \|", text("docs/command-line.md"), re.MULTILINE)
+    assert re.findall(r"`osp ([\w-]+)`", " ".join(rows)) == list(VERBS)
+
+
+def test_the_page_of_weights_has_every_kind() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \|$", text("docs/weights.md"), re.MULTILINE)
+    assert {*rows} - {"kind"} == {kind for family in FAMILIES.values() for kind in family.kinds}
