@@ -48,7 +48,7 @@ def read_text(path: Path, most: int = 64 * MIB) -> str:
 
     Raises FileNotFoundError if there is none, and DocumentError for anything else that cannot be read.
     """
-    return decode_text(_read(path, most), str(path))
+    return decode_text(read_bytes(path, most), str(path))
 
 
 def decode_text(data: bytes, place: str) -> str:
@@ -235,7 +235,8 @@ def _shown(value: Any) -> str:
     return printable(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
-def _read(path: Path, most: int) -> bytes:
+def read_bytes(path: Path, most: int) -> bytes:
+    """The bytes of a regular file. Raises FileNotFoundError if there is none, DocumentError if it cannot be read."""
     try:
         # Without waiting: a FIFO that nobody writes to would block for ever.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:

@@ -25,8 +25,10 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
             sync(file)
         os.replace(part, path)
-    except OSError:
+    except OSError as error:
         part.unlink(missing_ok=True)
+        if error.filename is None or error.filename == str(part):
+            error.filename = str(path)  # a full disk names no file, and the temporary one is nobody's
         raise
 
 

@@ -1,6 +1,5 @@
 """`osp page`: what runs left in their folders, on one HTML page that can be sent as it is."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +9,13 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 
 from osp.checks import check_number
+from osp.documents import printable
 from osp.errors import DataError, UsageError
 from osp.evaluation.output import METRICS
 from osp.evaluation.reconstruction import PAIRS
 from osp.files import write_whole
 from osp.report.page import Content, html_page
+from osp.report.records import GENERATION, RECONSTRUCTION, RESULT, SAMPLE, check_record, read_record
 from osp.sampling.outputs import SAMPLES, SampleFolder
 from osp.training.runs import TrainingRun
 
@@ -37,9 +38,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             f"there is nothing to show; give at least one of {', '.join(f'{name}=DIR' for name in _FOLDERS)}"
         )
     content = Content(
-        generations=[(path, _metrics(path)) for path in folders["generation"]],
+        generations=[(path, _metrics(path, GENERATION)) for path in folders["generation"]],
         samples=[(path, _samples(path)) for path in folders["samples"]],
-        reconstructions=[(sorted((path / PAIRS).glob("*.*")), _metrics(path)) for path in folders["reconstruction"]],
+        reconstructions=[
+            (sorted((path / PAIRS).glob("*.*")), _metrics(path, RECONSTRUCTION)) for path in folders["reconstruction"]
+        ],
         trainings=[
             (called, _result(run), run.curves())
             for name, called in _TRAINED.items()
@@ -60,24 +63,18 @@ def _paths(given: Any) -> list[Path]:
     return [Path(to_absolute_path(str(path))) for path in listed]
 
 
-def _metrics(folder: Path) -> Mapping[str, Any]:
-    path = folder / METRICS
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; give the folder of an evaluation that has ended") from error
-    except ValueError as error:
-        raise DataError(f"{path}: is no JSON ({error})") from error
+def _metrics(folder: Path, form: Any) -> Mapping[str, Any]:
+    return read_record(folder / METRICS, form, "give the folder of an evaluation that has ended")
 
 
 def _samples(folder: Path) -> Mapping[str, Mapping[str, Any]]:
     listed = SampleFolder(folder, "mp4").listed
     if not listed:
         raise DataError(f"{folder / SAMPLES}: lists no video; give samples=DIR that `osp sample` wrote")
+    for name, settings in listed.items():
+        check_record(settings, SAMPLE, f"{folder / SAMPLES}: {printable(name)}")
     return listed
 
 
 def _result(run: TrainingRun) -> Mapping[str, Any]:
-    if (result := run.result()) is None:
-        raise DataError(f"{run.result_file}: No such file; give the folder of a run that has ended")
-    return result
+    return read_record(run.result_file, RESULT, "give the folder of a run that has ended")

@@ -1,5 +1,6 @@
 """Folders of made videos: files that say inside how they were made, and a list of them."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from osp.checks import check_choice
 from osp.data.media.pictures import animated_gif, encode_png
 from osp.data.media.shape import Shape
 from osp.data.media.video import encode_video, probe, read_clip, to_uint8
+from osp.documents import DocumentError, parse_json, read_text
 from osp.errors import DataError, UsageError
 from osp.files import write_whole
 
@@ -78,17 +80,35 @@ class SampleFolder:
         else:
             self._write_frames(path, pixels, comment)
         self.listed[path.name] = _plain(settings)
-        with open(self.list, "a") as file:
-            file.write(_line(path.name, settings))
+        self._append(_line(path.name, settings))
         return path
+
+    def _append(self, line: str) -> None:
+        """Add a line to the list, whole or not at all; what a killed command left of one is not gone on with."""
+        with open(self.list, "ab+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            whole = end == 0 or file.read(1) == b"\n"
+            data = ("" if whole else "\n").encode() + line.encode()
+            try:
+                written = file.write(data)
+                if written != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                file.truncate(end)
+                raise OSError(error.errno, error.strerror, str(self.list)) from error
 
     def _write_frames(self, path: Path, pixels: Tensor, comment: str) -> None:
         part = path.with_name(f".{path.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        for number, frame in enumerate(pixels.unbind(1)):
-            (part / f"{number:04d}.png").write_bytes(encode_png(frame, comment))
-        os.replace(part, path)
+        try:
+            for number, frame in enumerate(pixels.unbind(1)):
+                write_whole(part / f"{number:04d}.png", encode_png(frame, comment))
+            os.replace(part, path)
+        except OSError:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
 
     def finish(self) -> Path:
         """Write the list anew, sorted and without files that are gone."""
@@ -103,20 +123,22 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     Raises DataError for a file that cannot be read.
     """
     file = min(path.glob("*.png"), default=None) if path.is_dir() else path
+    if file is None:
+        return None
+    if file.exists() and not file.is_file():
+        raise DataError(f"{path}: is no regular file; remove it")
     try:
-        if file is None:
-            return None
         if file.suffix == ".mp4":
             with av.open(f"file:{file}") as container:
                 comment = container.metadata.get("comment", "")
         else:
             with Image.open(file) as image:
                 comment = image.info.get("Comment") or image.info.get("comment", b"")
-        settings = json.loads(comment)
-    except (OSError, av.FFmpegError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove it, or use overwrite=true") from error
-    except ValueError:
+        settings = parse_json(comment, str(path))
+    except DocumentError:
         return None
+    except (OSError, av.FFmpegError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it, or use overwrite=true") from error
     return settings if isinstance(settings, dict) else None
 
 
@@ -157,11 +179,15 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_list(path: Path) -> dict[str, dict[str, Any]]:
     """The settings of files by name; a line that was not written to its end is passed over."""
-    listed = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    listed: dict[str, dict[str, Any]] = {}
+    try:
+        lines = read_text(path).split("\n")
+    except FileNotFoundError:
+        return listed
+    for line in lines:
         try:
-            entry = json.loads(line)
-            listed[entry.pop("path")] = entry
-        except (ValueError, KeyError, AttributeError):
+            entry = parse_json(line, str(path), {"path": str})
+        except DocumentError:
             continue
+        listed[entry.pop("path")] = entry
     return listed
