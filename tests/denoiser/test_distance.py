@@ -157,7 +157,9 @@ def test_far_tokens_of_a_large_grid() -> None:
 def test_blocks_as_followed(schedule: list[Pattern], grid: Grid) -> None:
     starts = blocks_from_each(schedule, grid)
     assert starts == [followed_blocks(schedule[start:], grid) for start in range(len(schedule))]
-    assert blocks_until_reached(schedule, grid) == sum(starts) / len(starts)
+    reaching = [blocks for blocks in starts if blocks < math.inf]
+    assert starts[: len(reaching)] == reaching  # those that come too late are the last ones
+    assert blocks_until_reached(schedule, grid) == (sum(reaching) / len(reaching) if reaching else math.inf)
 
 
 @pytest.mark.parametrize("grid", LATENTS.values(), ids=LATENTS)
@@ -199,8 +201,26 @@ def test_tokens_that_are_never_reached() -> None:
         [1, -1, 0, -1],
         [-1, 1, -1, 0],
     ]
-    assert blocks_until_reached([Spatial(), Temporal(), Spatial()], REPORT) == math.inf  # from the last block on
+    assert blocks_until_reached([Spatial(), Spatial()], REPORT) == math.inf
     assert blocks_until_reached([Spatial(), Temporal(), Dense()], (2, 2, 2)) == (11 / 7 + 13 / 7 + 7 / 7) / 3
+
+
+def test_a_stack_that_ends_with_a_block_that_does_not_mix_counts_from_the_blocks_before() -> None:
+    stack = [Spatial(), Temporal(), Spatial()]
+    starts = blocks_from_each(stack, (2, 2, 2))
+    assert starts == [11 / 7, 13 / 7, math.inf]
+    assert blocks_until_reached(stack, (2, 2, 2)) == (11 / 7 + 13 / 7) / 2
+    assert blocks_until_reached([Spatial(), Temporal()] * 14, REPORT) < 2
+
+
+def test_distances_are_counted_under_the_meta_device() -> None:
+    patterns, grid = [SingleSkip(2), GroupSkip(2), Window(3)], Grid(2, 5, 7)
+    with torch.device("cpu"):
+        counted = [average_attention_distance(patterns, grid), blocks_until_reached(patterns, grid)]
+        pairs = pairwise_distances(patterns, grid)
+    with torch.device("meta"):
+        assert [average_attention_distance(patterns, grid), blocks_until_reached(patterns, grid)] == counted
+        assert torch.equal(pairwise_distances(patterns, grid), pairs)
 
 
 def test_one_token() -> None:

@@ -5,9 +5,10 @@ padding and odd grids included. Tokens that share all their groups are alike: th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import combinations, product
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +17,22 @@ from osp.denoiser.grid import Grid
 from osp.denoiser.patterns.arrangement import Pattern
 from osp.errors import UsageError
 
+P, R = ParamSpec("P"), TypeVar("R")
+
 # Distances in one matrix; entries of a search held at a time; its entries times patterns times steps (half a minute on
 # one core); entries of a matrix of groups by groups.
 _PAIRS, _HELD, _WORK, _MEETINGS = 2**26, 2**22, 2**33, 2**28
+
+
+def _on_the_cpu(count: Callable[P, R]) -> Callable[P, R]:
+    """The function with its tensors on the CPU, also where models are being built on the meta device."""
+
+    @wraps(count)
+    def counted(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.device("cpu"):
+            return count(*args, **kwargs)
+
+    return counted
 
 
 class _Cells(NamedTuple):
@@ -28,8 +42,9 @@ class _Cells(NamedTuple):
     groups: list[Tensor]
 
 
+@_on_the_cpu
 def average_attention_distance(patterns: Sequence[Pattern], grid: Grid | tuple[int, int, int]) -> float:
-    """How few attentions carry information from a token to another, averaged over all pairs of different tokens.
+    """The fewest attentions that carry information between two tokens, averaged over all pairs of different tokens.
 
     Each attention may use any of the patterns (report v1.3, "average attention distance"). The result is exact, and
     infinite where some tokens never hear of each other. The report's closed forms differ from it by less than 1/N: they
@@ -60,6 +75,7 @@ def average_attention_distance(patterns: Sequence[Pattern], grid: Grid | tuple[i
     return _mean(total, tokens)
 
 
+@_on_the_cpu
 def pairwise_distances(patterns: Sequence[Pattern], grid: Grid | tuple[int, int, int]) -> Tensor:
     """The distance of each token from each other, by search: `N N`, whole numbers, -1 where there is no way.
 
@@ -75,20 +91,23 @@ def pairwise_distances(patterns: Sequence[Pattern], grid: Grid | tuple[int, int,
 
 
 def blocks_until_reached(schedule: Sequence[Pattern], grid: Grid | tuple[int, int, int]) -> float:
-    """How many blocks of a stack, in their order, carry information from a token to another.
+    """Blocks of a stack, in their order, that carry information from a token to another, on average.
 
-    This is the mean of `blocks_from_each` over the stack: averaged over all pairs of different tokens, and over the
-    block before which the information comes in.
+    Information comes in before block i, and each block from i on counts as one until the other token has it. The mean
+    is over all pairs of different tokens, and over the blocks i from which on the stack reaches every token. Those are
+    the first ones: the last blocks of a stack may be too few to mix all tokens, and what comes in there is not counted.
+    `blocks_from_each` gives the value for each i. Infinite where even the whole stack leaves some tokens unreached.
 
     Raises:
         UsageError: as `blocks_from_each`.
     """
-    blocks = blocks_from_each(schedule, grid)
-    return sum(blocks) / len(blocks)
+    reaching = [blocks for blocks in blocks_from_each(schedule, grid) if blocks < math.inf]
+    return sum(reaching) / len(reaching) if reaching else math.inf
 
 
+@_on_the_cpu
 def blocks_from_each(schedule: Sequence[Pattern], grid: Grid | tuple[int, int, int]) -> list[float]:
-    """What `blocks_until_reached` comes to from each block of the stack on.
+    """For each block i, the blocks that information needs on average if it comes in before block i.
 
     Block i counts as one. Infinite where the stack ends before each token has reached all others. Only the blocks'
     attention among these tokens counts: where they also attend to text that attends to them, there are ways through
