@@ -17,7 +17,8 @@ from osp.denoiser.grid import Grid
 from osp.denoiser.patterns.arrangement import Pattern
 from osp.errors import UsageError
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Distances in one matrix; entries of a search held at a time; its entries times patterns times steps (half a minute on
 # one core); entries of a matrix of groups by groups.
