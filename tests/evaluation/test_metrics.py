@@ -10,6 +10,7 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
+from osp.errors import UsageError
 from osp.evaluation import metrics
 from osp.evaluation.metrics import clip_metrics, flicker, ms_ssim_scales, psnr
 
@@ -99,3 +100,27 @@ def test_a_single_small_frame_has_neither_flicker_nor_ssim() -> None:
     assert values["flicker"] is None
     assert values["ssim"] is None
     assert list(values) == ["psnr", "ssim", "flicker"]
+
+
+def test_a_metric_of_ones_own_stands_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_REGISTERED", {})
+    metrics.register_metric("largest_error", largest_error)
+    metrics.register_metric("largest_error", largest_error)
+    video = torch.zeros(3, 2, 16, 16)
+    found = clip_metrics(video + 0.25, video)
+    assert list(found) == ["psnr", "ssim", "flicker", "largest_error"]
+    assert found["largest_error"] == 0.25
+    for name in ("psnr", "largest_error"):
+        with pytest.raises(UsageError, match=f"there is another metric {name}"):
+            metrics.register_metric(name, lambda a, b: 0)
+    with pytest.raises(UsageError, match="must be letters"):
+        metrics.register_metric("a b", largest_error)
+    metrics.register_metric("broken", lambda a, b: a)
+    with pytest.raises(
+        UsageError, match=r"metric broken gives values of shape \(3, 2, 16, 16\); it must give one finite number"
+    ):
+        clip_metrics(video, video)
+
+
+def largest_error(reconstruction: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
+    return (reconstruction - video).abs().max()

@@ -12,6 +12,7 @@ from typing import Any
 from osp.cli.overrides import config_folder, is_prompt_with_commas, prepared
 from osp.cli.user_errors import user_error
 from osp.errors import OspError
+from osp.extensions import import_modules
 
 __all__ = ["VERBS", "config_folder", "main", "user_error"]
 
@@ -74,6 +75,7 @@ def _run(verb: str, overrides: list[str]) -> list[OspError]:
         try:
             chosen = HydraConfig.get()
             check_read(verb, cfg, chosen.overrides.task, chosen.runtime.choices)
+            import_modules(cfg.get("imports") or ())
             result = importlib.import_module(f"osp.cli.{verb.replace('-', '_')}").run(cfg)
         except Exception as error:
             if (mended := user_error(error, verb)) is None:

@@ -1,40 +1,22 @@
 """A denoiser's schedule: which attention pattern each of its blocks follows."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from osp.checks import check_choice, check_number
-from osp.denoiser.patterns import (
-    Dense,
-    GroupSkip,
-    GroupSkip2D,
-    Pattern,
-    SingleSkip,
-    SingleSkip2D,
-    Spatial,
-    Temporal,
-    Window,
-)
+from osp.checks import check_number
+from osp.denoiser.patterns import Pattern
+from osp.denoiser.patterns.registry import check_pattern, make_patterns
 from osp.errors import UsageError
-
-# The patterns that the blocks of a stage take in turn.
-_CYCLES: dict[str, Callable[[int], tuple[Pattern, ...]]] = {
-    "dense": lambda _: (Dense(),),
-    "2+1d": lambda _: (Spatial(), Temporal()),
-    "skiparse": lambda k: (SingleSkip(k), GroupSkip(k)) if k > 1 else (Dense(),),
-    "skiparse_2d": lambda k: (SingleSkip2D(k), GroupSkip2D(k)) if k > 1 else (Dense(),),
-    "skip_window": lambda k: (SingleSkip(k), Window(k)),
-}
-_WITHOUT_SPARSITY = ("dense", "2+1d")
 
 
 @dataclass(frozen=True)
 class Stage:
     """Neighbouring blocks that take the same patterns in turn.
 
-    `pattern` is "dense", "2+1d" (space, time), "skiparse" (single skip, group skip), "skiparse_2d" or "skip_window";
-    `k` is the sparsity of the last three. Raises UsageError for values that make no stage.
+    `pattern` is "dense", "2+1d" (space, time), "skiparse" (single skip, group skip), "skiparse_2d", "skip_window", or a
+    name of one's own (`osp.denoiser.patterns.register_pattern`); `k` is the sparsity of those that have one. Raises
+    UsageError for values that make no stage.
     """
 
     blocks: int
@@ -42,16 +24,14 @@ class Stage:
     k: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("stages: pattern", self.pattern, _CYCLES)
         for name in ("blocks", "k"):
             check_number(f"stages: {name}", getattr(self, name), 1, whole=True)
-        if self.pattern in _WITHOUT_SPARSITY and self.k != 1:
-            raise UsageError(f"stages: pattern={self.pattern} has no sparsity; k={self.k} must be left out")
+        check_pattern(self.pattern, self.k)
 
     @property
     def patterns(self) -> list[Pattern]:
         """The pattern of each block, in order."""
-        cycle = _CYCLES[self.pattern](self.k)
+        cycle = make_patterns(self.pattern, self.k)
         return [cycle[i % len(cycle)] for i in range(self.blocks)]
 
 

@@ -5,7 +5,7 @@ from osp.diffusion.flow import Flow
 from osp.diffusion.guidance import Predict, guided, guided_prediction, held_prediction
 from osp.diffusion.loss import squared_error
 from osp.diffusion.noise import Generators, draw_normal
-from osp.diffusion.objective import Objective
+from osp.diffusion.objective import Objective, find_objective, register_objective
 from osp.diffusion.sampling import Progress, sample
 from osp.diffusion.solver import Integration, Solver, solvers
 
@@ -20,10 +20,15 @@ __all__ = [
     "Solver",
     "Velocity",
     "draw_normal",
+    "find_objective",
     "guided",
     "guided_prediction",
     "held_prediction",
+    "register_objective",
     "sample",
     "solvers",
     "squared_error",
 ]
+
+for _kind in (Epsilon, Velocity, Flow):
+    register_objective(_kind)

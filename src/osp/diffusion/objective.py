@@ -1,12 +1,16 @@
-"""What a denoiser learns to predict, along which path from clean to noise."""
+"""Objectives: what a denoiser learns to predict, along which path from clean to noise; and their names."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from osp.checks import check_choice
 from osp.diffusion.noise import Generators
+from osp.errors import UsageError
+from osp.extensions import import_named
 
 
 @dataclass(frozen=True)
@@ -65,3 +69,26 @@ class Objective(ABC):
         shape = (-1, *[1] * (latent.ndim - 1))
         alpha, sigma = self.levels(time.to(latent.device))
         return alpha.view(shape), sigma.view(shape)
+
+
+_OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+def register_objective(kind: type[Objective]) -> None:
+    """Let checkpoints name this class, so that `osp sample` finds what a denoiser was trained to predict.
+
+    The class is a frozen dataclass, whose fields are its settings. A module that is run again may register its class
+    again. Raises UsageError for a name that is taken.
+    """
+    known = _OBJECTIVES.get(kind.__name__)
+    if known is not None and known.__module__ != kind.__module__:
+        raise UsageError(f"register_objective: there is another objective {kind.__name__}; choose another name")
+    _OBJECTIVES[kind.__name__] = kind
+
+
+def find_objective(name: Any) -> type[Objective]:
+    """The class that a checkpoint names. Raises UsageError for a name that nobody has registered."""
+    if name not in [*_OBJECTIVES]:
+        import_named()
+    check_choice("objective", name, _OBJECTIVES)
+    return _OBJECTIVES[name]

@@ -1,5 +1,7 @@
-"""How well one clip was reconstructed: PSNR, SSIM, MS-SSIM, perceptual distance, temporal flicker."""
+"""How well one clip was reconstructed: PSNR, SSIM, MS-SSIM, perceptual distance, temporal flicker, and yours."""
 
+import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -11,12 +13,33 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
+from osp.errors import UsageError
 from osp.evaluation.lpips import PerceptualDistance
 
 PSNR_CAP = 100.0  # dB
 MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, finest scale first
 SSIM_WINDOW = 11  # pixels
+MADE_NAMES = ("psnr", "ssim", "ms_ssim", "ms_ssim_4scale", "ms_ssim_3scale", "ms_ssim_2scale", "flicker")
 PIXELS_AT_ONCE = 2**22  # bounds the memory of the per-frame metrics: 64 frames of 256 x 256
+
+Measure = Callable[[Tensor, Tensor], Tensor | float | None]
+_REGISTERED: dict[str, Measure] = {}
+
+
+def register_metric(name: str, measure: Measure) -> None:
+    """Let `osp eval target=reconstruction` measure one thing more of each clip, under this name.
+
+    `measure` takes a reconstruction and its video, `C T H W` in [-1, 1] in float32 on one device. It gives a number, or
+    None where a clip has none. The mean over clips, the table and the contact sheet then have it as all others. A
+    module that is run again may register its own name again. Raises UsageError for a name that is taken.
+    """
+    known = _REGISTERED.get(name)
+    same = known is not None and (known.__module__, known.__qualname__) == (measure.__module__, measure.__qualname__)
+    if name in MADE_NAMES or (known is not None and not same):
+        raise UsageError(f"register_metric: there is another metric {name}; choose another name")
+    if not re.fullmatch(r"\w+", name):
+        raise UsageError(f"register_metric: {name!r} must be letters, digits and _, as it names a column")
+    _REGISTERED[name] = measure
 
 
 def clip_metrics(
@@ -32,6 +55,7 @@ def clip_metrics(
             published exponents of the scales that are left made to sum to 1. Absent below that.
         lpips: mean over frames, under the name that `perceptual` has; absent without it.
         flicker: see `flicker`; None for a single frame.
+        and those that `register_metric` has added.
     """
     frames, target = (_unit_frames(x) for x in (reconstruction, video))
     scales = ms_ssim_scales(*video.shape[-2:])
@@ -48,9 +72,23 @@ def clip_metrics(
     if perceptual is not None:
         values[perceptual.name] = _mean_over_frames(perceptual, frames * 2 - 1, target * 2 - 1)
     values["flicker"] = flicker(reconstruction, video)
+    values |= {name: _measured(name, measure, reconstruction, video) for name, measure in _REGISTERED.items()}
     known = [key for key, value in values.items() if value is not None]
     numbers = torch.stack([value for value in values.values() if value is not None]).tolist()  # one transfer
     return dict.fromkeys(values) | dict(zip(known, numbers, strict=True))
+
+
+def _measured(name: str, measure: Measure, reconstruction: Tensor, video: Tensor) -> Tensor | None:
+    """The number that a registered metric gives. Raises UsageError for what is none."""
+    value = measure(reconstruction.float(), video.float())
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float | Tensor)
+    number = torch.as_tensor(value if is_number else math.nan, dtype=torch.float32, device=video.device)
+    if number.numel() != 1 or not number.isfinite():
+        given = f"values of shape {tuple(number.shape)}" if number.numel() != 1 else value
+        raise UsageError(f"metric {name} gives {given}; it must give one finite number, or None where there is none")
+    return number.reshape(())
 
 
 def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:

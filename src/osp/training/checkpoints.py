@@ -8,7 +8,7 @@ import torch
 
 from osp.conditioning import TextEncoder, WordText
 from osp.denoiser import Denoiser
-from osp.diffusion import Epsilon, Flow, Objective, Velocity
+from osp.diffusion import find_objective
 from osp.errors import DataError, OspError, UsageError
 from osp.sampling import VideoGenerator
 from osp.training.encode_features import text_identities
@@ -17,8 +17,6 @@ from osp.vae import WFVAE, LatentCodec, VideoVAE
 from osp.weights import load_pretrained
 from osp.weights.families import find_class
 from osp.weights.files import load_exactly
-
-_OBJECTIVES: dict[str, type[Objective]] = {kind.__name__: kind for kind in (Epsilon, Velocity, Flow)}
 
 _GIVE_VAE = "vae=trained vae.path=CHECKPOINT, or vae=pretrained vae.path=FOLDER"
 _GIVE_TEXT = "text=NAME text.path=FOLDER"
@@ -116,7 +114,7 @@ def load_trained_generator(
     return VideoGenerator(
         averaged_denoiser(state),
         _text(state, text),
-        _OBJECTIVES[objective["name"]](**objective["settings"]),
+        find_objective(objective["name"])(**objective["settings"]),
         codec,
         fps=entry["fps"],
         clip=entry["clip"],

@@ -7,6 +7,7 @@ from torch import nn
 from osp.checks import check_choice
 from osp.denoiser import Denoiser
 from osp.errors import OspError, UsageError
+from osp.extensions import import_named
 from osp.vae import VideoVAE
 from osp.weights import causalvae, cross, joint, wfvae
 from osp.weights.layout import Family, Kind
@@ -36,6 +37,8 @@ def register(family: Family) -> None:
 
 def find_kind(name: str) -> tuple[Family, Kind]:
     """A published kind and its family. Raises UsageError for a name that no family has."""
+    if not any(name in family.kinds for family in FAMILIES.values()):
+        import_named()
     check_choice("kind", name, [kind for family in FAMILIES.values() for kind in family.kinds])
     return next((family, family.kinds[name]) for family in FAMILIES.values() if name in family.kinds)
 
@@ -50,6 +53,8 @@ def find_class(name: Any, base: type[Model], key: str = "model", error: type[Osp
 
     Raises an `error` about `key` for any other name.
     """
+    if not any(name in family.names for family in FAMILIES.values()):
+        import_named()
     families = [family for family in FAMILIES.values() if issubclass(family.model, base)]
     if not isinstance(name, str) or not any(name in family.names for family in families):
         check_choice(key, name, [family.model.__name__ for family in families], error)

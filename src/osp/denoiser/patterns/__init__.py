@@ -1,4 +1,4 @@
-"""Attention patterns, and how far apart they leave two tokens."""
+"""Attention patterns, their names, and how far apart they leave two tokens."""
 
 from osp.denoiser.patterns.arrangement import (
     Dense,
@@ -17,6 +17,7 @@ from osp.denoiser.patterns.distance import (
     blocks_until_reached,
     pairwise_distances,
 )
+from osp.denoiser.patterns.registry import pattern_names, register_pattern
 
 __all__ = [
     "Dense",
@@ -32,4 +33,6 @@ __all__ = [
     "blocks_from_each",
     "blocks_until_reached",
     "pairwise_distances",
+    "pattern_names",
+    "register_pattern",
 ]
