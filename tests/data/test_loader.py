@@ -255,7 +255,7 @@ def test_too_many_broken_clips_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPa
     ("settings", "told"),
     [
         ({"seed": 5}, "seed was 0, is 5"),
-        ({"batch_size": 8}, r"global batch \(batch_size x devices\) was 4, is 8"),
+        ({"batch_size": 8}, r"global batch \(batch_size x devices x accumulate\) was 4, is 8"),
         ({"mesh": Mesh(2)}, "was 4, is 8"),
         ({"shuffle": False}, "shuffle was True, is False"),
         ({"clips": 11}, "clips was 10, is 11"),
@@ -265,6 +265,37 @@ def test_a_changed_plan_is_refused(settings: dict[str, Any], told: str) -> None:
     state = loader().state_dict()
     with pytest.raises(UsageError, match=told):
         loader(**settings).load_state_dict(state)
+
+
+def keys_of_steps(loader: ResumableLoader, steps: int) -> list[list[str]]:
+    """The clips of each of the next steps, in their order."""
+    return [[key for batch in step for key in batch["key"]] for step in take(loader, steps)]
+
+
+@pytest.mark.parametrize(("size", "accumulate", "allowed"), [(2, 2, True), (1, 4, True), (2, 1, False), (4, 2, False)])
+def test_another_split_of_the_same_global_batch_goes_on_with_the_same_clips(
+    size: int, accumulate: int, allowed: bool
+) -> None:
+    def new(size: int, accumulate: int) -> ResumableLoader:
+        twice = lambda step: accumulate * (2 if step >= 2 else 1)  # noqa: E731 (as a discriminator that starts)
+        return loader(batch_size=size, batches_per_step=twice)
+
+    whole = keys_of_steps(new(4, 1), 6)
+    first = new(4, 1)
+    assert keys_of_steps(first, 3) == whole[:3]
+    second = new(size, accumulate)
+    if not allowed:
+        with pytest.raises(UsageError, match=r"global batch .* was"):
+            second.load_state_dict(first.state_dict())
+        return
+    second.load_state_dict(first.state_dict())
+    assert keys_of_steps(second, 3) == whole[3:]
+
+
+@pytest.mark.parametrize("change", [{"steps": -1}, {"steps": 10**15}, {"batches": "1"}, {"seed": [1]}])
+def test_a_state_that_is_none_is_refused_in_one_line(change: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="the loader's state to go on from: "):
+        loader().load_state_dict(loader().state_dict() | change)
 
 
 def test_a_changed_source_and_a_foreign_state_are_refused() -> None:

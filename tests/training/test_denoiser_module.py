@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from osp.conditioning import EncodedText, TextEncoder, WordText
@@ -31,7 +31,7 @@ from osp.training.checkpoints import load_trained_generator
 from osp.training.clipping import AbnormalDrop, AdaptiveClipping, DivergedError, NormClipping
 from osp.training.denoiser_module import DenoiserModule
 from osp.training.peek import has_captions
-from osp.training.saving import AtomicCheckpointIO, LastCheckpoint
+from osp.training.saving import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from osp.vae import WFVAE, LatentCodec
 from osp.weights.pretrained import save_pretrained
 
@@ -147,7 +147,6 @@ def fit(
     folder: Path, module: DenoiserModule, data: ClipDataModule, steps: int, resume: Path | None = None, **trainer: Any
 ) -> Record:
     record = Record()
-    best = ModelCheckpoint(folder, "best", monitor=module.monitor, mode=module.mode, enable_version_counter=False)
     lightning.Trainer(
         **{
             "accelerator": "cpu",
@@ -159,7 +158,7 @@ def fit(
             "logger": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "callbacks": [record, best, LastCheckpoint(folder, 3)],
+            "callbacks": [record, BestCheckpoint(folder), LastCheckpoint(folder, 3)],
             "plugins": [AtomicCheckpointIO()],
         }
         | trainer,
@@ -610,5 +609,5 @@ def test_two_processes_train_as_one_and_so_do_four_that_share_their_clips(
     assert len(said) == 5 + 2
     assert [float(value) for name, value in said if name == "loss"] == pytest.approx(record.losses(), rel=1e-5)
     expected = torch.load(tmp_path / "best.ckpt", weights_only=True)["callbacks"]
-    (kept,) = (value for key, value in expected.items() if key.startswith("ModelCheckpoint"))
-    assert [float(value) for name, value in said if name == "val"] == pytest.approx([kept["best_model_score"].item()])
+    best = expected["BestCheckpoint"]["score"]
+    assert [float(value) for name, value in said if name == "val"] == pytest.approx([best])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 
 from osp.data.datamodule import ClipDataModule
 from osp.data.sources import SyntheticClips
@@ -17,7 +17,7 @@ from osp.training.checkpoints import load_trained_vae
 from osp.training.clipping import DivergedError
 from osp.training.discriminator import PatchDiscriminator3d
 from osp.training.losses import VAELoss
-from osp.training.saving import AtomicCheckpointIO, LastCheckpoint
+from osp.training.saving import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE
 from osp.weights import WeightImportError
@@ -57,7 +57,6 @@ def fit(
     data = ClipDataModule(
         train=SyntheticClips(10, frames, 16, 16, seed=0), val=SyntheticClips(2, frames, 16, 16, seed=1), batch_size=2
     )
-    best = ModelCheckpoint(folder, "best", monitor="val/psnr", mode="max", enable_version_counter=False)
     runner = lightning.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -68,7 +67,7 @@ def fit(
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[losses, best, LastCheckpoint(folder, save_every)],
+        callbacks=[losses, BestCheckpoint(folder), LastCheckpoint(folder, save_every)],
         plugins=[AtomicCheckpointIO()],
         **trainer,
     )
@@ -222,15 +221,19 @@ def test_validation_is_the_mean_over_the_clips_that_count(monkeypatch: pytest.Mo
 def test_a_resumed_run_knows_what_was_best(tmp_path: Path) -> None:
     """Also where the last checkpoint and a validation fall on the same step."""
     trainer, _ = fit(tmp_path, new_module(), 6, save_every=3)
-    (best,) = (callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
-    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
-    (kept,) = (value for key, value in state.items() if key.startswith("ModelCheckpoint"))
-    assert kept["best_model_score"] == best.best_model_score
-    assert kept["current_score"] == trainer.callback_metrics["val/psnr"]
-    again, losses = fit(tmp_path, new_module(), 6, save_every=3, resume=tmp_path / "last.ckpt")
-    (reloaded,) = (callback for callback in again.callbacks if isinstance(callback, ModelCheckpoint))
-    assert not losses.by_step
-    assert reloaded.best_model_score == best.best_model_score
+    (best,) = (callback for callback in trainer.callbacks if isinstance(callback, BestCheckpoint))
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert content["callbacks"]["BestCheckpoint"] == {"score": best.score}
+    assert best.score is not None
+    # As earlier versions wrote it, with a path that nobody must follow.
+    former = {"best_model_score": torch.tensor(best.score), "best_model_path": "/etc/passwd", "dirpath": "/etc"}
+    content["callbacks"] = {"ModelCheckpoint{'monitor': 'val/psnr'}": former}
+    torch.save(content, tmp_path / "former.ckpt")
+    for checkpoint in ("last.ckpt", "former.ckpt"):
+        again, losses = fit(tmp_path, new_module(), 6, save_every=3, resume=tmp_path / checkpoint)
+        (reloaded,) = (callback for callback in again.callbacks if isinstance(callback, BestCheckpoint))
+        assert not losses.by_step
+        assert reloaded.score == best.score
 
 
 TWO_PROCESSES = """

@@ -25,9 +25,14 @@ from osp.data.plan import FixedPlan, Group, Slot, TrainPlan
 from osp.data.sources import ClipSource
 from osp.devices import choose_device
 from osp.devices.mesh import Mesh
+from osp.documents import check_form
 from osp.errors import DataError, OspError, UsageError
 
 log = logging.getLogger(__name__)
+
+_STEP = "global batch (batch_size x devices x accumulate)"
+_COUNTS = {"steps": 10**8, "batches": 10**12, "global_batch": 10**9}  # of a loader's state, and the most of each
+_PLAIN = (float, str, bool, None)
 
 GIVE_UP_AFTER = 1000
 """So many broken clips in a row (or all clips of a smaller source) are no accident: the run ends."""
@@ -170,7 +175,16 @@ class ResumableLoader:
         } | self._settings
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`. Raises UsageError if it belongs to another seed, global batch or source."""
+        """Goes on from `state`, also with another split of the clips of a step into batches and devices.
+
+        Raises UsageError if it belongs to another seed, source or number of clips in a step, DataError if it is none.
+        """
+        counts = {f"{name}?": int for name in _COUNTS}
+        check_form(state, {**counts, ...: _PLAIN}, "the loader's state to go on from")
+        for name, most in _COUNTS.items():
+            check_number(
+                f"the loader's state to go on from: {name}", state.get(name), 0, most, null="-", error=DataError
+            )
         mine = self._identity()
         missing = ({"steps", "batches"} | mine.keys()) - state.keys()
         if missing:
@@ -178,17 +192,37 @@ class ResumableLoader:
                 f"cannot resume: the checkpoint's loader state lacks {', '.join(sorted(missing))}, "
                 "so another loader wrote it; start a new run from its weights instead"
             )
-        names = {"global_batch": "global batch (batch_size x devices)", "fingerprint": "clips or their decoding"}
+        names = {"global_batch": _STEP, "fingerprint": "clips or their decoding"}
         mine |= {key: None for key in ("batch_tokens", "devices", "image_ratio") if key in state and key not in mine}
+        batches = self._batches_in(state["steps"], state["batches"])
+        if state["steps"] and len(self.plan.groups) == 1:  # samples are numbered through, however batches split them
+            clips = [state["batches"] * state["global_batch"], batches * self.global_batch]
+            state = {**state, "global_batch": clips[0] / state["steps"]}
+            mine["global_batch"] = clips[1] / state["steps"]
+        elif batches != state["batches"]:
+            so_far = "batches so far (accumulate)"
+            state, mine = {**state, so_far: state["batches"]}, mine | {so_far: batches}
         changed = [
-            f"{names.get(key, key)} was {state[key]}, is {value}" for key, value in mine.items() if state[key] != value
+            f"{names.get(key, key)} was {_whole(state[key])}, is {_whole(value)}"
+            for key, value in mine.items()
+            if state[key] != value
         ]
         if changed:
             raise UsageError(
                 f"cannot resume, the order of the training clips would change: {'; '.join(changed)}. "
                 "Set this back to resume, or start a new run from the checkpoint's weights"
             )
-        self.steps, self.batches = state["steps"], state["batches"]
+        self.steps, self.batches = state["steps"], batches
+
+    def _batches_in(self, steps: int, said: int) -> int:
+        """How many batches so many steps take; what a state says where steps are not counted in batches."""
+        if self.batches_per_step is None:
+            return said if len(self.plan.groups) > 1 else steps
+        return sum(map(self.batches_per_step, range(steps)))
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class FixedLoader:

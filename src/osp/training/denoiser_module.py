@@ -17,6 +17,7 @@ from osp.data.datamodule import ClipDataModule
 from osp.data.media.video import to_float
 from osp.denoiser import Denoiser
 from osp.diffusion import Objective, draw_normal
+from osp.documents import check_form
 from osp.errors import UsageError
 from osp.sampling import VideoGenerator
 from osp.seeds import seeded, stable_seed
@@ -31,6 +32,9 @@ from osp.training.optimisation import Optimisation
 from osp.training.start import StartWeights, load_start
 from osp.training.text_input import TextInput
 from osp.vae import LatentCodec
+
+_SCALING = ([float], tuple)
+_LATENT_FORM = {"vae": str, "vae_fingerprint": str, "origin": (str, None), "shift": _SCALING, "scale": _SCALING}
 
 
 class DenoiserModule(TrainingModule):
@@ -326,11 +330,14 @@ class DenoiserModule(TrainingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A scaling that was measured stays what it was. Raises UsageError if the VAE is another now."""
-        latent = checkpoint["generator"]["latent"]
+        entry: Any = checkpoint.get("generator")
+        check_form(entry, {"latent": _LATENT_FORM}, "the checkpoint to go on from: generator")
+        latent = entry["latent"]
         if self.scaling_clips:
             self._scale(latent["shift"], latent["scale"])
         if self._identity is not None:
             self._identity.refuse_others(latent, "this run")
+        super().on_load_checkpoint(checkpoint)
 
 
 def denoiser_of(model: nn.ModuleDict) -> Denoiser:

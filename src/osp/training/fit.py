@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from osp.data.datamodule import ClipDataModule
@@ -21,6 +20,7 @@ from osp.errors import DataError, UsageError
 from osp.files import write_json, write_whole
 from osp.training.module import TrainingModule
 from osp.training.runs import CONFIG, TrainingRun, is_first_process
+from osp.training.saving import BestCheckpoint
 from osp.training.state import open_state
 
 log = logging.getLogger(__name__)
@@ -156,8 +156,7 @@ def write_result(
     overrides: Sequence[str],
 ) -> dict[str, Any]:
     """What a run has come to; also written to its folder."""
-    kept = [one.best_model_score for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-    score = next((float(one) for one in kept if one is not None), None)
+    score = next((one.score for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)), None)
     result = {
         "name": name,
         "output": str(run.folder),

@@ -15,6 +15,7 @@ from osp.training.build import drawing_from
 from osp.training.clipping import Clipping, DivergedError
 from osp.training.ema import ExponentialMovingAverage
 from osp.training.optimisation import Optimisation
+from osp.training.resumed import take_over
 
 Batch = dict[str, Any]
 
@@ -44,6 +45,7 @@ class TrainingModule(lightning.LightningModule):
         self.seed = seed
         self._drawn_from = torch.get_rng_state()
         self._is_configured = False
+        self._restored: int | None = None  # states of optimisers in the checkpoint that the run goes on from
         self._broken = 0  # clips replaced since the process began
         self._sums: dict[str, Tensor] = {}  # of the validation under way
 
@@ -97,6 +99,21 @@ class TrainingModule(lightning.LightningModule):
         """The sum of a value of clips over all different clips of all processes."""
         total: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")
         return total / self.mesh.sharing  # processes that share a clip have added it as often
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave in the checkpoint what this run takes over (`osp.training.resumed`). Raises errors as that."""
+        take_over(checkpoint, self)
+        self._restored = len(checkpoint["optimizer_states"])
+
+    def on_train_start(self) -> None:
+        """Put the loggers' axis where the run is. Raises DataError if an optimiser found no state to go on from."""
+        # Lightning counts this beside the steps, and falls behind by one with each checkpoint.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+        if self._restored not in (None, len(self.trainer.optimizers)):
+            raise DataError(
+                f"the checkpoint to go on from has {self._restored} states of optimisers, and there are "
+                f"{len(self.trainer.optimizers)} optimisers"
+            )
 
     def set_rates(self, optimizers: Sequence[LightningOptimizer]) -> None:
         """Give each optimiser its rate for this step."""

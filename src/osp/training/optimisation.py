@@ -3,11 +3,15 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from osp.checks import check_number
+from osp.training.resumed import own_settings
+
+AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Optimisation:
         """An optimiser of those that learn, at `lr` or another rate."""
         learning = [parameter for parameter in parameters if parameter.requires_grad]
         rate, betas = self.lr if lr is None else lr, (self.betas[0], self.betas[1])
-        return torch.optim.AdamW(learning, rate, betas, weight_decay=self.weight_decay, fused=True)
+        return _restorable(torch.optim.AdamW(learning, rate, betas, weight_decay=self.weight_decay, fused=True))
 
     def with_muon(self, model: nn.Module, muon_lr: float) -> list[torch.optim.Optimizer]:
         """AdamW, and Muon (Jordan et al., 2024) for the matrices inside blocks.
@@ -61,4 +65,10 @@ class Optimisation:
             inside = parameter.ndim == 2 and ".blocks." in name and name.endswith("weight")
             (matrices if inside else rest).append(parameter)
         muon = torch.optim.Muon(matrices, muon_lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw")
-        return [self.adamw(rest), muon]
+        return [self.adamw(rest), _restorable(muon)]
+
+
+def _restorable(optimizer: AnyOptimizer) -> AnyOptimizer:
+    """The optimiser, which takes the tensors of a state over and keeps the settings that it was made with."""
+    optimizer.register_load_state_dict_pre_hook(own_settings)
+    return optimizer
