@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo demo-long study test lint train-vae eval bench-vae bench-denoiser sweep clean help
+.PHONY: setup demo demo-long study test lint fuzz train-vae eval bench-vae bench-denoiser sweep clean help
 
 setup: $(INSTALLED)  ## make .venv with everything, versions as in constraints.txt
 
@@ -75,6 +75,10 @@ lint: setup  ## ruff, mypy, import contract
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+fuzz: setup  ## damage thousands of files and read them, and flip bits in stored ones: make fuzz ARGS="--seed 7 --only media"
+	$(BIN)/python tools/fuzz.py $(or $(ARGS),--count 800)
+	$(if $(ARGS),,$(BIN)/python tools/fuzz.py --flips 200)
 
 train-vae: setup  ## train a VAE: make train-vae ARGS="experiment=wfvae_v13_8ch data.train.path=DIR"
 	$(OSP) train $(or $(ARGS),experiment=wfvae_tiny)
