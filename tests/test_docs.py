@@ -3,13 +3,20 @@
 import ast
 import importlib
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import osp
 from osp.cli import VERBS
+from osp.data.media.video import write_video
 from osp.data.procedural.scene import COLOURS, MOTION_PHRASES, SHAPES
+from osp.evaluation.reconstruction import PAIRS
+from osp.sampling.outputs import SampleFolder
 from osp.weights.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -126,3 +133,24 @@ def test_the_page_of_the_command_line_has_every_verb() -> None:
 def test_the_page_of_weights_has_every_kind() -> None:
     rows = re.findall(r"^\| `(\w+)` \| [^|]* \|$", text("docs/weights.md"), re.MULTILINE)
     assert {*rows} - {"kind"} == {kind for family in FAMILIES.values() for kind in family.kinds}
+
+
+def test_the_pictures_of_the_readme_are_drawn_from_folders_of_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampled, measured, drawn = (tmp_path / name for name in ("samples", "eval", "pictures"))
+    draw = runpy.run_path(str(ROOT / "tools" / "readme_pictures.py"))["main"]
+    monkeypatch.setattr(sys, "argv", ["", str(sampled), str(measured), str(drawn)])
+    assert draw() == 1
+    assert capsys.readouterr().err == f"{sampled}: holds no MP4 files of `osp`\n"
+    sampled.mkdir()
+    (measured / PAIRS).mkdir(parents=True)
+    rising = torch.linspace(0, 1, 3).view(1, 3, 1, 1).expand(3, 3, 16, 32)
+    for number, prompt in enumerate(("a red circle", "a long sentence about a large blue square that stays still")):
+        settings = {"prompt": prompt, "frames": 3, "height": 16, "width": 16, "fps": 8.0}
+        SampleFolder(sampled, "mp4").write(f"00{number}", rising[..., :16], settings)
+    write_video(measured / PAIRS / "000.mp4", (255 * rising).byte(), 8.0)
+    assert draw() == 0
+    for name in ("samples", "reconstructions"):
+        with Image.open(drawn / f"{name}.gif") as picture:
+            assert picture.n_frames >= 3  # type: ignore[attr-defined]

@@ -35,8 +35,8 @@ class ClipSize:
     frames: int | None = setting(
         None, "frames of each video; 1 is an image", least=1, whole=True, null="that of the training clips"
     )
-    height: int | None = setting(None, "in pixels", least=1, whole=True, null="that of the training clips")
-    width: int | None = setting(None, "in pixels", least=1, whole=True, null="that of the training clips")
+    height: int | None = setting(None, "height in pixels", least=1, whole=True, null="that of the training clips")
+    width: int | None = setting(None, "width in pixels", least=1, whole=True, null="that of the training clips")
 
     def filled(self, known: Mapping[str, Any] | None) -> Shape:
         """With what is null as it is known of the model. Raises UsageError naming what is not."""
@@ -56,12 +56,16 @@ class SolverSettings:
 
     name: str | None = setting(
         None,
-        "the solver; lms, ddpm and ddim are for discrete objectives only",
+        "the solver, which makes a video of noise; lms, ddpm and ddim do not go with a flow",
         choices=dict.fromkeys([*solvers(Flow()), *solvers(Velocity())]),
-        null="by the objective",
+        null="as fits the objective",
     )
-    steps: int | None = setting(None, "how many steps it takes", least=1, whole=True, null="by the solver's default")
-    shift: float | None = setting(None, "shift of a flow's noise levels", above=0, null="as in training")
+    steps: int | None = setting(
+        None, "steps of the solver", least=1, whole=True, null="as many as do well for the objective"
+    )
+    shift: float | None = setting(
+        None, "factor that moves the noise levels of a flow towards noise", above=0, null="as in training"
+    )
     options: Mapping[str, Any] = field(
         default_factory=dict, metadata={"meaning": "settings of the solver's class in diffusers", "limits": None}
     )
@@ -82,20 +86,22 @@ class Sampling:
 
     clip: ClipSize = field(default_factory=ClipSize)
     fps: float | None = setting(None, "frames a second of the files", least=0.001, null="that of the training videos")
-    seed: int = setting(0, "of the first video; the following ones count on", least=0, whole=True)
-    videos_per_prompt: int = setting(1, "how many, each with a seed of its own", least=1, whole=True)
+    seed: int = setting(0, "seed of the first video; each next one has the next seed", least=0, whole=True)
+    videos_per_prompt: int = setting(1, "videos of each prompt, each with a seed of its own", least=1, whole=True)
     batch_size: int = setting(1, "videos that are made at once", least=1, whole=True)
-    negative_prompt: str = setting("", "what guidance leads away from", text=True)
-    guidance: float = setting(GUIDANCE, "how far the prompt is followed; 1: none", least=0)
-    rescale: float = setting(0.0, "how much of the spread that guidance adds is taken back", least=0, most=1)
+    negative_prompt: str = setting("", "what the videos should not show; guidance leads away from it", text=True)
+    guidance: float = setting(GUIDANCE, "how strongly the prompt is followed; 1: without guidance", least=0)
+    rescale: float = setting(0.0, "share of the contrast added by guidance that is taken back", least=0, most=1)
     solver: SolverSettings = field(default_factory=SolverSettings)
     mode: str | None = setting(
-        None, "what is given beside the prompt", choices=(*MODES, FRAMES), null="what the given files are for"
+        None, "what is given beside the prompt", choices=(*MODES, FRAMES), null="as the given files say"
     )
-    keep_frames: int = setting(5, "frames of a given video that are gone on with", least=1, whole=True)
+    keep_frames: int = setting(
+        5, "frames of the given video that are kept, and that the new ones go on from", least=1, whole=True
+    )
     hold_given: bool = setting(
         True,
-        "latent frames wholly given stay as they are; false: as the model copies them, as published",
+        "true: given frames that fill whole latent frames are kept; false: the model copies them, as published",
         choices=(True, False),
     )
     precision: str = setting(
@@ -104,7 +110,7 @@ class Sampling:
         choices=(*AUTOCAST, "auto"),
     )
     memory: str = setting(
-        "normal", "low: parts are on the device one after another, the denoiser block by block", choices=MEMORY
+        "normal", "low: each part is on the device only while it works, and the denoiser block by block", choices=MEMORY
     )
 
     def __post_init__(self) -> None:
