@@ -478,16 +478,16 @@ def test_draws_set_the_window_and_the_flip(tmp_path: Path) -> None:
     assert any(left(plain.read(0, draw)["video"]) != left(plain.read(1, draw)["video"]) for draw in range(4))
 
 
-def test_clips_too_short_are_left_out_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_clips_too_short_are_left_out_with_one_line(tmp_path: Path) -> None:
     image = ("d.png", picture(), {"frames": 1, "fps": 0.0, "kind": "image", "caption": "a picture"})
     folder = shards(tmp_path / "shards", [clip("a", 24), clip("b", 9), clip("c", 8), image])
 
     def kept(**settings: Any) -> list[str]:
         return [entry.key for entry in ShardClips(folder, height=32, width=32, **settings).entries]
 
-    with caplog.at_level(logging.INFO, logger="osp"):
-        assert kept(frames=9) == ["a", "b"]
-    assert [record.getMessage() for record in caplog.records] == [f"{folder}: 2 of 4 clips are too short and left out"]
+    assert kept(frames=9) == ["a", "b"]
+    told = "2 clips, all with captions; left out: 2 clips that are too short for frames=9, or images"
+    assert ShardClips(folder, 9, 32, 32).summary().line() == f"{folder}: {told}"
     assert kept(frames=5, stride=2) == ["a", "b"]
     assert kept(frames=8, fps=8.0) == ["a", "b", "c"]
     assert kept(frames=5, fps=4.0) == ["a", "b"]

@@ -431,7 +431,7 @@ def test_bad_arguments_are_told_before_anything_is_written(videos: Path, tmp_pat
         ({"shard_clips": 0}, "shard_clips=0"),
         ({"workers": -1}, "workers=-1"),
         ({"captions": videos / "gone.jsonl"}, r"gone\.jsonl: cannot be read"),
-        ({"captions": videos / "notes.doc"}, r"must be a \.jsonl or \.csv file"),
+        ({"captions": videos / "notes.doc"}, r"must be a \.jsonl, \.json or \.csv file"),
     ]:
         with pytest.raises(UsageError, match=message):
             write_shards(videos, output, **settings)  # type: ignore[arg-type]
@@ -518,11 +518,11 @@ def test_captions_that_came_later_are_not_silently_lost(four: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.jsonl", '{"file": "a.mp4"}\n{"file":', r"c\.jsonl:2: not JSON"),
+        ("c.jsonl", '{"file": "a.mp4", "caption": "x"}\n{"file":', r"c\.jsonl:2: is no JSON"),
         ("c.jsonl", "[1]", r"c\.jsonl:1: not an object"),
         ("c.jsonl", '{"caption": "x"}', r"c\.jsonl:1: names no file"),
-        ("c.jsonl", '{"file": "a.mp4", "caption": ["x"]}', r"c\.jsonl:1: its caption is not a text"),
-        ("c.csv", "name,text\na,b\n", r"needs the columns file \(or path\) and caption, has name, text"),
+        ("c.jsonl", '{"file": "a.mp4", "caption": [5]}', r"c\.jsonl:1: its caption is not a text"),
+        ("c.csv", "name,text\na,b\n", r"c\.csv:2: names no file under file, .*; its keys are name, text"),
     ],
 )
 def test_a_captions_file_that_makes_no_sense_is_told_by_line(

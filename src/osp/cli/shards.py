@@ -40,6 +40,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
                 workers=cfg.workers,
                 watch=show,
             )
+        report.summary(str(cfg.input)).log()
     return {"output": str(output), **asdict(report)}
 
 

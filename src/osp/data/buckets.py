@@ -148,6 +148,8 @@ def _fit(rule: TokenRule, clip: Shape) -> Shape | None:
     tokens = (heights // side) * (widths // side)
     for frames in rule.lengths(clip.frames):
         least, most = rule.limits(frames)
+        if not tokens.size or most < tokens[0, 0] or least > tokens[-1, -1]:
+            continue  # quickly, as a record may claim any length
         inside = (tokens >= least) & (tokens <= most)
         if inside.any():
             # `_kept` for all of them at once; these are sides scaled by the clip's other side, in whole numbers.

@@ -4,13 +4,16 @@ Every verb that reads a folder ends with the `Summary` of what it read, so that 
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from osp.documents import printable
 
 log = logging.getLogger(__name__)
+
+_EXAMPLES = 5  # named in a line
+_LONGEST = 300  # characters of an example
 
 
 @dataclass(frozen=True)
@@ -53,27 +56,25 @@ class Summary:
 
 
 class Tally:
-    """Counts of what is passed over, by reason, each with the first one as an example."""
+    """Counts of what is passed over, by reason, with the first few as examples."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
-        self._first: dict[str, str] = {}
+        self._examples: dict[str, list[str]] = {}
 
-    def add(self, reason: str, example: object, count: int = 1) -> None:
+    def add(self, reason: str, example: object) -> None:
         """Count one more for a reason that reads on after the number ("side-cars that cannot be read")."""
-        self.counts[reason] = self.counts.get(reason, 0) + count
-        self._first.setdefault(reason, printable(example))
-
-    def lines(self) -> Iterator[str]:
-        """One line a reason, such as "3 side-cars that cannot be read (first: a.json: is no JSON)"."""
-        for reason, count in self.counts.items():
-            first = self._first[reason]
-            yield f"{count} {reason} ({'first: ' if count > 1 else ''}{first})"
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        examples = self._examples.setdefault(reason, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(printable(str(example)[:_LONGEST]))
 
     def warn(self, place: object) -> None:
-        """Log a warning of one line for each reason."""
-        for line in self.lines():
-            log.warning("%s: %s", printable(place), line)
+        """Log one line a reason, such as "PLACE: 2 side-cars that cannot be read: a.json: is no JSON; b.txt: ..."."""
+        for reason, count in self.counts.items():
+            shown = self._examples[reason]
+            more = f"; and {count - len(shown)} more" if count > len(shown) else ""
+            log.warning("%s: %d %s: %s%s", printable(place), count, reason, "; ".join(shown), more)
 
 
 def _clips(count: int) -> str:

@@ -69,25 +69,25 @@ class FeatureEncoder:
         with self._autocast:
             posterior = self.codec.vae.encode(video)
         mean, logvar = posterior.mean.float().cpu(), posterior.logvar.float().cpu()
-        captions = [str(clip.get("caption", "")) for clip in clips]
-        texts = iter(self._texts([caption for caption in captions if caption]))
+        captions = [[text for text in clip.get("captions", [clip.get("caption", "")]) if text] for clip in clips]
+        texts = iter(self._texts([text for said in captions for text in said]))
         features = []
-        for clip, caption, latent, spread in zip(clips, captions, mean, logvar, strict=True):
+        for clip, said, latent, spread in zip(clips, captions, mean, logvar, strict=True):
             size = Shape(*clip["video"].shape[1:])
             sample = self.posterior == "sample"
             if sample:
                 generator = seeded("posterior", clip["key"])
                 latent = latent + torch.exp(0.5 * spread) * torch.randn(latent.shape, generator=generator)
-            text = next(texts) if caption else {}
+            encoded = [next(texts) for _ in said]
             features.append(
                 Features(
                     clip["key"],
                     size,
                     latent,
                     None if sample else spread,
-                    [caption] if caption else [],
-                    [text["text"]] if "text" in text else [],
-                    [text["pooled_text"]] if "pooled_text" in text else [],
+                    said,
+                    [text["text"] for text in encoded if "text" in text],
+                    [text["pooled_text"] for text in encoded if "pooled_text" in text],
                     fps=0.0 if size.frames == 1 else float(clip["fps"]),
                 )
             )
@@ -166,7 +166,7 @@ def _encoded(encoder: FeatureEncoder, clips: Sequence[Mapping[str, Any]]) -> lis
 
 
 def _kept(source: ClipSource, index: int) -> dict[str, Any]:
-    """What stays of the clip's own record."""
+    """The part of the clip's own record that its features keep."""
     scores = source.record(index).get("scores")
     return {"scores": scores} if scores else {}
 

@@ -30,7 +30,7 @@ _SCALING_LOCK = ".scaling.lock"
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """What a folder of features is made of and by whom, models apart.
+    """All that decides about a folder of features and who makes it, except for the models.
 
     Args:
         clip: `frames`, `height`, `width`, `stride` and `fps` of each; with a rule for shapes the last two alone count.
@@ -61,7 +61,7 @@ class FeatureJob:
 
 @dataclass(frozen=True)
 class FeatureModels:
-    """What encodes: a VAE, a text encoder or none, and the rule that gives clips their shape or none."""
+    """The models that encode: a VAE, a text encoder or none, and the rule that gives clips their shape or none."""
 
     vae: VideoVAE
     text: TextEncoder | None
@@ -103,6 +103,8 @@ def encode_part(job: FeatureJob, models: FeatureModels, process: int = 0) -> tup
     if vae.origin is None:
         raise UsageError("this VAE has random weights, and what it encodes nothing can decode; give checkpoint=FILE")
     source = _source(job, models)
+    if process == job.part == 0:
+        source.summary().log()
     with folder_lock(job.output, _SCALING_LOCK):
         codec = _codec(job, vae, source, device)
         how: dict[str, Any] = {
@@ -130,15 +132,13 @@ def encode_part(job: FeatureJob, models: FeatureModels, process: int = 0) -> tup
 
 def _source(job: FeatureJob, models: FeatureModels) -> ClipSource:
     """The clips, always the same frames of each, in sizes that the VAE takes."""
-    clip, always = job.clip, {"random_start": False, "flip": False}
+    clip = job.clip
+    always: dict[str, Any] = {"random_start": False, "flip": False}
     if models.rule is None:
         models.vae.check_size(clip["frames"], clip["height"], clip["width"])
         return ShardClips(job.input, **clip, **always)
     rate = {"stride": clip["stride"], "fps": clip["fps"]}
-    source = BucketClips(job.input, models.rule, **rate, min_clips=job.min_clips, **always)
-    for reason, clips in source.dropped.items():
-        log.info("%s: %d clips left out, %s", job.input, clips, reason)
-    return source
+    return BucketClips(job.input, models.rule, **rate, min_clips=job.min_clips, **always)
 
 
 def _codec(job: FeatureJob, vae: VideoVAE, source: ClipSource, device: torch.device) -> LatentCodec:

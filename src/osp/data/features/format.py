@@ -1,4 +1,4 @@
-"""Encoded clips on disk: what a folder of features holds (`FeatureIdentity`), and `FeatureClips`, which reads it.
+"""Encoded clips on disk: the identity of a folder of features, its index and its listings.
 
 A clip's features are the posterior of its latent and the embeddings of its captions, so that a denoiser trains without
 its VAE and text encoders. `osp.data.features.writer` writes them. The format is described in data/README.md.
@@ -6,7 +6,7 @@ its VAE and text encoders. `osp.data.features.writer` writes them. The format is
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,7 +15,10 @@ from torch import Tensor
 
 from osp.checks import check_choice
 from osp.data.media.shape import Shape, Strides
-from osp.data.shards.index import INDEX_NAME, ClipEntry, listed_entry, read_index_file
+from osp.data.shards.entry import ClipEntry, listed_entry
+from osp.data.shards.index import INDEX_NAME, ListingLines, read_index_file
+from osp.data.shards.tar import headed_digest
+from osp.documents import DocumentError, check_form
 from osp.errors import DataError, UsageError
 
 FEATURES_FORMAT = "osp-features"
@@ -31,6 +34,52 @@ POSTERIORS = ("gaussian", "sample")
 
 AGAIN = "run the command that wrote the folder again"
 
+_TEXT_FORM = (None, {"name": str, "fingerprint": str, "width": int})
+_INDEX_FORM: Mapping[Any, Any] = {
+    "identity": {
+        "vae": str,
+        "vae_fingerprint": str,
+        "time_stride": int,
+        "space_stride": int,
+        "latent_channels": int,
+        "shift": [float],
+        "scale": [float],
+        "text": _TEXT_FORM,
+        "pooled_text": _TEXT_FORM,
+        "posterior": str,
+        "dtype": str,
+    },
+    "clips": int,
+    "shards": int,
+    "shard_clips": int,
+    "origin": str,
+    "empty": (None, str),
+    "empty_sha256?": (None, str),
+    "vae_origin": (None, str),
+}
+_HEAD_FORM: Mapping[Any, Any] = {
+    "file": str,
+    "clips": int,
+    "bytes": int,
+    "sha256": str,
+    "listing_sha256?": str,
+    "skipped": [{"clip": int, "key": str, "reason": str}],
+}
+_COUNTS = ("time_stride", "space_stride", "latent_channels")
+_MOST = 1 << 40
+_RECORD_FORM: Mapping[Any, Any] = {
+    "captions": [str],
+    "original": str,
+    "frames": int,
+    "height": int,
+    "width": int,
+    "fps": float,
+    "latent": [int],
+    "text_lengths": [int],
+    "dtype": str,
+    "crc32": int,
+}
+
 
 @dataclass(frozen=True)
 class TextIdentity:
@@ -43,7 +92,7 @@ class TextIdentity:
 
 @dataclass(frozen=True)
 class FeatureIdentity:
-    """What the features of a folder were made with. Features of two identities are never mixed.
+    """The encoders and settings that made the features of a folder. Features of two identities are never mixed.
 
     Args:
         vae, vae_fingerprint: the VAE's name, and the fingerprint of its weights.
@@ -85,12 +134,12 @@ class FeatureIdentity:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "FeatureIdentity":
-        """The identity that `as_json` gave. Raises TypeError, KeyError or ValueError for anything else."""
+        """The identity that `as_json` gave; `load_feature_index` has checked the form of what was read from a file."""
         texts = {name: values[name] and TextIdentity(**values[name]) for name in ("text", "pooled_text")}
         return cls(**{**values, **texts})
 
     def differences(self, other: "FeatureIdentity") -> list[str]:
-        """What differs, as "NAME was HERE, is THERE"."""
+        """The differences, as "NAME was HERE, is THERE"."""
         mine, others = _flat(self.as_json()), _flat(other.as_json())
         names = dict.fromkeys([*mine, *others])
         return [
@@ -118,7 +167,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Features:
-    """What the encoders made of one clip.
+    """The features of one clip, as the encoders made them.
 
     Args:
         key: of the clip in the source that it was read from.
@@ -144,7 +193,7 @@ class Features:
 
 
 class FeatureBatch(TypedDict):
-    """What the loaders give of features; B is the batch size of one device.
+    """A batch of features, as the loaders give it; B is the batch size of one device.
 
     Without a text encoder in the identity the entries of its embeddings are missing.
     """
@@ -169,12 +218,17 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def load_feature_index(folder: Path) -> dict[str, Any] | None:
     """The parsed `index.json` of a folder of features, None if it has none. Raises DataError for any other."""
-    index = read_index_file(folder, "features", FEATURES_FORMAT, FEATURES_VERSION, "osp cache")
-    if index is None:
-        return None
-    wanted = {"identity", "clips", "shards", "shard_clips", "origin", "empty", "vae_origin"}
-    if not wanted <= index.keys() or index["identity"].keys() != {field.name for field in fields(FeatureIdentity)}:
-        raise DataError(f"{folder / INDEX_NAME}: a damaged index; write the folder anew")
+    index = read_index_file(folder, "features", FEATURES_FORMAT, FEATURES_VERSION, "osp cache", _INDEX_FORM)
+    if index is not None:
+        identity = index["identity"]
+        index["identity"] = {name: identity[name] for name in _INDEX_FORM["identity"]}
+        counts = [index["clips"], index["shards"], index["shard_clips"], *(identity[name] for name in _COUNTS)]
+        if min(counts) < 1 or max(counts) > _MOST or index["shards"] != -(-index["clips"] // index["shard_clips"]):
+            raise DataError(f"{folder / INDEX_NAME}: a damaged index, its numbers make no sense; write the folder anew")
+        try:
+            FeatureIdentity.from_json(identity)
+        except UsageError as error:
+            raise DataError(f"{folder / INDEX_NAME}: a damaged index ({error}); write the folder anew") from error
     return index
 
 
@@ -189,15 +243,30 @@ def read_feature_shard(tar: Path) -> tuple[dict[str, Any], list[ClipEntry]]:
     """The facts about a shard and its clips, by the listing beside it. Raises DataError if that is damaged."""
     listing = tar.with_suffix(".jsonl")
     try:
-        head, *lines = (json.loads(line) for line in listing.read_text(encoding="utf-8").split("\n")[:-1])
-        entries = [listed_entry(tar, line) for line in lines]
-        found, expected, clips = tar.stat().st_size, head["bytes"], head["clips"]
+        lines = ListingLines(listing)
+        found = tar.stat().st_size
+        (place, head), *others = lines
+        check_form(head, _HEAD_FORM, place)
+        if head.get("listing_sha256", "") not in ("", headed_digest(head, lines.after_first())):
+            raise DocumentError(f"{listing}: is not as it was written")
+        entries = [_feature_entry(tar, line, place) for place, line in others]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{listing}: a damaged listing ({error!r}); delete {tar.name} and {AGAIN}") from error
-    if (found, len(entries)) != (expected, clips):
+    except (DocumentError, ValueError) as error:
+        raise DataError(f"{error}; a damaged listing: delete {tar.name} and {AGAIN}") from error
+    if (found, len(entries)) != (head["bytes"], head["clips"]):
         raise DataError(
-            f"{tar}: {found} bytes and {len(entries)} clips, should be {expected} and {clips}; delete it and {AGAIN}"
+            f"{tar}: {found} bytes and {len(entries)} clips, should be {head['bytes']} and {head['clips']}; "
+            f"delete it and {AGAIN}"
         )
     return head, entries
+
+
+def _feature_entry(tar: Path, line: Any, place: str) -> ClipEntry:
+    """The clip of a line; a record of features keeps its checksum."""
+    entry = listed_entry(tar, line, place)
+    record = {**entry.record, "crc32": entry.crc32}
+    check_form(record, _RECORD_FORM, place)
+    if len(record["latent"]) != 4 or not all(0 < side <= 1 << 16 for side in record["latent"]):
+        raise DocumentError(f"{place}: latent must be four sizes, C T H W")
+    return replace(entry, record=record)

@@ -6,7 +6,7 @@ is there once its tar has its name; a process that is killed loses the shard it 
 way, when it is started again.
 """
 
-import json
+import hashlib
 import re
 import zlib
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ from osp.data.features.format import (
     shard_path,
 )
 from osp.data.media.video import ClipError
-from osp.data.shards.index import INDEX_NAME
+from osp.data.shards.index import write_index
 from osp.data.shards.tar import TarShard
 from osp.errors import DataError, UsageError
 from osp.files import folder_lock, write_whole
@@ -110,6 +110,7 @@ class FeatureWriter:
             "shard_clips": self.shard_clips,
             "origin": origin,
             "empty": EMPTY_NAME if empty else None,
+            "empty_sha256": hashlib.sha256(save(empty)).hexdigest() if empty else None,
             "vae_origin": vae_origin,
         }
         try:
@@ -122,7 +123,7 @@ class FeatureWriter:
                     raise UsageError(f"{self.folder}: holds other tars ({foreign.name}); use a new folder")
                 if empty:
                     write_whole(self.folder / EMPTY_NAME, save(empty))
-                write_whole(self.folder / INDEX_NAME, json.dumps(index, ensure_ascii=False, indent=1))
+                write_index(self.folder, index)
         except OSError as error:
             raise DataError(f"{error.filename or self.folder}: cannot be written ({error.strerror})") from error
 
@@ -139,7 +140,7 @@ class FeatureWriter:
 
 
 def feature_report(folder: Path) -> dict[str, Any]:
-    """What is in a folder of features by now, of all processes: shards, clips, bytes, `skipped`, and if it is complete.
+    """The content of a folder of features by now, of all processes: shards, clips, bytes, `skipped`, and `complete`.
 
     Raises:
         DataError: there is no such folder, or a listing is damaged.

@@ -9,7 +9,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,15 @@ from torch import Tensor
 from osp.checks import check_number
 from osp.data.media.clips import Clip, Examined, examine, extract
 from osp.data.media.folder import media_files
+from osp.data.media.limits import DEFAULT_LIMITS, Limits
 from osp.data.media.video import VideoInfo, encode_video, probe
-from osp.data.shards.captions import Caption, Captions, read_captions
+from osp.data.shards.captions import Caption, Captions, SideCars, read_captions
+from osp.data.shards.index import tars_below
 from osp.data.shards.tar import to_json
 from osp.data.shards.workers import Crashed, Workers, default_workers
 from osp.data.shards.writer import ShardWriter
+from osp.data.summary import Summary
+from osp.documents import printable
 from osp.errors import DataError, UsageError
 from osp.files import file_digest
 
@@ -33,7 +37,10 @@ _KEY = re.compile(r"[\w-]{1,90}", re.ASCII)
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What a shard folder holds after a run; all but `new_clips` and `captions_missing` count all runs together."""
+    """The content of a shard folder after a run.
+
+    All but `new_clips`, `captions_missing`, `gone` and `left_out` count all runs together.
+    """
 
     clips: int
     new_clips: int
@@ -43,6 +50,13 @@ class ShardReport:
     captioned: int
     captions_missing: int  # files that the captions file names and that do not exist
     skipped: tuple[tuple[str, str], ...]  # (source, reason), also sources of which some clips are left out
+    gone: int = 0  # stored sources that are no longer in the input folder; their clips stay
+    left_out: Mapping[str, int] = field(default_factory=dict)  # side-cars and captions, by reason
+
+    def summary(self, place: str) -> Summary:
+        """The same for people, in one line."""
+        left_out = {"files that are left out, or of which some clips are": len(self.skipped), **self.left_out}
+        return Summary(place, self.clips, left_out, self.captioned)
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,8 @@ class _Source:
 
     @property
     def caption_digest(self) -> str:
-        return hashlib.sha256(to_json([self.caption.text, dict(self.caption.scores)])).hexdigest()[:16]
+        further = [list(self.caption.texts)] if len(self.caption.texts) > 1 else []
+        return hashlib.sha256(to_json([self.caption.text, dict(self.caption.scores), *further])).hexdigest()[:16]
 
 
 def write_shards(
@@ -69,8 +84,9 @@ def write_shards(
     shard_bytes: int = 1_000_000_000,
     workers: int | None = None,
     watch: Callable[[int, int], None] = lambda done, files: None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> ShardReport:
-    """Writes every video and image below `videos` into WebDataset shards in `output`.
+    """Write every video and image below `videos` into WebDataset shards in `output`.
 
     Videos longer than `clip_seconds` are cut (see `media.clips`). Each clip is decoded before it is stored; what is
     damaged is left out, told in one log line a source, and listed in the index. Captions come from `captions` (see
@@ -83,6 +99,7 @@ def write_shards(
         shard_clips, shard_bytes: a shard is closed before it would have more clips or media bytes.
         workers: processes, None: one a core; 0: all in this process, where a decoder's crash ends the run.
         watch: told after each file how many of the new ones are done, and how many there are.
+        limits: what one file may cost.
 
     Raises:
         UsageError: settings out of range, no such folder, or `output` was begun with other settings or captions.
@@ -94,12 +111,12 @@ def write_shards(
     workers = default_workers() if workers is None else workers
     if not videos.is_dir():
         raise UsageError(f"{videos}: no such folder of videos")
-    texts = Captions() if captions is None else read_captions(captions, videos)
+    texts = Captions(side_cars=SideCars(limits)) if captions is None else read_captions(captions, videos, limits)
     sources = _sources(videos, output, texts)
     settings = {"clip_seconds": float(clip_seconds), "min_frames": min_frames}
     with ShardWriter(output, settings, shard_clips, shard_bytes) as writer:
         _check_captions(output, sources, writer.sources)
-        before = writer.clips
+        before, gone = writer.clips, _gone(videos, sources, writer.sources)
         todo = [source for source in sources if not _is_done(source, writer.sources.get(source.name))]
         if todo:
             log.info("%s: %d files, %d of them new", videos, len(sources), len(todo))
@@ -110,6 +127,7 @@ def write_shards(
                     watch(done, len(todo))
         writer.commit()
         report = _report(writer, before, len(texts.missing))
+        report = replace(report, gone=gone, left_out=texts.side_cars.passed_over.counts)
     if not report.clips:
         name, reason = report.skipped[0]
         raise DataError(f"{videos}: none of its {len(sources)} files could be stored (first, {name}: {reason})")
@@ -125,7 +143,7 @@ def write_rendered(
     shard_clips: int = 1000,
     shard_bytes: int = 1_000_000_000,
 ) -> ShardReport:
-    """Writes clips that the program makes into shards: (key, video uint8 `C T H W`, record with at least `fps`).
+    """Write clips that the program makes into shards: (key, video uint8 `C T H W`, record with at least `fps`).
 
     The record may bring `caption`, `scores` and keys of its own; the sizes are filled in here. A folder that holds n of
     the clips goes on after them: a sequence is then indexed from n on, any other iterable is run through.
@@ -154,7 +172,8 @@ def write_rendered(
             keys.add(key)
             data = encode_video(video, record["fps"], lossless=lossless, threads=1)
             info = probe(data, key, decode=True, threads=1)
-            caption = Caption(record.get("caption", ""), record.get("scores", {}))
+            text = record.get("caption", "")
+            caption = Caption((text,) if text else (), record.get("scores", {}))
             writer.add(key, "mp4", data, {**record, **_record(info, 0.0, record.get("source", key), caption)})
         writer.commit()
         return _report(writer, before, 0)
@@ -163,11 +182,44 @@ def write_rendered(
 def _sources(folder: Path, output: Path, captions: Captions) -> list[_Source]:
     """The media files below a folder, but not those in the output folder."""
     found: list[_Source] = []
-    for path in media_files(folder, exclude=output):
+    for path in _media_files(folder, output):
         stat = path.stat()
-        caption = captions.find(path) or Caption("")
+        caption = captions.find(path) or Caption()
         found.append(_Source(path, path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns, caption))
+    captions.side_cars.passed_over.warn(folder)
     return found
+
+
+def _media_files(folder: Path, output: Path) -> list[Path]:
+    try:
+        return media_files(folder, exclude=output)
+    except DataError as error:
+        tars, packed = tars_below(folder)
+        if not (tars or packed):
+            raise
+        kind = "tars" if tars else "compressed tars"
+        first = printable((tars or packed)[0].relative_to(folder))
+        raise DataError(
+            f"{folder}: holds no videos or images, but {len(tars or packed)} {kind} (first: {first}); tars are shards "
+            "already: give their folder to `osp train data.train.path=`, `osp cache input=` or `osp eval input=`, or "
+            "unpack them with tar -xf"
+        ) from error
+
+
+def _gone(videos: Path, sources: Iterable[_Source], lines: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many sources have stored clips and are no longer in the folder; one line says so."""
+    there = {source.name for source in sources}
+    stored = [name for name, line in lines.items() if line["clips"]]
+    gone = [name for name in stored if name not in there]
+    if gone:
+        log.warning(
+            "%s: %d of %d stored sources are gone from it (first: %s); their clips stay",
+            videos,
+            len(gone),
+            len(stored),
+            printable(gone[0]),
+        )
+    return len(gone)
 
 
 def _is_done(source: _Source, line: Mapping[str, Any] | None) -> bool:
@@ -210,7 +262,9 @@ def _store(source: _Source, examined: Examined | Crashed, writer: ShardWriter, p
     if line is not None and not line["done"] and line["sha256"] == examined.sha256:
         number, clips, next_piece, damaged = line["number"], line["clips"], line["next"], list(line["damaged"])
     elif line is not None and line["clips"]:
-        log.warning("%s: has changed since it was stored; the new clips are added, the old ones stay", source.name)
+        log.warning(
+            "%s: has changed since it was stored; its new clips are added, the old ones stay", printable(source.name)
+        )
     stem = re.sub(r"[^\w-]+", "_", source.path.stem, flags=re.ASCII)[:60]
 
     def note(done: bool, reason: str = "") -> None:
@@ -236,7 +290,7 @@ def _store(source: _Source, examined: Examined | Crashed, writer: ShardWriter, p
     if damaged:
         reason = f"{len(damaged)} of its {len(examined.pieces)} clips left out ({damaged[0]})"
     if reason:
-        log.warning("%s: skipped, %s" if not clips else "%s: %s", source.name, reason)
+        log.warning("%s: skipped, %s" if not clips else "%s: %s", printable(source.name), printable(reason))
     note(done=True, reason=reason)
 
 
@@ -251,7 +305,7 @@ def _record(info: VideoInfo, start: float, source: str, caption: Caption) -> dic
     measured = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(info).items()}
     return {
         **{name: measured[name] for name in ("frames", "fps", "width", "height", "duration")},
-        "caption": caption.text,
+        **caption.as_record(),
         "source": source,
         "start": round(start, 6),
         "kind": info.kind,

@@ -1,215 +1,242 @@
-"""What a folder of shards holds: `read_index` lists its clips, and each entry reads its own bytes.
+"""The clips of a folder: `read_listing` lists them, and each entry reads its own bytes.
 
 The format is described in data/README.md. Folders that `osp shards` wrote have an `index.json`; any other folder of
 WebDataset tars (video2dataset's, for one) is listed by walking the tar headers, and a folder of plain videos by name.
 """
 
+import hashlib
+import itertools
 import json
-import logging
-import tarfile
+import os
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from osp.data.media.folder import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_files
+from osp.data.media.folder import IMAGE_SUFFIXES, media_files
+from osp.data.media.limits import DEFAULT_LIMITS, Limits
+from osp.data.shards.captions import SideCars
+from osp.data.shards.entry import MEND, ClipEntry, listed_entry
+from osp.data.shards.foreign import scan_tar
+from osp.data.summary import Tally
+from osp.documents import DocumentError, check_form, parse_json, printable, read_json, read_text
 from osp.errors import DataError
+from osp.files import write_whole
 
-log = logging.getLogger(__name__)
+__all__ = ["ClipEntry", "Listing", "read_index", "read_listing"]
 
 INDEX_NAME = "index.json"
 INDEX_FORMAT = "osp-shards"
 INDEX_VERSION = 1
 
-_RECORD_TYPES: Mapping[str, type | tuple[type, ...]] = {
-    "frames": int,
-    "fps": (int, float),
-    "width": int,
-    "height": int,
-    "duration": (int, float),
-    "caption": str,
-    "source": str,
-    "start": (int, float),
-    "kind": str,
-    "scores": dict,
+WRITTEN_FORM: Mapping[Any, Any] = {
+    "clips": int,
+    "images": int,
+    "seconds": float,
+    "captioned": int,
+    "settings": dict,
+    "sources": {"file": str, "bytes": int, "sha256?": str},
+    "skipped": [{"source": str, "reason": str}],
 }
+"""The keys of `index.json` that writing goes on from."""
+
+_READ_FORM: Mapping[Any, Any] = {
+    "shards": [{"file": str, "clips": int, "bytes": int, "sha256?": str, "listing_sha256?": str}],
+    **{f"{key}?": form for key, form in WRITTEN_FORM.items()},
+}
+
+_SHARD_NAME = re.compile(r"[^/\0]{1,200}\.tar")
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4", ".tar.br")
 
 
 @dataclass(frozen=True)
-class ClipEntry:
-    """One sample of a shard folder: where its media bytes lie, and its record. Without a `member`, `tar` is the media
-    file itself.
-    """
+class Listing:
+    """The clips of a folder, and how many files are left out (by a reason that reads on after the number)."""
 
-    key: str
-    tar: Path
-    member: str
-    offset: int  # of the media member's data in the tar, bytes
-    size: int  # bytes
-    record: Mapping[str, Any]
-
-    def source(self) -> Path | bytes:
-        """What `osp.data.media.video` reads the clip from. Raises as `read`."""
-        return self.read() if self.member else self.tar
-
-    def read(self) -> bytes:
-        """The media file's bytes. Raises DataError if the tar is gone or ends too early."""
-        try:
-            with open(self.tar, "rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        except OSError as error:
-            raise DataError(f"{self.tar}: cannot be read ({error.strerror}); {_MEND}") from error
-        if len(data) != self.size:
-            raise DataError(f"{self.tar}: ends inside {self.member} ({len(data)} of {self.size} bytes); {_MEND}")
-        return data
-
-
-_MEND = "copy the shard again, or write the folder anew with `osp shards input=... output=...`"
+    entries: list[ClipEntry]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_index(folder: Path) -> dict[str, Any] | None:
     """The parsed `index.json` of a folder, None if it has none. Raises DataError for one that is not ours."""
-    index = read_index_file(folder, "OSP shards", INDEX_FORMAT, INDEX_VERSION, "osp shards input=... output=...")
-    if index is not None and not isinstance(index.get("shards"), list):
-        raise DataError(f"{folder / INDEX_NAME}: a damaged index; {_MEND}")
+    command = "osp shards input=... output=..."
+    index = read_index_file(folder, "OSP shards", INDEX_FORMAT, INDEX_VERSION, command, _READ_FORM)
+    for shard in [] if index is None else index["shards"]:
+        if not _SHARD_NAME.fullmatch(shard["file"]):
+            shown = printable(shard["file"][:80])
+            raise DataError(f"{folder / INDEX_NAME}: lists {shown}, which is no name of a tar in it; {MEND}")
     return index
 
 
-def read_index_file(folder: Path, what: str, form: str, version: int, command: str) -> dict[str, Any] | None:
+def read_index_file(
+    folder: Path, what: str, form: str, version: int, command: str, keys: Mapping[Any, Any]
+) -> dict[str, Any] | None:
     """The parsed `index.json` of a folder of `what`, None if it has none.
 
-    Raises DataError for a file that is no index of this form and version; `command` writes one.
+    Raises DataError for a file that is no index of this form and version, for other keys than `keys` declares, and for
+    one that is not as it was written; `command` writes one.
     """
     path = folder / INDEX_NAME
+    again = f"write the folder anew with `{command}`"
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path, dict)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable index ({error}); write the folder anew with `{command}`") from error
-    if not isinstance(index, dict) or index.get("format") != form:
+    except DocumentError as error:
+        raise DataError(f"{error}; not a readable index: {again}") from error
+    if index.get("format") != form:
         raise DataError(f"{path}: not an index of {what} (format {form!r} expected); make one with `{command}`")
     if index.get("version") != version:
-        raise DataError(
-            f"{path}: version {index.get('version')!r}, this OSP reads version {version}; "
-            f"write the folder anew with `{command}`"
-        )
+        shown = printable(str(index.get("version"))[:40])
+        raise DataError(f"{path}: version {shown}, this OSP reads version {version}; {again}")
+    if index.pop("sha256", None) not in (None, _digest(index)):
+        raise DataError(f"{path}: damaged, it is not as it was written; {again}")
+    try:
+        check_form(index, keys, str(path))
+    except DocumentError as error:
+        raise DataError(f"{error}; a damaged index: {again}") from error
     return index
 
 
-def read_index(folder: str | Path) -> list[ClipEntry]:
-    """All clips of a shard folder, in shard order.
+def write_index(folder: Path, index: Mapping[str, Any]) -> None:
+    """Replace `index.json` in one step; it ends with a checksum of all that it says."""
+    content = json.dumps({**index, "sha256": _digest(index)}, ensure_ascii=False, indent=1)
+    write_whole(folder / INDEX_NAME, content)
 
-    A folder without `index.json` is read as foreign WebDataset shards: the tars are listed by their headers, records
-    then hold what their JSON or text members tell (`caption` at least where there is one) and `kind`. In a folder
-    without tars each video and image below it is a clip.
+
+def _digest(index: Mapping[str, Any]) -> str:
+    # As it is read back: JSON has no tuples, and what is no character in a name is escaped in the file.
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def read_index(folder: str | Path, limits: Limits = DEFAULT_LIMITS) -> list[ClipEntry]:
+    """All clips of a folder, as `read_listing` gives them."""
+    return read_listing(folder, limits).entries
+
+
+def read_listing(folder: str | Path, limits: Limits = DEFAULT_LIMITS) -> Listing:
+    """All clips of a folder of shards, or of one of plain files, and what is left out.
+
+    With an `index.json`, the clips are in the order of the shards. Tars without one are read as foreign WebDataset
+    shards: listed by their headers, by name, with what their JSON or text members say. Otherwise each video and image
+    below the folder is a clip, with the caption that lies beside it. If there are none, the tars in the folders below
+    are read, folder by folder in the order of their names. What is passed over is logged, one line a kind.
 
     Raises:
-        DataError: no such folder, no clips in it, or a listed shard is missing or cut short.
+        DataError: no such folder, no clips in it, or a listed shard is missing, cut short or damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it should hold videos, or shards of `osp shards`")
-    index = load_index(folder)
-    if index is not None:
-        entries = [entry for shard in index["shards"] for entry in _listed_shard(folder, shard)]
-    else:
-        tars = sorted(folder.glob("*.tar"))
-        if not tars:
-            return [_plain_file(folder, path) for path in media_files(folder)]
-        entries = [entry for tar in tars for entry in _scan_tar(tar)]
+    tally = Tally()
+    entries = _shards_of(folder, limits, tally)
+    if entries is None:
+        entries = _without_tars(folder, limits, tally)
+    tally.warn(folder)
     if not entries:
         raise DataError(
             f"{folder}: its shards hold no clips; write them with `osp shards input=VIDEOS output={folder}`"
         )
-    return entries
+    return Listing(entries, tally.counts)
 
 
-def _listed_shard(folder: Path, shard: Mapping[str, Any]) -> list[ClipEntry]:
-    """The entries of one shard that index.json lists, from the `.jsonl` beside it."""
+def tars_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """All tars in a folder and below it, and those that are compressed; folder by folder, hidden ones left out."""
+    tars: list[Path] = []
+    packed: list[Path] = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in files if not name.startswith(".")):
+            if name.endswith(".tar") and Path(root, name).is_file():
+                tars.append(Path(root, name))
+            elif name.lower().endswith(_PACKED):
+                packed.append(Path(root, name))
+    return tars, packed
+
+
+def _shards_of(folder: Path, limits: Limits, tally: Tally) -> list[ClipEntry] | None:
+    """The clips of the tars that lie in a folder itself; None if there are none."""
+    index = load_index(folder)
+    if index is not None:
+        return [entry for shard in index["shards"] for entry in _listed_shard(folder, shard, limits)]
+    tars = sorted(path for path in folder.glob("*.tar") if path.is_file())
+    if not tars:
+        return None
+    for other in sorted({*itertools.chain(*tars_below(folder))} - {*tars}):
+        tally.add("further tars, compressed or in a folder below, which are not read", other.relative_to(folder))
+    return [entry for tar in tars for entry in scan_tar(tar, limits, tally)]
+
+
+def _without_tars(folder: Path, limits: Limits, tally: Tally) -> list[ClipEntry]:
+    """The clips of a folder that holds no tars itself: plain files, or else the tars in the folders below."""
+    tars, packed = tars_below(folder)
     try:
-        tar = folder / shard["file"]
-        clips, expected = int(shard["clips"]), int(shard["bytes"])
-        found = tar.stat().st_size
-        lines = tar.with_suffix(".jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        entries = [listed_entry(tar, json.loads(line)) for line in lines]
-    except OSError as error:
-        raise DataError(f"{error.filename}: {INDEX_NAME} needs it ({error.strerror}); {_MEND}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder / str(shard)}: damaged listing of a shard ({error!r}); {_MEND}") from error
-    if found != expected:
-        raise DataError(f"{tar}: has {found} bytes, {INDEX_NAME} says {expected}; {_MEND}")
-    if len(entries) != clips:
-        raise DataError(f"{tar.with_suffix('.jsonl')}: lists {len(entries)} clips, {INDEX_NAME} says {clips}; {_MEND}")
+        files = media_files(folder)
+    except DataError as error:
+        if packed and not tars:
+            raise DataError(
+                f"{folder}: no videos, images or tars in it, but {len(packed)} compressed tars "
+                f"(first: {printable(packed[0].relative_to(folder))}); decompress them into .tar files with gunzip, "
+                "bunzip2, unxz or unzstd, since no single clip can be fetched out of a compressed one"
+            ) from error
+        if not tars:
+            raise
+        for tar in packed:
+            tally.add("compressed tars, which are not read", tar.relative_to(folder))
+        below = [_shards_of(part, limits, tally) for part in dict.fromkeys(tar.parent for tar in tars)]
+        return [entry for entries in below for entry in entries or ()]
+    for tar in tars + packed:
+        tally.add("tars beside videos or images, which alone are read", tar.relative_to(folder))
+    side_cars = SideCars(limits)
+    entries = [_plain_file(folder, path, side_cars) for path in files]
+    side_cars.passed_over.warn(folder)
     return entries
 
 
-def _plain_file(folder: Path, path: Path) -> ClipEntry:
+def _plain_file(folder: Path, path: Path, side_cars: SideCars) -> ClipEntry:
     name = path.relative_to(folder).as_posix()
     kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
-    return ClipEntry(name, path, "", 0, path.stat().st_size, {"kind": kind, "source": name})
+    record: dict[str, Any] = {"kind": kind, "source": name}
+    if (caption := side_cars.find(path)) is not None:
+        record |= caption.as_record() | ({"scores": dict(caption.scores)} if caption.scores else {})
+    return ClipEntry(name, path, "", 0, path.stat().st_size, record)
 
 
-def listed_entry(tar: Path, line: dict[str, Any]) -> ClipEntry:
-    """The clip that a line of a shard's listing tells of."""
-    place = {name: line.pop(name) for name in ("key", "member", "offset", "size")}
-    return ClipEntry(tar=tar, record=line, **place)
-
-
-def _scan_tar(tar: Path) -> list[ClipEntry]:
-    """The entries of a foreign tar; members of one sample share their name up to the first dot of its last part."""
-    entries: list[ClipEntry] = []
-    media: tarfile.TarInfo | None = None
-    record: dict[str, Any] = {}
-    current: str | None = None
-
-    def finish() -> None:
-        if current is not None and media is not None:
-            suffix = Path(media.name).suffix.lower()
-            kind = "image" if suffix in IMAGE_SUFFIXES else "video"
-            entries.append(ClipEntry(current, tar, media.name, media.offset_data, media.size, {"kind": kind} | record))
-
+def _listed_shard(folder: Path, shard: Mapping[str, Any], limits: Limits) -> list[ClipEntry]:
+    """The entries of one shard that index.json lists, from the `.jsonl` beside it."""
+    tar = folder / shard["file"]
+    listing = tar.with_suffix(".jsonl")
     try:
-        with tarfile.open(tar, "r:") as archive:
-            for member, key, suffix in _members(archive):
-                if key != current:
-                    finish()
-                    current, media, record = key, None, {}
-                if suffix in VIDEO_SUFFIXES or suffix in IMAGE_SUFFIXES:
-                    # A video wins over a thumbnail that travels with it.
-                    if media is None or suffix in VIDEO_SUFFIXES:
-                        media = member
-                elif suffix in (".json", ".txt"):
-                    text = _text(archive, member)
-                    record = record | _known(text) if suffix == ".json" else {"caption": text.strip()} | record
-    except (tarfile.TarError, OSError) as error:
-        log.warning("%s: damaged, only its first %d clips are used (%s)", tar, len(entries), error)
-        return entries
-    finish()
+        found = tar.stat().st_size
+        lines = ListingLines(listing)
+    except OSError as error:
+        raise DataError(f"{error.filename}: {INDEX_NAME} needs it ({error.strerror}); {MEND}") from error
+    if shard.get("listing_sha256", lines.sha256) != lines.sha256:
+        raise DataError(f"{listing}: damaged, it is not as it was written; {MEND}")
+    if found != shard["bytes"]:
+        raise DataError(f"{tar}: has {found} bytes, {INDEX_NAME} says {shard['bytes']}; {MEND}")
+    entries = [listed_entry(tar, line, place, limits) for place, line in lines]
+    if len(entries) != shard["clips"]:
+        raise DataError(f"{listing}: lists {len(entries)} clips, {INDEX_NAME} says {shard['clips']}; {MEND}")
     return entries
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """Each file with its WebDataset key and the last suffix of its name, lower case."""
-    for member in archive:
-        folder, _, name = member.name.rpartition("/")
-        stem, dot, _ = name.partition(".")
-        if member.isfile() and dot and stem:
-            yield member, f"{folder}/{stem}" if folder else stem, Path(name).suffix.lower()
+class ListingLines:
+    """The lines of a shard's listing, and their checksum; iterating parses them, ("FILE:LINE", value).
 
+    Raises DocumentError for a file that is no such text, and while iterating for a line that is no JSON.
+    """
 
-def _text(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
-    file = archive.extractfile(member)
-    return file.read().decode("utf-8", errors="replace") if file is not None else ""
+    def __init__(self, path: Path, most: int = 1 << 32) -> None:
+        self.path = path
+        self.text = read_text(path, most)
+        self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
 
+    def after_first(self) -> bytes:
+        """All lines but the first."""
+        return self.text.partition("\n")[2].encode()
 
-def _known(text: str) -> dict[str, Any]:
-    """The record keys of a foreign JSON member that have the type they have in ours; the others are left out."""
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return {}
-    if not isinstance(values, dict):
-        return {}
-    return {key: values[key] for key, kind in _RECORD_TYPES.items() if isinstance(values.get(key), kind)}
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        for number, line in enumerate(self.text.split("\n")[:-1], 1):
+            yield f"{self.path}:{number}", parse_json(line, f"{self.path}:{number}")

@@ -1,10 +1,13 @@
 """One shard that is being written: a WebDataset tar under its temporary name, with the lines of its listing."""
 
+import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,7 @@ class TarShard:
         member = f"{key}.{suffix}"
         self._member(f"{key}.json", to_json(record))
         offset = self._member(member, data)
-        place = {"key": key, "member": member, "offset": offset, "size": len(data)}
+        place = {"key": key, "member": member, "offset": offset, "size": len(data), "crc32": zlib.crc32(data)}
         self.lines.append(to_json({**record, **place}))
         self.media_bytes += len(data)
 
@@ -62,15 +65,22 @@ class TarShard:
     def close(self, skipped: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
         """Gives the listing and then the tar their names; the shard's entry in an index.
 
-        With `skipped` the listing begins with a line that is this entry and what was left out.
+        The entry has the checksums of both. With `skipped` the listing begins with a line that is this entry and what
+        was left out; its `listing_sha256` is then that of the lines after it and of the rest of itself.
         """
         self._tar.close()
         sync(self._file)
         part = self.path.with_name(f".{self.path.name}.part")
         sha256, size = file_digest(part), part.stat().st_size
         entry = {"file": self.path.name, "clips": len(self.lines), "bytes": size, "sha256": sha256}
-        head = [] if skipped is None else [to_json({**entry, "skipped": list(skipped)})]
-        write_whole(self.path.with_suffix(".jsonl"), b"".join(line + b"\n" for line in [*head, *self.lines]))
+        content = b"".join(line + b"\n" for line in self.lines)
+        if skipped is None:
+            entry["listing_sha256"] = hashlib.sha256(content).hexdigest()
+        else:
+            head = {**entry, "skipped": list(skipped)}
+            entry["listing_sha256"] = head["listing_sha256"] = headed_digest(head, content)
+            content = to_json(head) + b"\n" + content
+        write_whole(self.path.with_suffix(".jsonl"), content)
         os.replace(part, self.path)
         self._file.close()
         return entry
@@ -81,4 +91,11 @@ class TarShard:
             return
         part = self.path.with_name(f".{self.path.name}.part")
         part.unlink(missing_ok=True)  # before it is unlocked: afterwards it may be another process's
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, where closing writes what is buffered
+            self._file.close()
+
+
+def headed_digest(head: Mapping[str, Any], content: bytes) -> str:
+    """The checksum of a listing that begins with a line about the shard: of that line without it, and of the others."""
+    said = {key: value for key, value in head.items() if key != "listing_sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + content).hexdigest()

@@ -6,6 +6,7 @@ bytes of it count. So a run that is killed at any moment loses the open shard an
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -16,14 +17,37 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from osp.checks import check_number
-from osp.data.shards.index import INDEX_FORMAT, INDEX_NAME, INDEX_VERSION, load_index
+from osp.data.shards.index import (
+    INDEX_FORMAT,
+    INDEX_NAME,
+    INDEX_VERSION,
+    WRITTEN_FORM,
+    ListingLines,
+    load_index,
+    write_index,
+)
 from osp.data.shards.tar import TarShard, to_json
+from osp.documents import check_form
 from osp.errors import DataError, UsageError
-from osp.files import sync, write_whole
+from osp.files import sync
 
 _JOURNAL = "sources.jsonl"
 _LOCK = ".lock"
 _SHARD = re.compile(r"shard-\d{6,}\.(tar|jsonl)")
+_JOURNAL_BYTES = 1 << 33
+_JOURNAL_FORM = {
+    "source": str,
+    "size": int,
+    "mtime_ns": int,
+    "sha256": str,
+    "caption": str,
+    "number": int,
+    "clips": int,
+    "next": int,
+    "damaged": [str],
+    "done": bool,
+    "reason": str,
+}
 
 
 class ShardWriter:
@@ -51,6 +75,7 @@ class ShardWriter:
         self._underway: dict[str, Any] | None = None
         self._shard: TarShard | None = None
         self._sums: dict[str, float] = {}  # of the open shard
+        self._journal = hashlib.sha256()  # of the journal, as far as it counts
         self._lock: BinaryIO | None = None
 
     def __enter__(self) -> Self:
@@ -89,9 +114,10 @@ class ShardWriter:
             len(shard.lines) >= self._shard_clips or shard.media_bytes + len(data) > self._shard_bytes
         ):
             self.commit()
-        with self._writing():
+        path = self.folder / f"shard-{len(self.index['shards']):06d}.tar"
+        with self._writing(path):
             if self._shard is None:
-                self._shard = TarShard(self.folder / f"shard-{len(self.index['shards']):06d}.tar")
+                self._shard = TarShard(path)
                 self._sums = {"clips": 0, "images": 0, "seconds": 0.0, "captioned": 0}
             self._shard.add(key, suffix, data, record)
         self._sums["clips"] += 1
@@ -117,13 +143,15 @@ class ShardWriter:
         if self._shard is None and not lines:
             return
         index = dict(self.index)
-        with self._writing():
-            if self._shard is not None:
+        if self._shard is not None:
+            with self._writing(self._shard.path):
                 index["shards"] = [*index["shards"], self._shard.close()]
-                for name, value in self._sums.items():
-                    index[name] = round(index[name] + value, 6)
-                self._shard = None
-            index["sources"] = {"file": _JOURNAL, "bytes": self._append(lines)}
+            for name, value in self._sums.items():
+                index[name] = round(index[name] + value, 6)
+            self._shard = None
+        with self._writing(self.folder / _JOURNAL):
+            index["sources"] = self._append(lines)
+        with self._writing(self.folder / INDEX_NAME):
             reasons = {entry["source"]: entry["reason"] for entry in index["skipped"]}
             for line in lines:
                 if line["done"]:
@@ -131,19 +159,21 @@ class ShardWriter:
                     if line["reason"]:
                         reasons[line["source"]] = line["reason"]
             index["skipped"] = [{"source": source, "reason": reason} for source, reason in reasons.items()]
-            write_whole(self.folder / INDEX_NAME, json.dumps(index, ensure_ascii=False, indent=1))
+            write_index(self.folder, index)
         self.index = index
         self.sources.update((line["source"], line) for line in lines)
         self._lines = []
 
-    def _append(self, lines: list[dict[str, Any]]) -> int:
-        """Appends to the journal; its new length."""
-        if not lines:
-            return int(self.index["sources"]["bytes"])
-        with open(self.folder / _JOURNAL, "ab") as file:
-            file.write(b"".join(to_json(line) + b"\n" for line in lines))
-            sync(file)
-            return file.tell()
+    def _append(self, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        """Appends to the journal; its name, new length and checksum."""
+        content, length = b"".join(to_json(line) + b"\n" for line in lines), int(self.index["sources"]["bytes"])
+        if lines:
+            with open(self.folder / _JOURNAL, "ab") as file:
+                file.write(content)
+                sync(file)
+                length = file.tell()
+        self._journal.update(content)
+        return {"file": _JOURNAL, "bytes": length, "sha256": self._journal.hexdigest()}
 
     def _load(self) -> None:
         """Reads what earlier runs committed and removes what a killed one left."""
@@ -155,12 +185,13 @@ class ShardWriter:
             index = {"format": INDEX_FORMAT, "version": INDEX_VERSION, "clips": 0, "images": 0, "seconds": 0.0}
             index |= {"captioned": 0, "settings": self._settings, "sources": {"file": _JOURNAL, "bytes": 0}}
             index |= {"shards": [], "skipped": []}
-            with self._writing():
-                write_whole(self.folder / INDEX_NAME, json.dumps(index, ensure_ascii=False, indent=1))
-        self._check_settings(index.get("settings", {}))
+            with self._writing(self.folder / INDEX_NAME):
+                write_index(self.folder, index)
+        check_form(index, WRITTEN_FORM, str(self.folder / INDEX_NAME))
+        self._check_settings(index["settings"])
         self.index = index
         with self._writing():
-            self._read_journal(int(index["sources"]["bytes"]))
+            self._read_journal(index["sources"])
             listed = {name for shard in index["shards"] for name in (shard["file"], f"{shard['file'][:-4]}.jsonl")}
             for path in self.folder.iterdir():
                 unlisted = _SHARD.fullmatch(path.name) and path.name not in listed
@@ -180,24 +211,29 @@ class ShardWriter:
                     f"give {name}={written.get(name)} to go on with it, or another output folder"
                 )
 
-    def _read_journal(self, length: int) -> None:
-        path = self.folder / _JOURNAL
+    def _read_journal(self, listed: Mapping[str, Any]) -> None:
+        """Reads as much of the journal as the index says, and removes what a killed run appended."""
+        path, length = self.folder / _JOURNAL, listed["bytes"]
         if not length:
             path.unlink(missing_ok=True)
             return
         if path.stat().st_size > length:
             os.truncate(path, length)
-        data = path.read_bytes()
-        if len(data) < length:
-            raise DataError(f"{path}: is cut short ({len(data)} of {length} bytes); write into a new folder")
-        for line in data.decode("utf-8").split("\n")[:-1]:
-            entry = json.loads(line)
+        if (found := path.stat().st_size) < length:
+            raise DataError(f"{path}: is cut short ({found} of {length} bytes); write into a new folder")
+        lines = ListingLines(path, _JOURNAL_BYTES)
+        if listed.get("sha256", lines.sha256) != lines.sha256:
+            raise DataError(f"{path}: damaged, it is not as it was written; write into a new folder")
+        self._journal.update(lines.text.encode())
+        for place, entry in lines:
+            check_form(entry, _JOURNAL_FORM, place)
             self.sources[entry["source"]] = entry
             self.next_number = max(self.next_number, entry["number"] + 1)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, path: Path | None = None) -> Iterator[None]:
+        """A block in which an error of the disk is one line that names the file."""
         try:
             yield
         except OSError as error:
-            raise DataError(f"{error.filename or self.folder}: cannot be written ({error.strerror})") from error
+            raise DataError(f"{error.filename or path or self.folder}: cannot be written ({error.strerror})") from error

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from osp.data.buckets import Bucket, Patching, choose, make_buckets
@@ -84,7 +83,7 @@ class FeatureClips(ListedClips):
         index = require_feature_index(self.path)
         self.made_with = FeatureIdentity.from_json(index["identity"])
         self.vae_origin = index["vae_origin"]
-        self.empty = self._load_empty() if index["empty"] else {}
+        self.empty = self._load_empty(index.get("empty_sha256")) if index["empty"] else {}
         listed = list(self._listed(index, partial))
         rule = StoredShapes(
             self.made_with.time_stride,
@@ -114,7 +113,8 @@ class FeatureClips(ListedClips):
     def fingerprint(self) -> str:
         listing = hashlib.sha256(json.dumps(self.made_with.as_json()).encode())
         for entry in self.entries:
-            listing.update(f"{entry.key} {entry.size} {entry.record['crc32']}\n".encode())
+            line = f"{entry.key} {entry.size} {entry.record['crc32']}\n"
+            listing.update(line.encode("utf-8", "surrogatepass"))
         return f"features sample={self.sample} clips={len(self.entries)} list={listing.hexdigest()[:16]}"
 
     def read(self, index: int, draw: int) -> dict[str, Any]:
@@ -166,20 +166,34 @@ class FeatureClips(ListedClips):
 
     def _tensors(self, entry: ClipEntry) -> dict[str, Tensor]:
         try:
-            data = entry.read()
-            if zlib.crc32(data) != entry.record["crc32"]:
-                raise ClipError(entry.key, f"its bytes in {entry.tar} are damaged")
-            return load(data)
-        except ClipError:
-            raise
+            tensors = load(entry.read())
         except (DataError, SafetensorError, ValueError) as error:
             raise ClipError(entry.key, str(error)) from error
+        shapes: dict[str, list[int]] = {"latent": entry.record["latent"]}
+        if "logvar" in tensors:
+            shapes["logvar"] = entry.record["latent"]
+        for number in range(len(entry.record["captions"])):
+            if (text := self.made_with.text) is not None:
+                shapes[f"text.{number}"] = [*entry.record["text_lengths"][number : number + 1], text.width]
+            if (pooled := self.made_with.pooled_text) is not None:
+                shapes[f"pooled_text.{number}"] = [pooled.width]
+        for name, shape in shapes.items():
+            if name not in tensors or tuple(tensors[name].shape) != tuple(shape):
+                raise ClipError(
+                    entry.key, f"its {name} in {entry.tar} is missing or of another shape than {tuple(shape)}"
+                )
+        return tensors
 
-    def _load_empty(self) -> dict[str, Tensor]:
+    def _load_empty(self, sha256: str | None) -> dict[str, Tensor]:
+        """The embeddings of the empty text. Raises DataError if they are not those that were written."""
+        path = self.path / EMPTY_NAME
         try:
-            return load_file(self.path / EMPTY_NAME)
+            data = path.read_bytes()
+            if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+                raise DataError(f"{path}: damaged, it is not as it was written; write the folder anew")
+            return load(data)
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{self.path / EMPTY_NAME}: not readable ({error}); {AGAIN}") from error
+            raise DataError(f"{path}: not readable ({error}); {AGAIN}") from error
 
     def _listed(self, index: Mapping[str, Any], partial: bool) -> list[ClipEntry]:
         shards = [shard_path(self.path, number) for number in range(index["shards"])]
@@ -189,6 +203,11 @@ class FeatureClips(ListedClips):
         return [entry for tar in there for entry in read_feature_shard(tar)[1]]
 
     def _shape(self, entry: ClipEntry) -> Shape:
-        """The size that the latent stands for: clips whose frames fill the same latent frames go together."""
+        """The size that the latent stands for: clips whose frames fill the same latent frames go together.
+
+        Raises DataError for a latent of another VAE.
+        """
+        if entry.record["latent"][0] != self.made_with.latent_channels:
+            raise DataError(f"{entry.tar}: {entry.key} has {entry.record['latent'][0]} latent channels; {AGAIN}")
         _, frames, height, width = entry.record["latent"]
         return self.made_with.strides.pixels(frames, height, width)

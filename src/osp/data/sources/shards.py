@@ -1,7 +1,7 @@
 """The clips of shard folders, in one size (`ShardClips`) or each in a size that a rule gives it (`BucketClips`)."""
 
 import hashlib
-import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,26 +12,29 @@ from torch.utils.data import get_worker_info
 
 from osp.checks import check_number
 from osp.data.buckets import Bucket, BucketRule, choose, make_buckets
+from osp.data.media.limits import DEFAULT_LIMITS, Limits
 from osp.data.media.shape import Shape
 from osp.data.media.video import ClipError, probe, read_clip
-from osp.data.shards.index import ClipEntry, read_index
+from osp.data.shards.entry import ClipEntry
+from osp.data.shards.index import Listing, read_listing
 from osp.data.sources.source import ListedClips
 from osp.errors import DataError, UsageError
 from osp.seeds import seeded
-
-log = logging.getLogger(__name__)
 
 
 class ShardClips(ListedClips):
     """The clips of a shard folder, decoded to one size and length.
 
     Args:
-        path: the folder that `osp shards` wrote, any folder of WebDataset tars, or one of videos and images.
+        path: the folder that `osp shards` wrote, any folder of WebDataset tars, or one of videos and images; several
+            folders are read as one.
         frames, height, width: the size of every clip (covering resize that keeps the aspect, then centre crop).
         stride: take every `stride`-th frame; excludes `fps`.
         fps: take the frames nearest to this rate, frames a second; None keeps the file's own frames.
-        random_start: the window lies anywhere in the clip, else at its beginning (for validation: always the same).
+        random_start: the window lies anywhere in the clip, and of several captions one is drawn; else the window is at
+            the beginning and the caption is the first (for validation: always the same).
         flip: mirror half of the reads left to right.
+        limits: what one file may cost.
 
     Clips whose record says that they are too short, and images unless `frames` is 1, are left out here; what only
     decoding can tell (a foreign shard without frame counts, a damaged file) is a ClipError of `read`.
@@ -41,11 +44,9 @@ class ShardClips(ListedClips):
         UsageError: `frames`, `height`, `width`, `stride` or `fps` make no sense.
     """
 
-    path: Path
-
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         frames: int,
         height: int,
         width: int,
@@ -53,25 +54,24 @@ class ShardClips(ListedClips):
         fps: float | None = None,
         random_start: bool = True,
         flip: bool = False,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         for name, value in (("frames", frames), ("height", height), ("width", width)):
             check_number(name, value, 1, whole=True)
         self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip), flip
-        self.path = Path(path)
         self.shape = Shape(frames, height, width)
-
-        listed = read_index(path)
+        paths, self.path, listing = _list_folders(path, limits)
+        listed, self.passed_over = listing.entries, listing.left_out
         self.entries = [entry for entry in listed if _fits(entry.record, frames, stride, fps)]
-        left_out = len(listed) - len(self.entries)
         if not self.entries:
             rate = f" at {fps:g} fps" if fps is not None else f" with stride {stride}" if stride > 1 else ""
             raise DataError(
-                f"{path}: none of its {len(listed)} clips is long enough for frames={frames}{rate} "
+                f"{paths}: none of its {len(listed)} clips is long enough for frames={frames}{rate} "
                 f"(the longest: {_longest(listed)}); ask for fewer frames or less time between them, "
                 "or make shards of longer clips"
             )
-        if left_out:
-            log.info("%s: %d of %d clips are too short and left out", path, left_out, len(listed))
+        if left_out := len(listed) - len(self.entries):
+            self.dropped = {f"that are too short for frames={frames}, or images": left_out}
 
     def fingerprint(self) -> str:
         return f"shards {self.shape} {self.decoding} {_listing(self.entries)}"
@@ -87,7 +87,7 @@ class BucketClips(ListedClips):
     Args:
         path: as for `ShardClips`; several folders are read as one.
         rule: what gives each clip its shape (`osp.data.buckets`).
-        stride, fps, random_start, flip: as for `ShardClips`. The rule counts frames at that stride or rate.
+        stride, fps, random_start, flip, limits: as for `ShardClips`. The rule counts frames at that stride or rate.
         min_clips: shapes that fewer clips than these have are left out, with their clips.
 
     A clip is scaled until it covers its shape, and cropped at the centre; frames are those of a window that the draw
@@ -108,12 +108,12 @@ class BucketClips(ListedClips):
         random_start: bool = True,
         flip: bool = False,
         min_clips: int = 1,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip), flip
         self.rule = rule
-        paths = [path] if isinstance(path, str | Path) else list(path)
-        self.path = Path(paths[0]) if len(paths) == 1 else None
-        listed = [entry for folder in paths for entry in read_index(folder)]
+        paths, self.path, listing = _list_folders(path, limits)
+        listed, self.passed_over = listing.entries, listing.left_out
         sizes = [clip_size(entry.record, stride, fps) for entry in listed]
         kept, self._shapes, self.dropped = choose(sizes, rule, min_clips)
         self.entries = [listed[number] for number in kept]
@@ -121,7 +121,7 @@ class BucketClips(ListedClips):
         if not self.entries:
             reasons = ", ".join(f"{clips} {reason}" for reason, clips in self.dropped.items())
             raise DataError(
-                f"{', '.join(map(str, paths))}: no bucket has a clip ({reasons}); "
+                f"{paths}: no bucket has a clip ({reasons}); "
                 "allow fewer tokens or frames, or make shards of larger clips"
             )
 
@@ -140,7 +140,7 @@ class BucketClips(ListedClips):
 
 @dataclass(frozen=True)
 class Decoding:
-    """Which frames of a clip are read, and whether it is mirrored; see `ShardClips`."""
+    """The choice of frames and of mirroring when a clip is read; see `ShardClips`."""
 
     stride: int = 1
     fps: float | None = None
@@ -177,7 +177,21 @@ class Decoding:
         if self.flip and mirrored:
             video = video.flip(-1)
         fps = self.fps or (entry.record.get("fps") or probe(data, entry.key).fps) / self.stride
-        return {"video": video, "caption": str(entry.record.get("caption", "")), "key": entry.key, "fps": fps}
+        captions = entry.record.get("captions") or [str(entry.record.get("caption", ""))]
+        caption = captions[0]
+        if self.random_start and len(captions) > 1:
+            caption = captions[int(torch.randint(len(captions), (), generator=seeded("caption", entry.key, draw)))]
+        clip = {"video": video, "caption": caption, "key": entry.key, "fps": fps}
+        return clip | ({"captions": captions} if len(captions) > 1 else {})
+
+
+def _list_folders(path: str | Path | Sequence[str | Path], limits: Limits) -> tuple[str, Path | None, Listing]:
+    """The clips of one or several folders: how errors call them, the folder if it is one, and what they hold."""
+    paths = [path] if isinstance(path, str | Path) else list(path)
+    listings = [read_listing(folder, limits) for folder in paths]
+    left_out = sum((Counter(listing.left_out) for listing in listings), Counter[str]())
+    entries = [entry for listing in listings for entry in listing.entries]
+    return ", ".join(map(str, paths)), Path(paths[0]) if len(paths) == 1 else None, Listing(entries, left_out)
 
 
 def clip_size(record: Mapping[str, Any], stride: int = 1, fps: float | None = None) -> Shape | None:
@@ -199,7 +213,7 @@ def clip_size(record: Mapping[str, Any], stride: int = 1, fps: float | None = No
 def _listing(entries: Sequence[ClipEntry]) -> str:
     listing = hashlib.sha256()
     for entry in entries:
-        listing.update(f"{entry.key} {entry.size}\n".encode())
+        listing.update(f"{entry.key} {entry.size}\n".encode("utf-8", "surrogatepass"))
     return f"clips={len(entries)} list={listing.hexdigest()[:16]}"
 
 

@@ -47,7 +47,8 @@ class ClipSource(Protocol):
     def read(self, index: int, draw: int) -> dict[str, Any]:
         """Clip `index` as {"video": uint8 `C T H W`, "caption": str, "key": str, "fps": float (frames a second)}.
 
-        Features have other tensors in the place of the video; `collate` knows them. All that is random about the read
+        A clip with several captions has all of them under `captions` too. Features have other tensors in the place of
+        the video; `collate` knows them. All that is random about the read
         (window, flip) comes from `draw`: the same (index, draw) gives the same tensor in any process. Raises
         `osp.data.media.video.ClipError` for a clip that cannot be used; the loaders replace it.
         """
@@ -91,9 +92,11 @@ class ListedClips(ClipSource, Protocol):
 
     Attributes:
         entries: the clips, as their shards list them.
+        passed_over: files and clips that the listing leaves out, by a reason that reads on after the number.
     """
 
     entries: list[ClipEntry]
+    passed_over: Mapping[str, int] = MappingProxyType({})
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -108,7 +111,9 @@ class ListedClips(ClipSource, Protocol):
 
     def summary(self) -> Summary:
         """See `ClipSource.summary`."""
-        return replace(super().summary(), captioned=sum(map(_is_captioned, self.entries)))
+        summary = super().summary()
+        captioned = sum(map(_is_captioned, self.entries))
+        return replace(summary, left_out={**summary.left_out, **self.passed_over}, captioned=captioned)
 
 
 class FirstClips(ClipSource):

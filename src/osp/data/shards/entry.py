@@ -1,0 +1,124 @@
+"""`ClipEntry`, a clip's place in a tar and its record; the declared form of listings and records."""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from osp.data.media.limits import DEFAULT_LIMITS, Limits
+from osp.documents import DocumentError, check_form
+from osp.errors import DataError
+
+MEND = "copy the shard again, or write the folder anew with the command that made it"
+
+RECORD_FORM: Mapping[str, Any] = {
+    "frames": int,
+    "fps": float,
+    "width": int,
+    "height": int,
+    "duration": float,
+    "caption": str,
+    "captions": [str],
+    "source": str,
+    "start": float,
+    "kind": str,
+    "scores": {...: float},
+}
+"""Types of the keys of a record, any of which may be missing, and others may be there."""
+
+LINE_FORM: Mapping[Any, Any] = {
+    "key": str,
+    "member": str,
+    "offset": int,
+    "size": int,
+    "crc32?": int,
+    **{f"{key}?": form for key, form in RECORD_FORM.items()},
+}
+"""A line of a shard's listing: a clip's place in the tar, and its record."""
+
+_LARGEST: Mapping[str, float] = {
+    "frames": 1 << 31,
+    "width": 1 << 16,
+    "height": 1 << 16,
+    "fps": 1e6,
+    "duration": 1e9,
+    "start": 1e9,
+    "offset": 1 << 62,
+    "size": 1 << 62,
+}
+_KINDS = ("video", "image")
+
+
+@dataclass(frozen=True)
+class ClipEntry:
+    """One sample of a shard folder: where its media bytes lie, and its record.
+
+    Without a `member`, `tar` is the media file itself. Without a `crc32` the bytes are not checked.
+    """
+
+    key: str
+    tar: Path
+    member: str
+    offset: int  # of the media member's data in the tar, bytes
+    size: int  # bytes
+    record: Mapping[str, Any]
+    crc32: int | None = None
+
+    def source(self) -> Path | bytes:
+        """The bytes or the file that `osp.data.media.video` reads the clip from. Raises as `read`."""
+        return self.read() if self.member else self.tar
+
+    def read(self) -> bytes:
+        """The media file's bytes.
+
+        Raises DataError if the tar is gone or ends too early, or if the bytes are not those that were written.
+        """
+        try:
+            with open(self.tar, "rb") as file:
+                # A listing may claim any size: what the file does not hold is not allocated.
+                held = file.seek(0, 2) - self.offset
+                file.seek(self.offset)
+                data = file.read(max(0, min(self.size, held)))
+        except OSError as error:
+            raise DataError(f"{self.tar}: cannot be read ({error.strerror}); {MEND}") from error
+        if len(data) != self.size:
+            raise DataError(f"{self.tar}: ends inside {self.member} ({len(data)} of {self.size} bytes); {MEND}")
+        if self.crc32 is not None and zlib.crc32(data) != self.crc32:
+            raise DataError(
+                f"{self.tar}: the bytes of {self.member} are damaged, they are not those that were written; {MEND}"
+            )
+        return data
+
+
+def listed_entry(tar: Path, line: dict[str, Any], place: str, limits: Limits = DEFAULT_LIMITS) -> ClipEntry:
+    """The clip that a line of a shard's listing tells of. Raises DocumentError for a line that makes no sense."""
+    check_form(line, LINE_FORM, place)
+    for key in _LARGEST.keys() & line.keys():
+        if not _is_plausible(key, line[key]):
+            raise DocumentError(f"{place}: {key}={line[key]} is outside 0 to {_LARGEST[key]:g}")
+    if line.get("kind", "video") not in _KINDS:
+        raise DocumentError(f"{place}: kind must be video or image")
+    if line["size"] > limits.member_bytes:
+        raise DocumentError(f"{place}: size={line['size']} is more than limits.member_bytes={limits.member_bytes}")
+    where = {name: line.pop(name) for name in ("key", "member", "offset", "size")}
+    return ClipEntry(tar=tar, crc32=line.pop("crc32", None), record=line, **where)
+
+
+def known_facts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a foreign record that have the type and a size that ours have; the others are left out."""
+    return {
+        key: values[key] for key, form in RECORD_FORM.items() if key in values and _is_known(key, values[key], form)
+    }
+
+
+def _is_known(key: str, value: Any, form: Any) -> bool:
+    try:
+        check_form(value, form, key)
+    except DocumentError:
+        return False
+    return _is_plausible(key, value) and (key != "kind" or value in _KINDS)
+
+
+def _is_plausible(key: str, value: Any) -> bool:
+    return key not in _LARGEST or 0 <= value <= _LARGEST[key]
