@@ -103,8 +103,6 @@ def encode_part(job: FeatureJob, models: FeatureModels, process: int = 0) -> tup
     if vae.origin is None:
         raise UsageError("this VAE has random weights, and what it encodes nothing can decode; give checkpoint=FILE")
     source = _source(job, models)
-    if process == job.part == 0:
-        source.summary().log()
     with folder_lock(job.output, _SCALING_LOCK):
         codec = _codec(job, vae, source, device)
         how: dict[str, Any] = {
@@ -125,6 +123,8 @@ def encode_part(job: FeatureJob, models: FeatureModels, process: int = 0) -> tup
             empty=encoder.empty(),
             vae_origin=str(Path(vae.origin).absolute()),
         )
+    if process == job.part == 0:
+        source.summary().log()
     begun = time.monotonic()
     encoded = encode_features(source, encoder, writer, job.batch_size, job.workers)
     return encoded, time.monotonic() - begun
