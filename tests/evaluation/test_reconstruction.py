@@ -21,6 +21,8 @@ from osp.errors import DataError, UsageError
 from osp.evaluation.frechet import Random3D
 from osp.evaluation.lpips import PerceptualDistance
 from osp.evaluation.reconstruction import evaluate_reconstruction
+from osp.vae import WFVAE
+from osp.vae.lowest_band import LowestBand
 
 
 class Latent:
@@ -53,6 +55,13 @@ class NaNForBright(Pooling):
     def decode(self, latent: Tensor) -> Tensor:
         broken = latent.mean(dim=(1, 2, 3, 4), keepdim=True) > 0.9
         return super().decode(latent).masked_fill(broken, math.nan)
+
+
+@pytest.fixture
+def tiny_vae() -> WFVAE:
+    torch.manual_seed(0)
+    widths = {"base_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4}
+    return WFVAE(latent_channels=4, encoder_blocks=1, decoder_blocks=1, **widths).eval()
 
 
 def clip(index: int, frames: int = 5, height: int = 32, width: int = 32) -> dict[str, Any]:
@@ -153,17 +162,78 @@ def test_batch_size_changes_nothing(tmp_path: Path) -> None:
 
 def test_broken_clips_are_counted_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    bright = clip(1) | {"key": "bright", "video": torch.full((3, 5, 32, 32), 250, dtype=torch.uint8)}
-    clips = [ClipError("a.mp4", "the file is empty"), clip(0), bright, clip(2)]
-    results = evaluate(NaNForBright(1), clips, tmp_path, batch_size=4, features=Random3D())
-    assert results["counts"] == {"clips": 2, "frames": 10, "skipped": 2}
-    assert results["skipped"] == [
-        {"clip": "a.mp4", "reason": "the file is empty"},
-        {"clip": "bright", "reason": "the reconstruction holds NaN or infinity"},
-    ]
+    clips = [ClipError("a.mp4", "the file is empty"), clip(0), clip(2)]
+    results = evaluate(Pooling(1), clips, tmp_path, batch_size=4, features=Random3D())
+    assert results["counts"] == {"clips": 2, "frames": 10, "skipped": 1}
+    assert results["skipped"] == [{"clip": "a.mp4", "reason": "the file is empty"}]
     assert [record["key"] for record in results["clips"]] == ["000000-noise", "000002-noise"]
     assert results["frechet"]["n_clips"] == 2
     assert "clip skipped: a.mp4: the file is empty" in caplog.text
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_numbers_that_are_not_finite_end_it_with_one_line(in_pieces: bool, tmp_path: Path) -> None:
+    bright = clip(1) | {"key": "bright", "video": torch.full((3, 5, 32, 32), 250, dtype=torch.uint8)}
+    if in_pieces:
+        bright |= {"pieces": iter([bright.pop("video")]), "height": 32, "width": 32}
+    with pytest.raises(DataError, match=r"^bright: the model gives numbers that are not finite .*precision=32-true$"):
+        evaluate(NaNForBright(1), [clip(0), bright], tmp_path, batch_size=4)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_settings_that_are_not_finite_leave_valid_json(tmp_path: Path) -> None:
+    evaluate(Pooling(1), [clip(0)], tmp_path, settings={"training_val_psnr": [[0, math.nan], [1, 2.0]]})
+    text = (tmp_path / "metrics.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["settings"]["training_val_psnr"] == [[0, None], [1, 2.0]]
+
+
+def pieces(whole: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
+    video = whole["video"]
+    about = {"pieces": iter(video.split(lengths, dim=1)), "height": video.shape[2], "width": video.shape[3]}
+    return {key: value for key, value in whole.items() if key != "video"} | about
+
+
+@pytest.mark.parametrize("lengths", [[7, 1, 6], [1, 13], [14]])
+def test_a_video_in_pieces_is_measured_as_the_whole(lengths: list[int], tmp_path: Path, tiny_vae: WFVAE) -> None:
+    clips = [clip(0, 14), clip(1, 14, 24, 40)]
+    about: dict[str, Any] = {"baselines": {"band": LowestBand(4)}, "save_videos": 2}
+    whole = evaluate(tiny_vae, clips, tmp_path / "whole", **about)
+    parts = evaluate(tiny_vae, [pieces(one, lengths) for one in clips], tmp_path / "parts", **about)
+    assert [record["frames"] for record in parts["clips"]] == [14, 14]
+    assert [(record["height"], record["width"]) for record in parts["clips"]] == [(32, 32), (24, 40)]
+    for one, other in zip(whole["clips"], parts["clips"], strict=True):
+        assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+        assert other["baselines"]["band"] == pytest.approx(one["baselines"]["band"], rel=1e-4)
+    assert len(list((tmp_path / "parts" / "reconstructions").iterdir())) == 2
+
+
+def test_a_vae_that_cannot_stream_is_given_the_whole_video(tmp_path: Path) -> None:
+    whole = evaluate(Pooling(2), [clip(0, 6)], tmp_path / "whole")
+    parts = evaluate(Pooling(2), [pieces(clip(0, 6), [2, 4])], tmp_path / "parts")
+    assert parts["mean"] == pytest.approx(whole["mean"], rel=1e-5)
+
+
+def test_the_frechet_distance_says_what_it_takes_for_a_clip(tmp_path: Path) -> None:
+    long = evaluate(Pooling(2), [pieces(clip(0, 40), [11] * 3 + [7]), clip(1)], tmp_path / "a", features=Random3D())
+    assert long["frechet"]["n_clips"] == 3  # two runs of 16 frames of the first, and the second as it is
+    assert long["frechet"]["clips_are"] == "runs of 16 frames of the videos"
+    sizes = evaluate(Pooling(2), [clip(0), clip(1, 5, 16, 16)], tmp_path / "b", features=Random3D())
+    assert sizes["frechet"]["clips_are"] == "the clips, each in its own size"
+    short = evaluate(Pooling(2), [pieces(clip(n, 4), [4]) for n in (0, 1)], tmp_path / "c", features=Random3D())
+    assert short["frechet"]["n_clips"] == 2  # all there is of each
+
+
+def test_a_video_that_is_damaged_on_its_way_costs_itself_alone(tmp_path: Path) -> None:
+    def damaged() -> Iterator[Tensor]:
+        yield clip(1, 20)["video"]
+        raise ClipError("long.mp4", "damaged after 20 frames")
+
+    broken = {"key": "long.mp4", "fps": 8.0, "pieces": damaged(), "height": 32, "width": 32}
+    results = evaluate(Pooling(2), [broken, clip(0)], tmp_path, features=Random3D())
+    assert results["counts"] == {"clips": 1, "frames": 5, "skipped": 1}
+    assert results["skipped"] == [{"clip": "long.mp4", "reason": "damaged after 20 frames"}]
+    assert results["frechet"]["n_clips"] == 1
 
 
 def test_no_clip_at_all_is_an_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The files that an evaluation leaves in its folder."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,11 +37,23 @@ def begin(output: str | Path, *folders: str) -> Path:
 
 
 def write_results(output: Path, results: Mapping[str, Any], table: str, sheet: Image.Image | None) -> None:
-    """The metrics as JSON and as CSV, and the contact sheet if there is one."""
-    write_whole(output / METRICS, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    """Write the metrics as JSON and as CSV, and the contact sheet if there is one.
+
+    JSON has no numbers that are not finite: one among the settings, as of a training that failed, becomes null.
+    """
+    text = json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    write_whole(output / METRICS, text.encode("utf-8", "backslashreplace"))
     write_whole(output / TABLE, table)
     if sheet is not None:
         write_sheet(output / SHEET, sheet)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_clip(folder: Path, name: str, video: Tensor, fps: float) -> Path:

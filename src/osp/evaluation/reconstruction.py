@@ -1,5 +1,9 @@
 """Run a VAE over clips and write what it loses: numbers for each clip, a contact sheet, videos side by side.
 
+Clips may have different sizes: each is measured in its own, and means are over clips, whatever their length. A long
+video goes through in pieces (`osp.evaluation.pieces`). The Frechet distance is over clips, each in its own size; of
+videos in pieces it is over runs of 16 frames, and `frechet.clips_are` says so.
+
 Files, each replaced as a whole:
     metrics.json: what `evaluate_reconstruction` returns, with `mean` and `std` (of the population) over clips,
         `frechet`, `baselines`, `psnr_gain` (dB of the model over each baseline), `counts`, `clips`, `skipped`. A value
@@ -12,8 +16,10 @@ Files, each replaced as a whole:
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from types import MappingProxyType
@@ -26,11 +32,20 @@ from osp.checks import check_number
 from osp.data.media.shape import Strides
 from osp.data.media.video import ClipError, to_float, to_uint8
 from osp.devices import autocast_dtype
+from osp.documents import printable
 from osp.errors import DataError, UsageError
 from osp.evaluation.frechet import FrechetDistance, VideoFeatures, frechet_record
 from osp.evaluation.lpips import PerceptualDistance
 from osp.evaluation.metrics import clip_metrics, psnr
 from osp.evaluation.output import begin, save_clip, write_results
+from osp.evaluation.pieces import (
+    WINDOW,
+    PieceErrors,
+    PieceFeatures,
+    PieceMetrics,
+    ShownFrames,
+    reconstruct_pieces,
+)
 from osp.report.contact_sheet import SheetClip, draw_contact_sheet
 from osp.report.tables import csv_text
 
@@ -42,7 +57,7 @@ NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Posterior(Protocol):
-    """What an encoder returns."""
+    """The distribution of a latent, as an encoder returns it."""
 
     def mode(self) -> Tensor:
         """The latent, `B L T H W`."""
@@ -50,7 +65,7 @@ class Posterior(Protocol):
 
 
 class VideoAutoencoder(Protocol):
-    """What is evaluated: takes any number of frames, and height and width that are multiples of `strides.space`.
+    """A model to evaluate. It takes any number of frames, and heights and widths that are multiples of `strides.space`.
 
     A clip comes back with its own number of frames or with as many as its latent decodes to.
     """
@@ -78,16 +93,29 @@ def reconstruct(vae: VideoAutoencoder, video: Tensor, autocast: torch.dtype | No
         reconstruction = vae.decode(vae.encode(video).mode()).float()
     if reconstruction.shape[2] == video.shape[2] + vae.strides.missing_frames(video.shape[2]):
         reconstruction = reconstruction[:, :, : video.shape[2]]  # without what filled the last stride
+    _check_shape(vae, reconstruction, video)
+    return torch.where(reconstruction.isfinite(), reconstruction.clamp(-1, 1), math.nan)
+
+
+def _check_shape(vae: VideoAutoencoder, reconstruction: Tensor, video: Tensor) -> None:
     if reconstruction.shape != video.shape:
         raise UsageError(
             f"{type(vae).__name__} gives {_shape(reconstruction)} for a video of {_shape(video)} (B C T H W)"
         )
-    return torch.where(reconstruction.isfinite(), reconstruction.clamp(-1, 1), math.nan)
+
+
+def check_finite(video: Tensor, clip: object) -> None:
+    """Raise DataError naming the clip if a model has given NaN or infinity for it."""
+    if not bool(video.isfinite().all()):
+        raise DataError(
+            f"{printable(clip)}: the model gives numbers that are not finite (NaN or infinity); take another "
+            "checkpoint, or precision=32-true"
+        )
 
 
 @dataclass(frozen=True)
 class _Networks:
-    """Everything that runs on the device."""
+    """The networks that run on the device."""
 
     vae: VideoAutoencoder
     baselines: Mapping[str, VideoAutoencoder]
@@ -101,10 +129,19 @@ class _Networks:
             if isinstance(network, nn.Module):
                 network.to(self.device).eval()
 
-    def check_size(self, frames: int, height: int, width: int) -> None:
-        """Raises UsageError for clips of a size that one of the networks does not take."""
+    @property
+    def context(self) -> Callable[[], AbstractContextManager[Any]]:
+        """The precision that models run in, as a context."""
+        return partial(torch.autocast, self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    def check_sides(self, height: int, width: int) -> None:
+        """Raises UsageError for clips of a height or width that one of the networks does not take."""
         for vae in (self.vae, *self.baselines.values()):
             vae.strides.check_sides(height, width, f"the stride of {type(vae).__name__}")
+
+    def check_size(self, frames: int, height: int, width: int) -> None:
+        """Raises UsageError for clips of a size that one of the networks does not take."""
+        self.check_sides(height, width)
         if self.features is not None and frames < self.features.min_frames:
             raise UsageError(f"frames={frames}: {self.features.name} needs at least {self.features.min_frames} frames")
 
@@ -120,12 +157,13 @@ class _Keep:
 
 @dataclass
 class _Run:
-    """What has been gathered so far."""
+    """The records, features and pictures gathered so far."""
 
     frechet: FrechetDistance | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     sheet: list[SheetClip] = field(default_factory=list)
+    in_pieces: bool = False  # whether any video has gone through in pieces
 
     def skip(self, clip: str, reason: str) -> None:
         logger.warning("clip skipped: %s: %s", clip, reason)
@@ -151,14 +189,15 @@ def evaluate_reconstruction(
     """Encode (mode) and decode every clip, measure, write the results into the folder `output`, and return them.
 
     Each clip is a mapping with `video` (uint8 `C T H W`), `key`, `fps` and perhaps `caption`, or the `ClipError` of a
-    clip that could not be read, which is counted and listed. So is a clip whose reconstruction is not finite.
-    Networks that are modules are moved to `device` and put into eval mode. `precision` is one of Lightning's
-    `32-true`, `bf16-mixed`, `16-mixed`; metrics are always computed in float32, the Frechet distance in float64.
+    clip that could not be read, which is counted and listed. In the place of `video` a clip may have `pieces`: an
+    iterator of uint8 `C T H W` of one height and width, which goes through in bounded memory. Networks that are modules
+    are moved to `device` and put into eval mode. `precision` is one of Lightning's `32-true`, `bf16-mixed`,
+    `16-mixed`; metrics are always computed in float32, the Frechet distance in float64.
     `baselines` reconstruct the same clips and are compared by PSNR. `settings` is copied into the results.
 
     Raises:
         UsageError: a setting, or the clips' size, does not fit the networks.
-        DataError: no clip could be evaluated, or `output` cannot be made a folder.
+        DataError: no clip could be evaluated, a reconstruction is not finite, or `output` cannot be made a folder.
         OSError: a file in it cannot be written.
     """
     check_number("batch_size", batch_size, 1, whole=True)
@@ -166,7 +205,10 @@ def evaluate_reconstruction(
     keep = _Keep(begin(output, PAIRS), contact_sheet_clips, save_videos)
     run = _Run(frechet=None if features is None else FrechetDistance(features.num_features))
     for batch in _batches(clips, batch_size, networks, run):
-        _measure(batch, networks, keep, run)
+        if "pieces" in batch[0]:
+            _measure_pieces(batch[0], networks, keep, run)
+        else:
+            _measure(batch, networks, keep, run)
     if not run.records:
         reasons = f"; the first: {run.skipped[0]['clip']}: {run.skipped[0]['reason']}" if run.skipped else ""
         raise DataError(f"no clip could be evaluated: {len(run.skipped)} skipped{reasons}")
@@ -177,7 +219,9 @@ def evaluate_reconstruction(
         "perceptual": None if perceptual is None else perceptual.name,
         "features": None if features is None else features.name,
     }
-    distance = None if features is None or run.frechet is None else frechet_record(run.frechet, features)
+    distance = None
+    if features is not None and run.frechet is not None:
+        distance = frechet_record(run.frechet, features) | {"clips_are": _frechet_clips(run)}
     results = _summary(run, model_name, {**settings, **own_settings}, distance, baselines)
     title = f"{model_name}, clips: {len(run.records)}"
     sheet = draw_contact_sheet(run.sheet, title, _headline(results)) if run.sheet else None
@@ -187,30 +231,62 @@ def evaluate_reconstruction(
 
 @torch.no_grad()
 def _measure(batch: Sequence[Mapping[str, Any]], networks: _Networks, keep: _Keep, run: _Run) -> None:
-    """Reconstruct clips of one shape and gather what is found; one that is not finite is skipped."""
+    """Reconstruct clips of one shape and gather what is found. Raises DataError for one that is not finite."""
     video = to_float(torch.stack([clip["video"] for clip in batch]).to(networks.device))
     reconstruction = reconstruct(networks.vae, video, networks.autocast)
     others = {name: reconstruct(one, video, networks.autocast) for name, one in networks.baselines.items()}
-    finite = torch.stack([x.isfinite().flatten(1).all(1) for x in (reconstruction, *others.values())]).all(0)
-    for i, (clip, is_finite) in enumerate(zip(batch, finite.tolist(), strict=True)):
-        if not is_finite:
-            run.skip(str(clip["key"]), "the reconstruction holds NaN or infinity")
-            continue
-        record = _record(clip, clip_metrics(reconstruction[i], video[i], networks.perceptual))
+    for i, clip in enumerate(batch):
+        check_finite(reconstruction[i], clip["key"])
+        record = _record(clip, video.shape[2:], clip_metrics(reconstruction[i], video[i], networks.perceptual))
         record["baselines"] = {name: {"psnr": psnr(other[i], video[i]).item()} for name, other in others.items()}
-        _show(clip, record, reconstruction[i], keep, run)
+        _show(clip, clip["video"], record, to_uint8(reconstruction[i]).cpu(), keep, run)
         run.records.append(record)
-    if networks.features is not None and run.frechet is not None and finite.any():
-        run.frechet.update(networks.features(video[finite]).cpu(), reference=True)
-        run.frechet.update(networks.features(reconstruction[finite]).cpu(), reference=False)
+    if networks.features is not None and run.frechet is not None:
+        run.frechet.update(networks.features(video).cpu(), reference=True)
+        run.frechet.update(networks.features(reconstruction).cpu(), reference=False)
 
 
-def _show(clip: Mapping[str, Any], record: Mapping[str, Any], reconstruction: Tensor, keep: _Keep, run: _Run) -> None:
+@torch.no_grad()
+def _measure_pieces(clip: Mapping[str, Any], networks: _Networks, keep: _Keep, run: _Run) -> None:
+    """Reconstruct a video piece by piece and gather what is found; one that is damaged on its way is skipped."""
+    models = [networks.vae, *networks.baselines.values()]
+    meters = [PieceMetrics(networks.perceptual), *(PieceErrors() for _ in networks.baselines)]
+    features = None if networks.features is None else PieceFeatures(networks.features)
+    shown = ShownFrames()
+    whole = partial(reconstruct, autocast=networks.autocast)
+    try:
+        for video, *made in reconstruct_pieces(models, clip["pieces"], networks.device, whole, networks.context):
+            _check_shape(networks.vae, made[0], video)
+            check_finite(made[0], clip["key"])
+            for meter, reconstruction in zip(meters, made, strict=True):
+                meter.add(reconstruction[0], video[0])
+            if features is not None:
+                features.add(video, made[0])
+            shown.add(to_uint8(video[0]).cpu(), to_uint8(made[0][0]).cpu())
+    except ClipError as error:
+        run.skip(error.name, error.reason)
+        return
+    size = meters[0].frames, *shown.video.shape[2:]
+    record = _record(clip, size, meters[0].result())
+    found = zip(networks.baselines, meters[1:], strict=True)
+    record["baselines"] = {name: {"psnr": meter.result()["psnr"]} for name, meter in found}
+    _show(clip, shown.video, record, shown.reconstruction, keep, run)
+    run.records.append(record)
+    run.in_pieces = True
+    if features is not None and run.frechet is not None:
+        for real, again in features.finish():
+            run.frechet.update(real, reference=True)
+            run.frechet.update(again, reference=False)
+
+
+def _show(
+    clip: Mapping[str, Any], video: Tensor, record: Mapping[str, Any], reconstruction: Tensor, keep: _Keep, run: _Run
+) -> None:
     """Put the clip on the contact sheet and into a file, if it is one of the first."""
     shown = len(run.records)
     if shown >= max(keep.sheet_clips, keep.videos):
         return
-    pair = clip["video"], to_uint8(reconstruction).cpu()
+    pair = video, reconstruction
     if shown < keep.sheet_clips:
         run.sheet.append(_sheet_clip(record, *pair))
     if shown < keep.videos:
@@ -228,6 +304,12 @@ def _batches(
         if isinstance(clip, ClipError):
             run.skip(clip.name, clip.reason)
             continue
+        if "pieces" in clip:
+            networks.check_sides(clip["height"], clip["width"])
+            yield from ([batch] if batch else [])
+            yield [clip]
+            batch = []
+            continue
         networks.check_size(*clip["video"].shape[1:])
         if batch and (len(batch) == size or clip["video"].shape != batch[0]["video"].shape):
             yield batch
@@ -237,8 +319,15 @@ def _batches(
         yield batch
 
 
-def _record(clip: Mapping[str, Any], metrics: Mapping[str, float | None]) -> dict[str, Any]:
-    frames, height, width = clip["video"].shape[1:]
+def _frechet_clips(run: _Run) -> str:
+    """Says what the Frechet distance takes for a clip."""
+    sizes = {(record["height"], record["width"]) for record in run.records}
+    own = ", each in its own size" if len(sizes) > 1 else ""
+    return f"runs of {WINDOW} frames of the videos{own}" if run.in_pieces else f"the clips{own}"
+
+
+def _record(clip: Mapping[str, Any], size: Sequence[int], metrics: Mapping[str, float | None]) -> dict[str, Any]:
+    frames, height, width = size
     about = {"frames": frames, "height": height, "width": width, "fps": float(clip["fps"])}
     return {"key": str(clip["key"]), "caption": clip.get("caption", ""), **about, "metrics": dict(metrics)}
 
@@ -304,7 +393,7 @@ def _sheet_clip(record: Mapping[str, Any], video: Tensor, reconstruction: Tensor
 
 
 def _headline(results: Mapping[str, Any]) -> list[str]:
-    """What stands under the contact sheet's title."""
+    """The lines under the contact sheet's title."""
     parts = _written(results["mean"])
     parts += [f"{gain:+.2f} dB over {name}" for name, gain in results["psnr_gain"].items()]
     frechet = results["frechet"] or {}
