@@ -123,7 +123,7 @@ def test_a_generator_that_follows_its_prompts_is_right(tmp_path: Path, shards: P
     assert metrics["accuracy"]["generated"]["all"]["rate"] == 1
     assert metrics["accuracy"]["real"]["all"]["rate"] == 1
     assert metrics["accuracy"]["vae"]["all"]["count"] == 6  # the generator's own
-    assert metrics["counts"] == {"generated": 6, "not_finite": 0, "real": 6, "further_real": 6, "skipped": 0}
+    assert metrics["counts"] == {"generated": 6, "real": 6, "further_real": 6, "skipped": 0}
     assert metrics["model"] == "best"
     assert metrics["settings"]["solver"] == {"name": "euler", "steps": 2, "shift": None}
     assert metrics["settings"]["clip"] == {"frames": 9, "height": 64, "width": 64, "stride": 1, "fps": None}
@@ -163,7 +163,7 @@ def test_a_generator_that_knows_nothing_is_wrong(tmp_path: Path, shards: Path, g
     assert "prompts=20, but" in err
     summary = json.loads(out.splitlines()[-1])
     assert summary["accuracy"]["generated"]["all"]["right"] < 3
-    assert summary["counts"] == {"generated": 12, "not_finite": 0, "real": 12, "further_real": 0, "skipped": 0}
+    assert summary["counts"] == {"generated": 12, "real": 12, "further_real": 0, "skipped": 0}
     assert summary["frechet"]["floor"] is None
     assert summary["given"]["loss"] > 1
     code, out, err = generation(*arguments, "prompts=2")

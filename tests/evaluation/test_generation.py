@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,6 @@ def test_a_generator_that_draws_its_prompts_is_right_and_files_agree(tmp_path: P
     assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(results))
     assert results["counts"] == {
         "generated": 20,
-        "not_finite": 0,
         "real": 20,
         "further_real": 20,
         "skipped": 0,
@@ -147,21 +147,26 @@ def test_wrong_and_broken_videos_are_counted_as_wrong(tmp_path: Path) -> None:
     def generated() -> Iterator[GeneratedClip]:
         for number, clip in enumerate(perfect(4)):
             video = clip.video
-            if number == 1:
-                video = torch.full_like(video, math.nan)
             if number == 2:
                 video = video.flip(1)  # played backwards
             yield GeneratedClip(clip.key, "a red star moves up" if number == 2 else clip.prompt, video, 8.0)
 
     broken = ClipError("one.mp4", "broken")
     results = evaluate(generated(), tmp_path, [broken, *real(3)])
-    assert results["counts"] == {"generated": 4, "not_finite": 1, "real": 3, "further_real": 0, "skipped": 1}
+    assert results["counts"] == {"generated": 4, "real": 3, "further_real": 0, "skipped": 1}
     assert results["skipped"] == [{"clip": "one.mp4", "reason": "broken"}]
-    assert [clip["right"]["all"] for clip in results["clips"]] == [True, False, False, True]
-    assert results["clips"][1]["read"] == {"colour": None, "shape": None, "motion": None}
-    assert results["accuracy"]["generated"]["all"]["right"] == 2
+    assert [clip["right"]["all"] for clip in results["clips"]] == [True, True, False, True]
+    assert results["accuracy"]["generated"]["all"]["right"] == 3
     assert results["frechet"]["n_clips"] == 3
     assert "vae" not in results["accuracy"]
+
+
+def test_a_video_that_is_not_finite_ends_it_with_one_line(tmp_path: Path) -> None:
+    clips = list(perfect(2))
+    broken = replace(clips[1], video=torch.full_like(clips[1].video, math.nan))
+    with pytest.raises(DataError, match=r": the model gives numbers that are not finite .*precision=32-true$"):
+        evaluate([clips[0], broken], tmp_path, real(2))
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_given_frames_are_compared_with_what_the_vae_keeps_of_them(tmp_path: Path) -> None:

@@ -31,14 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from osp.data.media.video import ClipError, to_float, to_uint8
-from osp.data.procedural.oracle import UNKNOWN, Reading
+from osp.data.procedural.oracle import Reading
 from osp.devices import autocast_dtype
 from osp.errors import DataError, UsageError
 from osp.evaluation.frechet import FrechetDistance, VideoFeatures, frechet_record
 from osp.evaluation.metrics import psnr
 from osp.evaluation.output import begin, save_clip, write_results
-from osp.evaluation.prompt_accuracy import CHANCE, PARTS, Judgement, accuracy, judge, shuffled_accuracy, truth
-from osp.evaluation.reconstruction import NO_SETTINGS, VideoAutoencoder, reconstruct
+from osp.evaluation.prompt_accuracy import CHANCE, PARTS, Judgement, accuracy, judge, shuffled_accuracy
+from osp.evaluation.reconstruction import NO_SETTINGS, VideoAutoencoder, check_finite, reconstruct
 from osp.report.contact_sheet import SheetClip, draw_contact_sheet
 from osp.report.tables import csv_text
 
@@ -71,12 +71,11 @@ class _Judged:
     features: list[Tensor] = field(default_factory=list)
 
     def add(self, video: Tensor, prompt: str, features: VideoFeatures) -> Judgement:
-        """A float video `C T H W`; one that is not finite shows nothing, and has no features."""
-        finite = bool(video.isfinite().all())
-        judgement = judge(video, prompt) if finite else Judgement(prompt, truth(prompt), UNKNOWN)
+        """Judge a float video `C T H W`. Raises DataError for one that is not finite."""
+        check_finite(video, prompt)
+        judgement = judge(video, prompt)
         self.judgements.append(judgement)
-        if finite:
-            self.features.append(features(video[None]).cpu())
+        self.features.append(features(video[None]).cpu())
         return judgement
 
 
@@ -173,10 +172,9 @@ def _judge_generated(
         video = networks.placed(clip.video)
         judgement = made.judged.add(video, clip.prompt, networks.features)
         record: dict[str, Any] = {"key": clip.key, "prompt": clip.prompt, "seed": clip.seed, **_verdict(judgement)}
-        record["finite"] = bool(video.isfinite().all())
         if networks.given:
             record |= _given_psnr(clip, video, networks)
-        pixels = to_uint8(video.nan_to_num(0.0)).cpu()
+        pixels = to_uint8(video).cpu()
         if save_videos is None or number < save_videos:
             record["file"] = f"{VIDEOS}/{save_clip(folder / VIDEOS, f'{number:03d}-{clip.key}', pixels, clip.fps).name}"
         if number < contact_sheet_clips:
@@ -213,7 +211,6 @@ def _results(made: _Generated, beside: _Real, networks: _Networks) -> dict[str, 
     return {
         "counts": {
             "generated": len(made.records),
-            "not_finite": sum(not record["finite"] for record in made.records),
             "real": len(beside.shown.judgements),
             "further_real": len(beside.others),
             "skipped": len(beside.skipped),
@@ -287,7 +284,7 @@ def _given_psnr(clip: GeneratedClip, video: Tensor, networks: _Networks) -> dict
     if clip.real is None:
         raise UsageError(f"{clip.key}: frames are said to be given, but not the clip that they are from")
     real, frames = _on(video.device, clip.real), list(networks.given)
-    shown = {"given": video.nan_to_num(0.0)}
+    shown = {"given": video}
     if networks.vae is not None:
         shown["vae"] = reconstruct(networks.vae, real[None], networks.autocast)[0]
     kept: dict[str, Any] = {}
