@@ -16,6 +16,8 @@ from osp.documents import DocumentError, decode_text, parse_json, printable
 
 log = logging.getLogger(__name__)
 
+_TWO_VIDEOS = "videos of samples that have another one, which is taken"
+
 
 @dataclass
 class _Sample:
@@ -87,9 +89,7 @@ def _add(
             passed_over.add(f"members of more than limits.member_bytes={limits.member_bytes}", place)
         elif sample.media is None or suffix in VIDEO_SUFFIXES:
             if sample.media is not None and PurePosixPath(sample.media.name).suffix.lower() in VIDEO_SUFFIXES:
-                passed_over.add(
-                    "videos of a sample that has another one, which is taken", f"{tar}: {sample.media.name}"
-                )
+                passed_over.add(_TWO_VIDEOS, f"{tar.name}: {sample.media.name}")
             sample.media = member
     elif suffix in (".json", ".txt"):
         try:
