@@ -1,4 +1,4 @@
-# Everything a person runs by hand. `make` alone lists it.
+# What people run by hand. `make` alone lists it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSOR
 .DEFAULT_GOAL := help
 .PHONY: setup demo demo-long study test lint fuzz train-vae eval bench-vae bench-denoiser sweep clean help
 
-setup: $(INSTALLED)  ## make .venv with everything, versions as in constraints.txt
+setup: $(INSTALLED)  ## install everything into .venv, in the versions of constraints.txt
 
 # torch first: the others then take the build of it that is there (constraints.txt says which).
 $(INSTALLED): pyproject.toml constraints.txt
@@ -31,7 +31,7 @@ DEMO_VAE ?= 800
 DEMO_DENOISER ?= 1000
 PROMPTS ?= 64
 
-demo: setup  ## from nothing to videos of sentences: outputs/demo/index.html, in under 15 minutes on 4 cores
+demo: setup  ## go from nothing to videos of sentences, in under 15 minutes on 4 cores: outputs/demo/index.html
 	$(OSP) shards output=$(DEMO)/shards/train synthetic=plain synthetic.frames=9 synthetic.clips=$(DEMO_CLIPS) synthetic.seed=0
 	$(OSP) shards output=$(DEMO)/shards/heldout synthetic=plain synthetic.frames=9 synthetic.clips=256 synthetic.seed=1
 	$(OSP) train experiment=wfvae_tiny output=$(DEMO)/vae data=shards data.val_clips=32 \
@@ -58,19 +58,19 @@ demo: setup  ## from nothing to videos of sentences: outputs/demo/index.html, in
 	@echo "numbers                  $(DEMO)/generation/metrics.json, $(DEMO)/reconstruction/metrics.json"
 	@echo "TensorBoard log          $(BIN)/tensorboard --logdir $(DEMO)"
 
-demo-long:  ## the demo with more of everything, in under an hour on 4 cores: outputs/demo_long/index.html
+demo-long:  ## the demo with more clips and steps, in under an hour on 4 cores: outputs/demo_long/index.html
 	$(MAKE) demo DEMO=$(OUT)/demo_long DEMO_CLIPS=8192 DEMO_VAE=2400 DEMO_DENOISER=4000
 
-study: setup  ## sparse beside dense attention on the demo's features, 21 runs: make study ARGS="--seeds 1 --steps 300"
+study: setup  ## compare sparse and dense attention on the demo's features, in 21 runs: make study ARGS="--seeds 1 --steps 300"
 	$(BIN)/python tools/study.py features=$(DEMO)/features/train heldout_features=$(DEMO)/features/heldout \
 		heldout=$(DEMO)/shards/heldout output=$(OUT)/study $(ARGS)
 
 # A process of one thread for each core, as most tests are too small to share; at most 8, for each takes 1.5 GB. The
 # tests of a file stay in one process, so that what they share is made once.
-test: lint  ## every check: lint, types, import contract, tests, notebooks
+test: lint  ## run every check: lint, types, import contract, tests, notebooks
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=$(CORES) --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-lint: setup  ## ruff, mypy, import contract
+lint: setup  ## run ruff, mypy and the import contract alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -83,26 +83,26 @@ fuzz: setup  ## damage thousands of files and read them, and flip bits in stored
 train-vae: setup  ## train a VAE: make train-vae ARGS="experiment=wfvae_v13_8ch data.train.path=DIR"
 	$(OSP) train $(or $(ARGS),experiment=wfvae_tiny)
 
-eval: setup  ## evaluate one: make eval ARGS="checkpoint=FILE input=DIR"
+eval: setup  ## evaluate a VAE or a denoiser: make eval ARGS="checkpoint=FILE input=DIR"
 	$(OSP) eval $(ARGS)
 
-# Variables, because make takes a comma inside $(or ...) for the end of what it chooses from.
+# These are variables, because inside $(or ...) make takes a comma for the end of a choice.
 VAE_CLIPS := frames=[17,33] sizes=[128x128,256x256]
-bench-vae: setup  ## time and memory of the full-size VAE, a quarter of an hour on 4 cores: make bench-vae ARGS="frames=65"
+bench-vae: setup  ## measure time and memory of the full-size VAE, a quarter of an hour on 4 cores: make bench-vae ARGS="frames=65"
 	$(OSP) bench target=vae output=$(OUT)/bench/vae $(or $(ARGS),$(VAE_CLIPS))
 
 # v1.3, a third as wide and a quarter as deep
 DENOISER := denoiser=opensora_v13 denoiser.heads=8 \
 	'denoiser.stages=[{blocks: 1}, {blocks: 6, pattern: skiparse, k: 4}, {blocks: 1}]' latents=[4x64x64,8x64x64] repeats=2
-bench-denoiser: setup  ## sparse beside dense attention, five minutes on 4 cores: make bench-denoiser ARGS="denoiser=joint_tiny"
+bench-denoiser: setup  ## measure sparse beside dense attention, five minutes on 4 cores: make bench-denoiser ARGS="denoiser=joint_tiny"
 	$(OSP) bench target=denoiser output=$(OUT)/bench/denoiser $(or $(ARGS),$(DENOISER))
 
-sweep: setup  ## a multirun over two latent sizes, compared in one table
+sweep: setup  ## train two VAEs with other latents, and compare them in one table
 	$(OSP) train --multirun experiment=wfvae_tiny output=$(OUT)/sweep vae.latent_channels=4,16 \
 		trainer.max_steps=200 trainer.val_check_interval=100
 
-clean:  ## remove what was made here, but not .venv
+clean:  ## remove runs and caches; .venv and data stay
 	rm -rf outputs multirun .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+help:  ## print this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
