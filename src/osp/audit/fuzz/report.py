@@ -16,24 +16,25 @@ class Tally:
     reasons: Counter[str] = field(default_factory=Counter)
 
     def add(self, outcome: Outcome, faults: frozenset[str] = FAULTS) -> str | None:
-        """Count an outcome; gives the reason of a fault that is the first of its reason."""
+        """Count an outcome; gives the reason of a fault that is the first of its place and kind of error."""
         self.states[outcome.state] += 1
         if outcome.state not in faults:
             return None
-        why = reason(outcome)
-        self.reasons[why] += 1
-        return why if self.reasons[why] == 1 else None
+        place, message = reason(outcome)
+        self.reasons[place] += 1
+        return f"{place}: {message}" if self.reasons[place] == 1 else None
 
     def __str__(self) -> str:
         counts = ", ".join(f"{self.states[state]} {state}" for state in STATES)
         return f"{self.kind:<20} {self.states.total()} tried: {counts}"
 
 
-def reason(outcome: Outcome) -> str:
-    """One line that is the same for faults of the same cause: the state, the place in our code, and the error."""
+def reason(outcome: Outcome) -> tuple[str, str]:
+    """Of a fault: its state with the place in our code and the kind of error, and the message."""
     lines = outcome.detail.strip().splitlines() or [""]
     places = [line.split('"')[1:3] for line in lines if line.lstrip().startswith('File "')]
     ours = [f"{path.rpartition('/osp/')[2]}:{line.strip(', ')}" for path, line in places if "/osp/" in path]
     last = next((line for line in reversed(lines) if line and not line.startswith(" ")), "")
-    digits = "".join("#" if character.isdigit() else character for character in last)
-    return f"{outcome.state} {'at ' + ours[-1] if ours else 'in ' + outcome.what}: {printable(digits)[:160]}"
+    kind, _, message = last.partition(": ")
+    place = f"at {ours[-1]}: {kind}" if ours else f"in {outcome.what}"
+    return printable(f"{outcome.state} {place}"), printable(message)[:160]
