@@ -1,11 +1,13 @@
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from osp.documents import (
+    MIB,
     DocumentError,
     check_form,
     csv_rows,
@@ -51,6 +53,14 @@ def test_a_file_larger_than_its_limit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"x" * 11)
     assert read_text(tmp_path / "a.txt", most=11) == "x" * 11
     assert "larger than 10 bytes" in refusal(read_text, tmp_path / "a.txt", most=10)
+
+
+def test_a_high_limit_takes_no_memory_of_a_small_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x" * (MIB + 1))
+    tracemalloc.start()
+    assert len(read_text(tmp_path / "a.txt", most=1 << 40)) == MIB + 1
+    assert tracemalloc.get_traced_memory()[1] < 8 * MIB
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import stat
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import yaml
 
@@ -243,7 +243,7 @@ def read_bytes(path: Path, most: int) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise DocumentError(f"{path}: is no regular file")
-            data = file.read(most + 1)
+            data = _at_most(file, most + 1)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -252,6 +252,15 @@ def read_bytes(path: Path, most: int) -> bytes:
         size = f"{most // MIB} MiB" if most >= MIB else f"{most} bytes"
         raise DocumentError(f"{path}: is larger than {size}, which is more than such a file may hold")
     return data
+
+
+def _at_most(file: BinaryIO, most: int) -> bytes:
+    """The first bytes of a file; memory for `most` of them is taken only if there are so many."""
+    parts, left = [], most
+    while left > 0 and (part := file.read(min(left, MIB))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 def _lines(text: str) -> list[str]:
