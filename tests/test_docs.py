@@ -15,6 +15,7 @@ import osp
 from osp.cli import VERBS
 from osp.data.media.video import write_video
 from osp.data.procedural.scene import COLOURS, MOTION_PHRASES, SHAPES
+from osp.data.shards.captions import FILE_KEYS, TEXT_KEYS
 from osp.evaluation.reconstruction import PAIRS
 from osp.sampling.outputs import SampleFolder
 from osp.weights.families import FAMILIES
@@ -154,3 +155,9 @@ def test_the_pictures_of_the_readme_are_drawn_from_folders_of_the_project(
     for name in ("samples", "reconstructions"):
         with Image.open(drawn / f"{name}.gif") as picture:
             assert picture.n_frames >= 3  # type: ignore[attr-defined]
+
+
+def test_the_page_of_formats_has_the_keys_of_captions() -> None:
+    page = " ".join(text("data/README.md").split())
+    for *names, last in (FILE_KEYS, TEXT_KEYS):
+        assert f"{', '.join(f'`{name}`' for name in names)} or `{last}`" in page
