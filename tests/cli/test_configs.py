@@ -91,7 +91,7 @@ FILLED = {
     "max_tokens": 100,
     "shapes": [[1, 16, 16]],
     "kind": "wfvae_v13",
-    **dict.fromkeys(("path", "source", "input", "output", "checkpoint", "start_from"), "x"),
+    **dict.fromkeys(("path", "dataset", "source", "input", "output", "checkpoint", "start_from"), "x"),
 }
 WITH = {
     ("module", "denoiser"): ["denoiser=cross_tiny", "text=words", "objective=flow_tiny"],
@@ -103,6 +103,7 @@ NOT_BUILT = {
     *("osp.weights.load_pretrained", "osp.weights.load_published", "osp.training.checkpoints.load_trained_vae"),
     *("osp.training.checkpoints.load_trained_generator", "osp.conditioning.T5Text", "osp.conditioning.CLIPPooled"),
     *("osp.data.sources.ShardClips", "osp.data.sources.BucketClips", "osp.data.sources.FeatureClips"),
+    *("osp.data.sources.ArrayClips", "osp.data.sources.DatasetClips"),
     *("lightning.Trainer", "osp.training.loggers.wandb_logger"),
 }
 

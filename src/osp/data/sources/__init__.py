@@ -1,8 +1,20 @@
-"""Where clips come from: shards and folders, drawings, features."""
+"""The sources of clips: shards and folders, arrays, datasets of Hugging Face, drawings, features."""
 
+from osp.data.sources.arrays import ArrayClips
+from osp.data.sources.datasets import DatasetClips
 from osp.data.sources.features import FeatureClips
 from osp.data.sources.shards import BucketClips, ShardClips, clip_size
 from osp.data.sources.source import ClipSource, FirstClips
 from osp.data.sources.synthetic import SyntheticClips
 
-__all__ = ["BucketClips", "ClipSource", "FeatureClips", "FirstClips", "ShardClips", "SyntheticClips", "clip_size"]
+__all__ = [
+    "ArrayClips",
+    "BucketClips",
+    "ClipSource",
+    "DatasetClips",
+    "FeatureClips",
+    "FirstClips",
+    "ShardClips",
+    "SyntheticClips",
+    "clip_size",
+]

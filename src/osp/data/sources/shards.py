@@ -3,23 +3,18 @@
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch.utils.data import get_worker_info
 
 from osp.checks import check_number
 from osp.data.buckets import Bucket, BucketRule, choose, make_buckets
 from osp.data.media.limits import DEFAULT_LIMITS, Limits
 from osp.data.media.shape import Shape
-from osp.data.media.video import ClipError, probe, read_clip
 from osp.data.shards.entry import ClipEntry
 from osp.data.shards.index import Listing, read_listing
+from osp.data.sources.decoding import Decoding
 from osp.data.sources.source import ListedClips
-from osp.errors import DataError, UsageError
-from osp.seeds import seeded
+from osp.errors import DataError
 
 
 class ShardClips(ListedClips):
@@ -136,53 +131,6 @@ class BucketClips(ListedClips):
     def read(self, index: int, draw: int) -> dict[str, Any]:
         """See `ClipSource.read`; the window and the flip come from a generator seeded by (key, draw)."""
         return self.decoding.read(self.entries[index], self._shapes[index], draw)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """The choice of frames and of mirroring when a clip is read; see `ShardClips`."""
-
-    stride: int = 1
-    fps: float | None = None
-    random_start: bool = True
-    flip: bool = False
-
-    def __post_init__(self) -> None:
-        check_number("stride", self.stride, 1, whole=True)
-        if self.fps is not None and (self.fps <= 0 or self.stride != 1):
-            raise UsageError(f"fps={self.fps}, stride={self.stride}: give a positive fps or a stride, not both")
-
-    def __str__(self) -> str:
-        rate = f"fps={self.fps}" if self.fps else f"stride={self.stride}"
-        return f"{rate} random_start={self.random_start} flip={self.flip}"
-
-    def read(self, entry: ClipEntry, shape: Shape, draw: int) -> dict[str, Any]:
-        """One clip, as `ClipSource.read`; the window and the flip come from a generator seeded by (key, draw)."""
-        try:
-            data = entry.source()
-        except DataError as error:  # a shard cut short costs its own clips only
-            raise ClipError(entry.key, str(error)) from error
-        generator = seeded(entry.key, draw)
-        mirrored = bool(torch.rand((), generator=generator) < 0.5)  # always drawn: `flip` does not move the windows
-        video = read_clip(
-            data,
-            frames=shape.frames,
-            size=(shape.height, shape.width),
-            stride=self.stride,
-            fps=self.fps,
-            generator=generator if self.random_start else None,
-            name=entry.key,
-            threads=0 if get_worker_info() is None else 1,
-        )
-        if self.flip and mirrored:
-            video = video.flip(-1)
-        fps = self.fps or (entry.record.get("fps") or probe(data, entry.key).fps) / self.stride
-        captions = entry.record.get("captions") or [str(entry.record.get("caption", ""))]
-        caption = captions[0]
-        if self.random_start and len(captions) > 1:
-            caption = captions[int(torch.randint(len(captions), (), generator=seeded("caption", entry.key, draw)))]
-        clip = {"video": video, "caption": caption, "key": entry.key, "fps": fps}
-        return clip | ({"captions": captions} if len(captions) > 1 else {})
 
 
 def _list_folders(path: str | Path | Sequence[str | Path], limits: Limits) -> tuple[str, Path | None, Listing]:
