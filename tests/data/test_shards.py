@@ -20,7 +20,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from osp.data.media.clips import Clip, examine, extract
+from osp.data.media.clips import Clip, CutSettings, clips_of, examine
 from osp.data.media.video import probe, read_clip
 from osp.data.shards.build import write_rendered, write_shards
 from osp.data.shards.index import ClipEntry, read_index
@@ -218,17 +218,16 @@ def test_cuts_miss_no_frame_and_copy_where_they_can(tmp_path: Path, make_video: 
     ticks = list(itertools.accumulate(random.Random(1).choices([15, 30, 60], k=50))) if name == "variable.mp4" else None
     path = make_video(tmp_path / name, codec, frames=50, ticks=ticks, **settings)
     count = probe(path, decode=True).frames
-    examined = examine(path, 1.0, 5)
+    examined = examine(path, CutSettings(1.0, 5))
     assert examined.reason == ""
-    assert len(examined.pieces) >= 3
-    assert sum(piece.frames for piece in examined.pieces) == count
-    full = read_clip(path, frames=count)
-    for number, piece in enumerate(examined.pieces):
-        clip = extract(path, piece)
+    clips = [*clips_of(path, examined, CutSettings(1.0, 5))]
+    assert len(clips) >= 3
+    full, first = read_clip(path, frames=count), 0
+    for number, clip in enumerate(clips):
         assert isinstance(clip, Clip)
         assert clip.info.duration <= 1.11
-        pictures = read_clip(clip.data, frames=piece.frames)
-        expected = full[:, piece.first : piece.first + piece.frames]
+        pictures = read_clip(clip.data, frames=clip.info.frames)
+        expected = full[:, first : first + clip.info.frames]
         if way in ("copied", "lossless") or (way == "first copied" and number == 0):
             assert torch.equal(pictures, expected)
         else:
@@ -238,16 +237,18 @@ def test_cuts_miss_no_frame_and_copy_where_they_can(tmp_path: Path, make_video: 
             assert clip.suffix == path.suffix[1:]
             assert clip.info.codec == probe(path).codec
         if ticks is not None:
-            times = np.array(ticks[piece.first : piece.first + piece.frames]) / 600
-            assert clip.info.fps == pytest.approx((piece.frames - 1) / (times[-1] - times[0]), rel=5e-3)
+            times = np.array(ticks[first : first + clip.info.frames]) / 600
+            assert clip.info.fps == pytest.approx((clip.info.frames - 1) / (times[-1] - times[0]), rel=5e-3)
+        first += clip.info.frames
+    assert first == count
 
 
 def test_a_rest_shorter_than_min_frames_stays_with_the_last_clip(tmp_path: Path, make_video: MakeVideo) -> None:
     path = make_video(tmp_path / "clip.mp4", frames=44, options={"g": "20", "sc_threshold": "0"})
-    assert [piece.frames for piece in examine(path, 1.0, 4).pieces] == [20, 20, 4]
-    assert [piece.frames for piece in examine(path, 1.0, 5).pieces] == [20, 24]
-    assert examine(path, 1.0, 45).reason == "too short: 44 frames, min_frames=45"
-    whole = examine(path, 2.2, 5).clip
+    assert [piece.frames for piece in examine(path, CutSettings(1.0, 4)).pieces] == [20, 20, 4]
+    assert [piece.frames for piece in examine(path, CutSettings(1.0, 5)).pieces] == [20, 24]
+    assert examine(path, CutSettings(1.0, 45)).reason == "too short: 44 frames, min_frames=45"
+    whole = examine(path, CutSettings(2.2, 5)).clip
     assert whole is not None
     assert whole.data == path.read_bytes()
 
@@ -258,8 +259,8 @@ def test_damage_in_a_long_video_costs_the_clip_it_is_in(
     (tmp_path / "videos").mkdir()
     path = make_video(tmp_path / "videos" / "long.mp4", frames=80, options={"g": "20"}, height=128, width=128)
     data = bytearray(path.read_bytes())
-    pieces = examine(path, 1.0, 5).pieces
-    second = extract(path, pieces[1])
+    examined = examine(path, CutSettings(1.0, 5))
+    pieces, second = examined.pieces, [*clips_of(path, examined, CutSettings(1.0, 5))][1]
     assert isinstance(second, Clip)
     at = data.index(second.data[second.data.index(b"mdat") + 4 :][200:260])
     data[at : at + 400] = os.urandom(400)

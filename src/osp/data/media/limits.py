@@ -3,11 +3,12 @@
 from dataclasses import dataclass, fields
 
 from osp.checks import check_number
+from osp.data.media.errors import ClipError
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one file may cost. What its headers promise is compared with these before anything is allocated.
+    """The most that one file may cost. What its headers promise is compared with these before anything is allocated.
 
     Raises UsageError for a limit that is no number above 0.
     """
@@ -21,6 +22,29 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             check_number(f"limits.{field.name}", getattr(self, field.name), above=0, whole=field.type is int)
+
+    def check_pixels(self, name: str, width: int, height: int, what: str = "its frames are") -> None:
+        """Raise ClipError for a picture of more pixels than `frame_pixels`."""
+        if width * height > self.frame_pixels:
+            self._refuse(name, f"{what} {width} x {height}, {width * height} pixels", "frame_pixels")
+
+    def check_frames(self, name: str, frames: int) -> None:
+        """Raise ClipError for more frames than `frames`."""
+        if frames > self.frames:
+            self._refuse(name, f"has {frames} frames or more", "frames")
+
+    def check_seconds(self, name: str, seconds: float) -> None:
+        """Raise ClipError for a longer time than `seconds`."""
+        if seconds > self.seconds:
+            self._refuse(name, f"lasts {seconds:g} s or longer", "seconds")
+
+    def check_bytes(self, name: str, size: int) -> None:
+        """Raise ClipError for more bytes than `member_bytes`."""
+        if size > self.member_bytes:
+            self._refuse(name, f"has {size} bytes", "member_bytes")
+
+    def _refuse(self, name: str, finding: str, key: str) -> None:
+        raise ClipError(name, f"{finding}, more than limits.{key}={getattr(self, key)}; raise that setting to read it")
 
 
 DEFAULT_LIMITS = Limits()

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from osp.checks import check_number
-from osp.data.media.clips import Clip, Examined, examine, extract
+from osp.data.media.clips import Clip, CutSettings, Examined, cut_decoded, examine, extract
 from osp.data.media.folder import media_files
 from osp.data.media.limits import DEFAULT_LIMITS, Limits
+from osp.data.media.pieces import Piece, sharing
 from osp.data.media.video import VideoInfo, encode_video, probe
 from osp.data.shards.captions import Caption, Captions, SideCars, read_captions
 from osp.data.shards.index import tars_below
@@ -99,7 +100,7 @@ def write_shards(
         shard_clips, shard_bytes: a shard is closed before it would have more clips or media bytes.
         workers: processes, None: one a core; 0: all in this process, where a decoder's crash ends the run.
         watch: told after each file how many of the new ones are done, and how many there are.
-        limits: what one file may cost.
+        limits: what one file may cost; one beyond them is left out.
 
     Raises:
         UsageError: settings out of range, no such folder, or `output` was begun with other settings or captions.
@@ -114,6 +115,7 @@ def write_shards(
     texts = Captions(side_cars=SideCars(limits)) if captions is None else read_captions(captions, videos, limits)
     sources = _sources(videos, output, texts)
     settings = {"clip_seconds": float(clip_seconds), "min_frames": min_frames}
+    cutting = CutSettings(clip_seconds, min_frames, limits)
     with ShardWriter(output, settings, shard_clips, shard_bytes) as writer:
         _check_captions(output, sources, writer.sources)
         before, gone = writer.clips, _gone(videos, sources, writer.sources)
@@ -121,9 +123,9 @@ def write_shards(
         if todo:
             log.info("%s: %d files, %d of them new", videos, len(sources), len(todo))
             with Workers(workers, preload=["osp.data.media.clips"]) as pool:
-                calls = ((examine, s.path, clip_seconds, min_frames, _known(s, writer.sources)) for s in todo)
+                calls = ((examine, s.path, cutting, _known(s, writer.sources)) for s in todo)
                 for done, (source, examined) in enumerate(zip(todo, pool.in_order(calls), strict=True), start=1):
-                    _store(source, examined, writer, pool)
+                    _store(source, examined, cutting, writer, pool)
                     watch(done, len(todo))
         writer.commit()
         report = _report(writer, before, len(texts.missing))
@@ -248,7 +250,9 @@ def _check_captions(output: Path, sources: Iterable[_Source], lines: Mapping[str
         )
 
 
-def _store(source: _Source, examined: Examined | Crashed, writer: ShardWriter, pool: Workers) -> None:
+def _store(
+    source: _Source, examined: Examined | Crashed, cutting: CutSettings, writer: ShardWriter, pool: Workers
+) -> None:
     """Adds the clips of one source, and a journal line that says so."""
     line = writer.sources.get(source.name)
     if isinstance(examined, Crashed):
@@ -273,25 +277,57 @@ def _store(source: _Source, examined: Examined | Crashed, writer: ShardWriter, p
         if {**new, "number": 0} != {**(line or {}), "number": 0}:
             writer.note(new)
 
-    pieces = examined.pieces[next_piece:]
-    outcomes: Iterable[Clip | str | Crashed] = pool.in_order((extract, source.path, piece) for piece in pieces)
-    for outcome in [examined.clip] if examined.clip is not None else outcomes:
+    for outcome in _outcomes(source.path, examined, cutting, next_piece, pool):
         if isinstance(outcome, Clip):
             record = _record(outcome.info, outcome.start, source.name, source.caption)
             writer.add(f"{number:06d}-{stem}-{next_piece:02d}", outcome.suffix, outcome.data, record)
             clips += 1
         else:
             reason = outcome if isinstance(outcome, str) else "the decoder crashed on it"
-            damaged.append(f"at {examined.pieces[next_piece].start:.1f} s: {reason}")
+            place = f"at {examined.pieces[next_piece].start:.1f} s" if examined.pieces else f"clip {next_piece}"
+            damaged.append(f"{place}: {reason}")
         next_piece += 1
-        if next_piece < len(examined.pieces):
+        if examined.clip is None:
             note(done=False)
     reason = examined.reason
     if damaged:
-        reason = f"{len(damaged)} of its {len(examined.pieces)} clips left out ({damaged[0]})"
+        reason = f"{len(damaged)} of its {next_piece} clips left out ({damaged[0]})"
     if reason:
         log.warning("%s: skipped, %s" if not clips else "%s: %s", printable(source.name), printable(reason))
+    elif examined.note:
+        log.warning("%s: %s", printable(source.name), examined.note)
     note(done=True, reason=reason)
+
+
+def _outcomes(
+    path: Path, examined: Examined, cutting: CutSettings, after: int, pool: Workers
+) -> Iterator[Clip | str | Crashed]:
+    """Each clip of a source in its order, from number `after` on, or the reason why there is none.
+
+    Pieces that one decode serves are cut by one process; the others by all of them.
+    """
+    if examined.clip is not None:
+        yield examined.clip
+        return
+    if examined.unplanned:
+        yield from pool.stream(cut_decoded, path, cutting, after)
+        return
+    runs = [*sharing(examined.pieces[after:])]
+    for together, group in itertools.groupby(runs, lambda run: len(run) > 1):
+        if not together:
+            for outcomes in pool.in_order((_extracted, path, run, cutting.limits) for run in group):
+                yield from [outcomes] if isinstance(outcomes, Crashed) else outcomes
+            continue
+        for run in group:
+            left = len(run)
+            for outcome in pool.stream(extract, path, run, cutting.limits):
+                yield outcome
+                left -= 1
+            yield from [Crashed()] * left  # those after a crash lean on the same frames
+
+
+def _extracted(path: Path, run: Sequence[Piece], limits: Limits) -> list[Clip | str]:
+    return [*extract(path, run, limits)]
 
 
 def _sha256(path: Path) -> str:

@@ -6,17 +6,20 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Self
 
 from osp.errors import OspError
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 4 * 3600.0  # seconds for one file: a decoder that hangs must not hold up all that come after
+_ITEM, _END, _ERROR = range(3)
 
 
 class Crashed:
@@ -35,10 +38,11 @@ class Workers:
 
     Args:
         preload: modules that the workers need, imported once and not in each of them.
+        patience: seconds after which a call that has given nothing counts as crashed, and its process is ended.
     """
 
-    def __init__(self, count: int, preload: Iterable[str] = ()) -> None:
-        self.count = count
+    def __init__(self, count: int, preload: Iterable[str] = (), patience: float = PATIENCE) -> None:
+        self.count, self.patience = count, patience
         self._tasks: deque[_Task] = deque()  # handed in, result not yet taken
         # A fork server: its children are clean of this process' threads, and share what it has imported.
         self._context = multiprocessing.get_context("forkserver")
@@ -67,6 +71,35 @@ class Workers:
         while tasks:
             yield self._result(tasks.popleft())
 
+    def stream(self, function: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]:
+        """What a generator gives, one by one, from a process of its own; it goes no more than a few items ahead.
+
+        `Crashed` is the last item where the process died or gave nothing for `patience` seconds. What it raises is
+        raised.
+        """
+        if self.count == 0:
+            yield from function(*arguments)
+            return
+        receiver, sender = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_send, args=(sender, function, arguments), daemon=True)
+        process.start()
+        sender.close()
+        try:
+            while receiver.poll(self.patience):
+                kind, value = receiver.recv()
+                if kind == _END:
+                    return
+                if kind == _ERROR:
+                    raise value
+                yield value
+            yield Crashed()
+        except EOFError:
+            yield Crashed()
+        finally:
+            receiver.close()
+            process.kill()
+            process.join()
+
     def _submit(self, call: tuple[Any, ...]) -> _Task:
         task = _Task(call)
         if self.count > 0:
@@ -85,28 +118,29 @@ class Workers:
             return function(*arguments)
         try:
             return self._value(task)
-        except BrokenProcessPool:
+        except (BrokenProcessPool, TimeoutError):
             self._recover()
             return self._value(task)
         finally:
             self._tasks.remove(task)
 
-    @staticmethod
-    def _value(task: _Task) -> Any:
-        return Crashed() if task.crashed or task.future is None else task.future.result()
+    def _value(self, task: _Task) -> Any:
+        return Crashed() if task.crashed or task.future is None else task.future.result(self.patience)
 
     def _recover(self) -> None:
         """A worker died, and with it every call under way: run these one by one to find the one that kills."""
         if self._executor is not None:
+            _kill(self._executor)  # one may hang; those that are done have given their result
             self._executor.shutdown(wait=True, cancel_futures=True)
-        log.info("a worker process died; its calls are run again, one by one")
+        log.info("a worker process died or hangs; its calls are run again, one by one")
         alone: ProcessPoolExecutor | None = None
         for task in self._tasks:
             if task.crashed or (task.future is not None and not _broken(task.future)):
                 continue
             alone = alone or self._start(1)
             task.future = alone.submit(*task.call)
-            if _broken(task.future):
+            if _broken(task.future, self.patience):
+                _kill(alone)
                 alone.shutdown()
                 alone, task.crashed = None, True
         if alone is not None:
@@ -122,12 +156,29 @@ class Workers:
         return executor
 
 
-def _broken(future: Future[Any]) -> bool:
-    """Whether its process died (waits until that is known)."""
+def _broken(future: Future[Any], patience: float | None = None) -> bool:
+    """Whether its process died, or gave nothing for so many seconds (waits until that is known)."""
     try:
-        return isinstance(future.exception(), BrokenProcessPool)
-    except CancelledError:
+        return isinstance(future.exception(patience), BrokenProcessPool)
+    except (CancelledError, TimeoutError):
         return True
+
+
+def _kill(executor: ProcessPoolExecutor) -> None:
+    """Ends the processes of a pool, which would be waited for otherwise."""
+    for process in list((executor._processes or {}).values()):
+        process.kill()
+
+
+def _send(sender: Connection, function: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
+    """In a process of its own: what a generator gives, then that it has ended or what it raised."""
+    _prepare()
+    try:
+        for item in function(*arguments):
+            sender.send((_ITEM, item))
+        sender.send((_END, None))
+    except Exception as error:  # noqa: BLE001 - the parent raises it
+        sender.send((_ERROR, error))
 
 
 def _prepare() -> None:
