@@ -5,6 +5,7 @@ import importlib
 import re
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from osp.sampling.outputs import SampleFolder
 from osp.weights.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "osp"
 READMES = ("README.md", "README.zh.md")
 PAGES = [*READMES, "data/README.md", "conf/README.md", "notebooks/README.md"]
 PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
@@ -161,3 +163,14 @@ def test_the_page_of_formats_has_the_keys_of_captions() -> None:
     page = " ".join(text("data/README.md").split())
     for *names, last in (FILE_KEYS, TEXT_KEYS):
         assert f"{', '.join(f'`{name}`' for name in names)} or `{last}`" in page
+
+
+def test_the_page_of_the_architecture_has_the_layers_of_the_contract() -> None:
+    contracts = tomllib.loads(text("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    (layers,) = [one["layers"] for one in contracts if one["name"] == "Rooms import downwards only"]
+    (said,) = re.findall(r"`(cli > .*?)`", text("docs/architecture.md").replace("\n", " "))
+    found = [re.findall(r"\bosp\.(\w+)", layer) for layer in layers]
+    there = [{name for name in layer if any((ROOT / "src" / "osp").glob(f"{name}*"))} for layer in found]
+    assert [{*layer.split(", ")} for layer in said.split(" > ")] == [
+        layer - {"_torchvision"} for layer in there if layer
+    ]
