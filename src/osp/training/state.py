@@ -13,6 +13,7 @@ from torch import Tensor
 
 from osp.errors import DataError
 from osp.weights.files import open_checkpoint
+from osp.weights.lazy import Weights
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
@@ -63,9 +64,10 @@ class FileCheckpoint:
 
     def weights(self, prefix: str) -> dict[str, Tensor]:
         """See `TrainingCheckpoint.weights`."""
-        stored = self.content["state_dict"]
+        inner = self.content.get("state_dict")
+        stored = Weights.of(inner if isinstance(inner, Mapping) else {})
         # Copied: they lie in the file, which may be replaced.
-        return {key.removeprefix(prefix): value.clone() for key, value in stored.items() if key.startswith(prefix)}
+        return {key.removeprefix(prefix): stored[key].clone() for key in stored if key.startswith(prefix)}
 
 
 def open_state(path: str | Path) -> TrainingCheckpoint:

@@ -1,13 +1,8 @@
 """Weight files: read without running code, tensor by tensor if need be, and checked key by key."""
 
-import argparse
-import io
 import json
 import math
-import pickle
-import re
 import struct
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,15 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from osp.documents import printable
 from osp.errors import OspError
 from osp.files import sync
 from osp.weights.lazy import Stored, Weights
+from osp.weights.pickled import View
+from osp.weights.pickles import RefusedError
+from osp.weights.torch_files import Content, TorchFile, open_torch
 
 _SHOWN = 20
 
@@ -58,18 +56,6 @@ _DAMAGED = (
     zipfile.BadZipFile,
 )
 
-# What stands beside the weights in training checkpoints and holds nothing but values, beyond what torch lets through:
-# the settings of the run, and NumPy's numbers and arrays, whose two constructors have moved.
-_NUMPY = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
-    io.BytesIO,
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in f"?{np.typecodes['AllInteger']}{np.typecodes['AllFloat']}"},
-    *((make, f"numpy.{core}.multiarray.{name}") for name, make in _NUMPY.items() for core in ("core", "_core")),
-]
-
 
 class WeightImportError(OspError):
     """A weight file that cannot be read or does not fit the model."""
@@ -81,7 +67,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises WeightImportError naming the file if it is missing, damaged, or holds more than tensors and plain values.
     """
     with _file(path) as file:
-        return load_file(file) if file.suffix == ".safetensors" else _load_torch(file, mapped=False)
+        return load_file(file) if file.suffix == ".safetensors" else _state_dict(path, open_torch(file).copied())
 
 
 def open_checkpoint(path: str | Path) -> Mapping[str, Any]:
@@ -90,7 +76,10 @@ def open_checkpoint(path: str | Path) -> Mapping[str, Any]:
     A safetensors file gives Weights. Tensors of a torch file lie in its mapping: whoever keeps one copies it.
     """
     with _file(path) as file:
-        return _open_safetensors(file) if file.suffix == ".safetensors" else _load_torch(file, mapped=_can_map(file))
+        if file.suffix == ".safetensors":
+            return _open_safetensors(file)
+        opened = open_torch(file)
+        return Content(_state_dict(path, opened.value), partial(_stored, file, opened))
 
 
 def save_weights(path: Path, weights: Weights) -> None:
@@ -167,33 +156,28 @@ def _file(path: str | Path) -> Iterator[Path]:
         yield path
     except SafetensorError as error:
         raise WeightImportError(f"{path}: not a readable safetensors file ({error})") from error
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-        what = f" ({refused[1]})" if refused else ""
+    except RefusedError as error:
         raise WeightImportError(
-            f"{path}: holds more than tensors{what} and is refused, or is not a checkpoint; "
+            f"{path}: holds more than tensors ({error}) and is refused, or is not a checkpoint; "
             "save its state dict alone, with torch.save, where it was made"
         ) from error
     except _DAMAGED as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = printable(str(error).split("\n")[0])[:200] or type(error).__name__
         raise WeightImportError(f"{path}: damaged or not a checkpoint ({reason})") from error
 
 
-def _load_torch(path: Path, *, mapped: bool) -> dict[str, Any]:
-    # Warnings are of odd numbers in damaged files, which are refused anyway.
-    with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_HARMLESS):
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+def _state_dict(path: str | Path, loaded: Any) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise WeightImportError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
     return loaded
 
 
-def _can_map(path: Path) -> bool:
-    """Whether the tensors of a torch file lie in it as they are: not in the format before torch 1.6, nor compressed."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+def _stored(path: Path, opened: TorchFile, view: View) -> Stored:
+    def read() -> Tensor:
+        with _file(path):
+            return opened.tensor(view)
+
+    return Stored(view.shape, view.dtype, read)
 
 
 def _open_safetensors(path: Path) -> Weights:

@@ -1,5 +1,6 @@
 """Tensors by name that are read when they are asked for."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,18 @@ class Stored:
     read: Callable[[], Tensor]
 
 
+class Opened(Mapping[str, Any]):
+    """Values by name, some of which are tensors, or hold some, that are read when they are asked for."""
+
+    @abstractmethod
+    def peek(self, key: Any) -> Any:
+        """As indexing, but a Stored for a tensor that has not been read."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.peek(key)
+        return value.read() if isinstance(value, Stored) else value
+
+
 class Weights(Mapping[str, Tensor]):
     """Tensors by name, read when they are asked for, so that there need never be all of them in memory.
 
@@ -39,8 +52,11 @@ class Weights(Mapping[str, Tensor]):
         """The tensors among these values, by the same keys; other values are left out."""
         if isinstance(values, Weights):
             return values
-        tensors = {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
-        return cls({key: Stored(tuple(value.shape), value.dtype, value.detach) for key, value in tensors.items()})
+        stored = {
+            str(key): Stored(tuple(value.shape), value.dtype, value.detach) if isinstance(value, Tensor) else value
+            for key, value in _peeked(values)
+        }
+        return cls({key: value for key, value in stored.items() if isinstance(value, Stored)})
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -81,7 +97,7 @@ def unwrapped(loaded: Mapping[str, Any]) -> Weights:
     """
     weights = loaded
     for _ in _WRAPPERS:
-        inner = (weights[name] for name in _WRAPPERS if holds_tensors(weights.get(name)))
+        inner = (weights[name] for name in _WRAPPERS if name in weights and holds_tensors(_peek(weights, name)))
         weights = next(inner, weights)
     return Weights({key.removeprefix("module."): stored for key, stored in Weights.of(weights).stored.items()})
 
@@ -90,4 +106,15 @@ def holds_tensors(value: Any, depth: int = len(_WRAPPERS)) -> bool:
     """Whether a value is a mapping with tensors, or with mappings that have some, so many levels deep."""
     if not isinstance(value, Mapping) or not depth:
         return False
-    return any(isinstance(inner, Tensor) or holds_tensors(inner, depth - 1) for inner in value.values())
+    return any(isinstance(inner, Tensor | Stored) or holds_tensors(inner, depth - 1) for _, inner in _peeked(value))
+
+
+def _peeked(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    return ((key, _peek(values, key)) for key in values)
+
+
+def _peek(values: Mapping[Any, Any], key: Any) -> Any:
+    """A value of a mapping; of a tensor that is read when it is asked for, what is known before."""
+    if isinstance(values, Weights):
+        return values.stored[key]
+    return values.peek(key) if isinstance(values, Opened) else values[key]
