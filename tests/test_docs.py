@@ -14,6 +14,7 @@ from PIL import Image
 
 import osp
 from osp.cli import VERBS
+from osp.data.media.limits import DEFAULT_LIMITS
 from osp.data.media.video import write_video
 from osp.data.procedural.scene import COLOURS, MOTION_PHRASES, SHAPES
 from osp.data.shards.captions import FILE_KEYS, TEXT_KEYS
@@ -174,3 +175,14 @@ def test_the_page_of_the_architecture_has_the_layers_of_the_contract() -> None:
     assert [{*layer.split(", ")} for layer in said.split(" > ")] == [
         layer - {"_torchvision"} for layer in there if layer
     ]
+
+
+def test_the_page_of_formats_has_the_limits() -> None:
+    page, limits = " ".join(text("data/README.md").split()), DEFAULT_LIMITS
+    numbers = (limits.frame_pixels, limits.frames, limits.caption_characters)
+    sizes = [
+        *(f"{number:,}" for number in numbers),
+        f"{limits.seconds / 3600:g} hours",
+        f"{limits.member_bytes >> 30} GiB",
+    ]
+    assert not [size for size in sizes if f" {size}" not in page]
