@@ -10,7 +10,8 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, cat
 
-from osp.data.media.video import encode_video, open_video, probe, read_clip
+from osp.data.media.container import open_movie
+from osp.data.media.video import encode_video, probe, read_clip
 from osp.documents import MIB, printable, read_bytes
 from osp.errors import DataError
 from osp.report.markup import Html, joined, tag
@@ -119,8 +120,8 @@ def _playable(path: Path, fps: float) -> bytes:
     else:
         data = _bytes(path, b"ftyp", at=4)
         info = probe(data, str(path))
-        with open_video(data, str(path)) as (_, stream):
-            if (info.codec, stream.codec_context.pix_fmt) == ("h264", "yuv420p"):
+        with open_movie(data, str(path)) as movie:
+            if movie.stream is not None and (info.codec, movie.stream.pix_fmt) == ("h264", "yuv420p"):
                 return data
         video, fps = read_clip(data, frames=info.frames, name=str(path)), info.fps
     height, width = video.shape[-2:]

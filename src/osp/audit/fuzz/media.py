@@ -1,6 +1,7 @@
 """Videos and images of every container, as they are fuzzed: what each verb that reads one asks of it."""
 
 import io
+import itertools
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from osp.audit.fuzz.subject import Reading, Subject
-from osp.data.media.clips import examine, extract
+from osp.data.media.clips import CutSettings, clips_of, examine
 from osp.data.media.pictures import animated_gif, encode_png
 from osp.data.media.video import encode_video, probe, read_clip
 from osp.data.sources import SyntheticClips
@@ -74,9 +75,10 @@ def read_media(folder: Path, reading: Reading) -> None:
     reading(probe, path, decode=True, threads=1)
     reading(read_clip, path, frames=1, size=_SIZE, threads=1)
     reading(read_clip, path.read_bytes(), frames=5, size=_SIZE, fps=5.0, name="clip", threads=1)
-    examined = reading(examine, path, 0.6, 1)
-    for piece in examined.pieces[:3]:
-        if isinstance(reading(extract, path, piece), str):
+    cutting = CutSettings(0.6, 1)
+    examined = reading(examine, path, cutting)
+    for clip in reading(lambda: [*itertools.islice(clips_of(path, examined, cutting), 3)]) or ():
+        if isinstance(clip, str):
             reading.refused.append("a piece is left out")
     if examined.reason:
         reading.refused.append(examined.reason)

@@ -126,6 +126,7 @@ def clips_of(path: Path, examined: Examined, settings: CutSettings, after: int =
 def extract(path: Path, pieces: Sequence[Piece], limits: Limits = DEFAULT_LIMITS) -> Iterator[Clip | str]:
     """The clips of pieces that `sharing` put together, one by one; the reason, as text, for one that cannot be had."""
     if len(pieces) == 1 and pieces[0].copied:
+        clip: Clip | str | None = None
         try:
             clip = _copied(path, pieces[0], limits)
         except BAD_FILE as error:
@@ -171,11 +172,13 @@ def _copied(path: Path, piece: Piece, limits: Limits) -> Clip | None:
         first_picture = next(_piece_pictures(movie, _begin(movie, piece), piece), None)
     file = io.BytesIO()
     with open_movie(path, path.name, limits=limits) as movie:
-        muxer = _muxer(movie.form, path)
+        muxer, stream = _muxer(movie.form, path), movie.stream
+        if stream is None:
+            return None
         try:
             movie.seek(piece.begin)
             with av.open(file, "w", format=muxer, options={"fflags": "+bitexact"}) as output:
-                target = output.add_stream_from_template(movie.stream, opaque=True)  # not every decoder has an encoder
+                target = output.add_stream_from_template(stream, opaque=True)  # not every decoder has an encoder
                 for packet in _piece_packets(movie, piece):
                     packet.stream = target
                     output.mux(packet)

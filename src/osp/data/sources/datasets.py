@@ -67,7 +67,7 @@ class DatasetClips(ClipSource):
             raise UsageError("streaming=true: give clips=N too, the number of rows to fetch")
         self.dataset, self.split, self.shape, self.limits = str(dataset), split, Shape(frames, height, width), limits
         self.path = Path(dataset) if Path(dataset).is_dir() else None
-        self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip), flip
+        self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip, limits), flip
         rows = _load(self.dataset, split, streaming)
         columns = [*(rows.features or {})]
         self.media = _media_column(self.dataset, columns, media)

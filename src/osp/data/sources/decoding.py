@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from osp.checks import check_number
+from osp.data.media.limits import DEFAULT_LIMITS, Limits
 from osp.data.media.shape import Shape
 from osp.data.media.video import ClipError, probe, read_clip
 from osp.data.shards.entry import ClipEntry
@@ -24,6 +25,7 @@ class Decoding:
     fps: float | None = None
     random_start: bool = True
     flip: bool = False
+    limits: Limits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
         check_number("stride", self.stride, 1, whole=True)
@@ -57,10 +59,11 @@ class Decoding:
             generator=generator if self.random_start else None,
             name=key,
             threads=0 if get_worker_info() is None else 1,
+            limits=self.limits,
         )
         if self.flip and mirrored:
             video = video.flip(-1)
-        fps = self.fps or (record.get("fps") or probe(data, key).fps) / self.stride
+        fps = self.fps or (record.get("fps") or probe(data, key, limits=self.limits).fps) / self.stride
         captions = record.get("captions") or [str(record.get("caption", ""))]
         caption = captions[0]
         if self.random_start and len(captions) > 1:

@@ -53,7 +53,7 @@ class ShardClips(ListedClips):
     ) -> None:
         for name, value in (("frames", frames), ("height", height), ("width", width)):
             check_number(name, value, 1, whole=True)
-        self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip), flip
+        self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip, limits), flip
         self.shape = Shape(frames, height, width)
         paths, self.path, listing = _list_folders(path, limits)
         listed, self.passed_over = listing.entries, listing.left_out
@@ -105,7 +105,7 @@ class BucketClips(ListedClips):
         min_clips: int = 1,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip), flip
+        self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip, limits), flip
         self.rule = rule
         paths, self.path, listing = _list_folders(path, limits)
         listed, self.passed_over = listing.entries, listing.left_out
