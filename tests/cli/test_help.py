@@ -100,7 +100,7 @@ def test_help_follows_what_is_chosen(osp: Osp) -> None:
     assert "  perceptual.net=vgg" in plain
     assert "  clipping.warmup" not in plain
     assert "  latent.shift" not in plain
-    assert re.search(r"  clipping\.warmup=20 +the first norms", denoiser)
+    assert re.search(r"  clipping\.warmup=20 +norms at the beginning", denoiser)
     assert re.search(r"  denoiser=cross_tiny +the denoiser", denoiser)
     assert "  seed=3 " in denoiser
     assert "  perceptual.net" not in denoiser
