@@ -168,7 +168,7 @@ def test_videos_read_directly_have_the_captions_that_they_have_through_shards(
     assert said(folder)[1] == ["b.mp4", "first", ["first", "second"], {"aesthetic": 5.0}]
     assert (report.captioned, report.clips) == (2, 3)
     source = ShardClips(folder, 5, 16, 16)
-    assert source.summary().line() == f"{folder}: 3 clips; 1 of the 3 clips have no caption"
+    assert source.summary().line() == f"{folder}: 3 clips; 1 of the 3 have no caption"
     with caplog.at_level(logging.INFO):
         source.summary().log()
     assert caplog.records[-1].levelname == "WARNING"

@@ -1,5 +1,6 @@
 """Shards, features and foreign tars that are damaged or lie: found when they are read, and never in silence."""
 
+import errno
 import io
 import json
 import logging
@@ -25,6 +26,7 @@ from osp.data.media.video import ClipError
 from osp.data.shards.build import write_rendered, write_shards
 from osp.data.shards.entry import LINE_FORM
 from osp.data.shards.index import load_index, read_index, read_listing
+from osp.data.shards.tar import TarShard
 from osp.data.sources import BucketClips, FeatureClips, ShardClips
 from osp.errors import DataError, OspError
 
@@ -361,10 +363,47 @@ def test_sources_that_are_gone_are_told_and_their_clips_stay(
     with caplog.at_level(logging.WARNING):
         report = write_shards(tmp_path / "videos", tmp_path / "out", workers=0)
     assert (report.gone, report.clips) == (1, 2)
+    assert "videos: 1 of 2 stored sources are gone from it (first: a.mp4); their clips stay" in caplog.text
+    kept = [write_shards(tmp_path / "videos", tmp_path / "out", workers=0, drop_gone=drop) for drop in (True, False)]
+    assert [report.gone for report in kept] == [1, 1]
+    listing = read_listing(tmp_path / "out")
+    assert [entry.record["source"] for entry in listing.entries] == ["b.mp4"]
+    assert listing.left_out == {"clips of sources that are gone": 1}
+    make_video(tmp_path / "videos" / "a.mp4", frames=3)
+    write_shards(tmp_path / "videos", tmp_path / "out", workers=0)
+    assert len(read_index(tmp_path / "out")) == 2
+
+
+def test_a_damaged_journal_of_sources_is_refused(tmp_path: Path, make_video: Callable[..., Path]) -> None:
+    (tmp_path / "videos").mkdir()
+    make_video(tmp_path / "videos" / "a.mp4", frames=3)
+    write_shards(tmp_path / "videos", tmp_path / "out", workers=0)
     journal = tmp_path / "out" / "sources.jsonl"
-    journal.write_bytes(journal.read_bytes().replace(b'"number": 1', b'"number": 3'))
+    journal.write_bytes(journal.read_bytes().replace(b'"number": 0', b'"number": 3'))
     with pytest.raises(DataError, match="damaged, it is not as it was written"):
         write_shards(tmp_path / "videos", tmp_path / "out", workers=0)
-    assert (
-        f"{tmp_path / 'videos'}: 1 of 2 stored sources are gone from it (first: a.mp4); their clips stay" in caplog.text
-    )
+
+
+@pytest.mark.parametrize("kind", ["shards", "features"])
+def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing_half_written(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write() -> None:
+        if kind == "shards":
+            write_rendered([("a", torch.zeros(3, 2, 16, 16, dtype=torch.uint8), {"fps": 8.0})], tmp_path)
+            return
+        writer = FeatureWriter(tmp_path, FeatureIdentity("toy", "a", 4, 8, 1, (0.0,), (1.0,)), clips=1, origin="toys")
+        for number in writer.todo():
+            with writer.shard(number) as shard:
+                shard.skip(0, "a", "scratched")
+
+    monkeypatch.setattr(TarShard, "close", full)
+    with pytest.raises(DataError, match=r"shard-000000\.tar: cannot be written \(No space left on device\)"):
+        write()
+    assert {path.name for path in tmp_path.iterdir()} == {"index.json", ".lock"}
+    monkeypatch.undo()
+    write()
+    assert (tmp_path / "shard-000000.tar").exists()

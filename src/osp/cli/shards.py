@@ -39,6 +39,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
                 shard_bytes=cfg.shard_bytes,
                 workers=cfg.workers,
                 watch=show,
+                drop_gone=cfg.drop_gone,
             )
         report.summary(str(cfg.input)).log()
     return {"output": str(output), **asdict(report)}

@@ -31,7 +31,7 @@ _RECONSTRUCTED = Where("target=reconstruction", lambda config: config["target"] 
 _GENERATED = Where("a generator, not generated=DIR", lambda config: config["generated"] is None)
 
 SOMETIMES: Mapping[str, Mapping[str, Where]] = {
-    "shards": {"synthetic": _DRAWN} | dict.fromkeys(("captions", "clip_seconds", "min_frames"), _FOLDER),
+    "shards": {"synthetic": _DRAWN} | dict.fromkeys(("captions", "clip_seconds", "drop_gone", "min_frames"), _FOLDER),
     "cache": {"min_clips": _BUCKETS}
     | dict.fromkeys(("clip.frames", "clip.height", "clip.width"), _ONE_SIZE)
     | dict.fromkeys(("path", "checkpoint"), BY_REFERENCE),

@@ -38,7 +38,7 @@ class Summary:
         parts = [f"{self.clips} {_clips(self.clips)}"]
         if self.captioned is not None and self.captioned < self.clips:
             missing = self.clips - self.captioned
-            parts.append(f"{missing} of the {self.clips} {_clips(self.clips)} have no caption")
+            parts.append(f"{missing} of the {self.clips} have no caption" if self.captioned else "none has a caption")
         elif self.captioned is not None:
             parts[0] += ", all with captions"
         if left_out := [f"{count} {reason}" for reason, count in self.left_out.items() if count]:

@@ -51,7 +51,7 @@ class ShardReport:
     captioned: int
     captions_missing: int  # files that the captions file names and that do not exist
     skipped: tuple[tuple[str, str], ...]  # (source, reason), also sources of which some clips are left out
-    gone: int = 0  # stored sources that are no longer in the input folder; their clips stay
+    gone: int = 0  # stored sources that are no longer in the input folder
     left_out: Mapping[str, int] = field(default_factory=dict)  # side-cars and captions, by reason
 
     def summary(self, place: str) -> Summary:
@@ -86,6 +86,7 @@ def write_shards(
     workers: int | None = None,
     watch: Callable[[int, int], None] = lambda done, files: None,
     limits: Limits = DEFAULT_LIMITS,
+    drop_gone: bool = False,
 ) -> ShardReport:
     """Write every video and image below `videos` into WebDataset shards in `output`.
 
@@ -101,6 +102,7 @@ def write_shards(
         workers: processes, None: one a core; 0: all in this process, where a decoder's crash ends the run.
         watch: told after each file how many of the new ones are done, and how many there are.
         limits: what one file may cost; one beyond them is left out.
+        drop_gone: readers are to leave out the clips of sources that are no longer in `videos`, until these are back.
 
     Raises:
         UsageError: settings out of range, no such folder, or `output` was begun with other settings or captions.
@@ -118,15 +120,12 @@ def write_shards(
     cutting = CutSettings(clip_seconds, min_frames, limits)
     with ShardWriter(output, settings, shard_clips, shard_bytes) as writer:
         _check_captions(output, sources, writer.sources)
-        before, gone = writer.clips, _gone(videos, sources, writer.sources)
+        before, gone = writer.clips, _gone(videos, sources, writer, drop_gone)
         todo = [source for source in sources if not _is_done(source, writer.sources.get(source.name))]
         if todo:
             log.info("%s: %d files, %d of them new", videos, len(sources), len(todo))
             with Workers(workers, preload=["osp.data.media.clips"]) as pool:
-                calls = ((examine, s.path, cutting, _known(s, writer.sources)) for s in todo)
-                for done, (source, examined) in enumerate(zip(todo, pool.in_order(calls), strict=True), start=1):
-                    _store(source, examined, cutting, writer, pool)
-                    watch(done, len(todo))
+                _store_all(todo, cutting, writer, pool, watch)
         writer.commit()
         report = _report(writer, before, len(texts.missing))
         report = replace(report, gone=gone, left_out=texts.side_cars.passed_over.counts)
@@ -199,27 +198,29 @@ def _media_files(folder: Path, output: Path) -> list[Path]:
         tars, packed = tars_below(folder)
         if not (tars or packed):
             raise
-        kind = "tars" if tars else "compressed tars"
-        first = printable((tars or packed)[0].relative_to(folder))
+        kind, first = "tars" if tars else "compressed tars", printable((tars or packed)[0].relative_to(folder))
+        decompressed = "" if tars else "decompress them with gunzip, bunzip2, unxz or unzstd, and "
         raise DataError(
             f"{folder}: holds no videos or images, but {len(tars or packed)} {kind} (first: {first}); tars are shards "
-            "already: give their folder to `osp train data.train.path=`, `osp cache input=` or `osp eval input=`, or "
+            f"already: {decompressed}give their folder to `osp train data.train.path=`, `osp cache input=` or `osp eval input=`, or "
             "unpack them with tar -xf"
         ) from error
 
 
-def _gone(videos: Path, sources: Iterable[_Source], lines: Mapping[str, Mapping[str, Any]]) -> int:
+def _gone(videos: Path, sources: Iterable[_Source], writer: ShardWriter, drop: bool) -> int:
     """How many sources have stored clips and are no longer in the folder; one line says so."""
     there = {source.name for source in sources}
-    stored = [name for name, line in lines.items() if line["clips"]]
+    stored = [name for name, line in writer.sources.items() if line["clips"]]
     gone = [name for name in stored if name not in there]
+    writer.drop(gone if drop else [name for name in gone if name in writer.dropped])
     if gone:
         log.warning(
-            "%s: %d of %d stored sources are gone from it (first: %s); their clips stay",
+            "%s: %d of %d stored sources are gone from it (first: %s); their clips %s",
             videos,
             len(gone),
             len(stored),
             printable(gone[0]),
+            "are left out when the shards are read" if drop else "stay, drop_gone=true leaves them out",
         )
     return len(gone)
 
@@ -248,6 +249,19 @@ def _check_captions(output: Path, sources: Iterable[_Source], lines: Mapping[str
             f"{output}: {len(changed)} of its {len(stored)} sources are stored with other captions or scores than "
             f"captions= or the files beside them now say (first: {changed[0]}); use another output folder"
         )
+
+
+def _store_all(
+    todo: Sequence[_Source],
+    cutting: CutSettings,
+    writer: ShardWriter,
+    pool: Workers,
+    watch: Callable[[int, int], None],
+) -> None:
+    calls = ((examine, source.path, cutting, _known(source, writer.sources)) for source in todo)
+    for done, (source, examined) in enumerate(zip(todo, pool.in_order(calls), strict=True), start=1):
+        _store(source, examined, cutting, writer, pool)
+        watch(done, len(todo))
 
 
 def _store(

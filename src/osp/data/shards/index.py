@@ -38,12 +38,13 @@ WRITTEN_FORM: Mapping[Any, Any] = {
     "settings": dict,
     "sources": {"file": str, "bytes": int, "sha256?": str},
     "skipped": [{"source": str, "reason": str}],
+    "dropped?": [str],
 }
 """The keys of `index.json` that writing goes on from."""
 
 _READ_FORM: Mapping[Any, Any] = {
     "shards": [{"file": str, "clips": int, "bytes": int, "sha256?": str, "listing_sha256?": str}],
-    **{f"{key}?": form for key, form in WRITTEN_FORM.items()},
+    **{f"{key.rstrip('?')}?": form for key, form in WRITTEN_FORM.items()},
 }
 
 _SHARD_NAME = re.compile(r"[^/\0]{1,200}\.tar")
@@ -159,7 +160,12 @@ def _shards_of(folder: Path, limits: Limits, tally: Tally) -> list[ClipEntry] | 
     """The clips of the tars that lie in a folder itself; None if there are none."""
     index = load_index(folder)
     if index is not None:
-        return [entry for shard in index["shards"] for entry in _listed_shard(folder, shard, limits)]
+        listed = [entry for shard in index["shards"] for entry in _listed_shard(folder, shard, limits)]
+        dropped = {*index.get("dropped", ())}
+        for entry in listed if dropped else ():
+            if entry.record.get("source") in dropped:
+                tally.add("clips of sources that are gone", entry.key)
+        return [entry for entry in listed if entry.record.get("source") not in dropped]
     tars = sorted(path for path in folder.glob("*.tar") if path.is_file())
     if not tars:
         return None

@@ -107,6 +107,19 @@ class ShardWriter:
         """Committed clips."""
         return int(self.index["clips"])
 
+    @property
+    def dropped(self) -> list[str]:
+        """The sources whose clips readers leave out."""
+        return [*self.index.get("dropped", ())]
+
+    def drop(self, sources: list[str]) -> None:
+        """Have readers leave out the clips of these sources, and of no others."""
+        if sorted(sources) != sorted(self.dropped):
+            index = {**self.index, "dropped": sorted(sources)}
+            with self._writing(self.folder / INDEX_NAME):
+                write_index(self.folder, index)
+            self.index = index
+
     def add(self, key: str, suffix: str, data: bytes, record: Mapping[str, Any]) -> None:
         """Appends one sample: KEY.json, then KEY.SUFFIX with the media bytes."""
         shard = self._shard
