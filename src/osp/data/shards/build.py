@@ -202,8 +202,8 @@ def _media_files(folder: Path, output: Path) -> list[Path]:
         decompressed = "" if tars else "decompress them with gunzip, bunzip2, unxz or unzstd, and "
         raise DataError(
             f"{folder}: holds no videos or images, but {len(tars or packed)} {kind} (first: {first}); tars are shards "
-            f"already: {decompressed}give their folder to `osp train data.train.path=`, `osp cache input=` or `osp eval input=`, or "
-            "unpack them with tar -xf"
+            f"already: {decompressed}give their folder to `osp train data.train.path=`, "
+            "`osp cache input=` or `osp eval input=`, or unpack them with tar -xf"
         ) from error
 
 
