@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from osp.cli import VERBS, config_folder
 from osp.configs.groups import groups_of
+from osp.configs.meanings import heading
 from osp.configs.references import missing_keys
 from osp.diffusion import Epsilon, Flow, Objective, Velocity
 from osp.training.clipping import AbnormalDrop, AdaptiveClipping, Clipping, NormClipping
@@ -192,10 +193,7 @@ def test_a_denoiser_is_what_its_configuration_says(name: str) -> None:
         model = instantiate(composed("bench", "bench/target=denoiser", f"denoiser={name}").denoiser)
         again = [type(model)(**model.settings), type(model)(**json.loads(json.dumps(model.settings)))]
     size = f"{sum(value.numel() for value in model.parameters()):,}"
-    comment = [
-        line for line in (config_folder() / "denoiser" / f"{name}.yaml").read_text().splitlines() if line[0] == "#"
-    ]
-    assert f"{size} parameters" in " ".join(comment)
+    assert f"{size} parameters" in heading(config_folder() / "denoiser" / f"{name}.yaml")
     for other in again:
         assert other.config == model.config
         assert other.schedule == model.schedule
