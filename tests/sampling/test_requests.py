@@ -1,5 +1,6 @@
 """Files of prompts, names of files, and batches."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,26 @@ def test_an_object_says_what_is_its_own(tmp_path: Path) -> None:
     assert second == Request("b")
 
 
+def test_the_suffix_of_a_file_of_prompts_may_be_in_capitals(tmp_path: Path) -> None:
+    file = tmp_path / "PROMPTS.JSONL"
+    file.write_text('{"prompt": "a"}\n')
+    assert read_requests(file) == [Request("a")]
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "folder.txt").mkdir()
+    os.mkfifo(tmp_path / "fifo.txt")
+    for name in ("folder.txt", "fifo.txt"):
+        with pytest.raises(DataError, match=f"{name}: (is no regular file|cannot be read)"):
+            read_requests(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "is no JSON"),
+        ("[" * 100_000, "is no JSON (more than 64 levels)"),
+        ('{"prompt": "a", "seed": 1e999}', "is no JSON"),
         ("3", "must be an object"),
         ('{"seed": 3}', "has no prompt"),
         ('{"prompt": " "}', "has no prompt"),
@@ -70,7 +87,9 @@ def test_videos_count_seeds_and_names_on() -> None:
 
 def test_names_are_plain_and_short() -> None:
     assert slug("../A b/c?") == "a-b-c"
-    assert slug("球") == "video"
+    assert slug("一个红色的球滚动") == "一个红色的球滚动"
+    assert slug("Größer, ﬁne_x") == "größer-fine-x"
+    assert slug("?!") == "video"
     assert slug("word " * 20) == "word-word-word-word-word-word-word-word"
     assert slug("x" * 100) == "x" * 40
 

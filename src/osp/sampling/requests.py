@@ -1,13 +1,14 @@
 """What a user asks for: prompts with what goes with each, from a file or a command, and the videos they become."""
 
-import json
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from osp.checks import check_choice
+from osp.documents import parse_json, read_text
 from osp.errors import DataError
 from osp.sampling.pictures import PictureFiles
 from osp.sampling.settings import check_setting
@@ -55,25 +56,23 @@ def read_requests(path: Path) -> list[Request]:
     first line that is broken, and for a file that cannot be read or has no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other separators may stand inside a string
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        lines = read_text(path).split("\n")  # other separators may stand inside a string
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     requests = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             text = line.strip()
             where = f"{path}, line {number}"
-            requests.append(_parsed(text, path.parent, where) if path.suffix == ".jsonl" else Request(text))
+            is_object = path.suffix.lower() == ".jsonl"
+            requests.append(_parsed(text, path.parent, where) if is_object else Request(text))
     if not requests:
         raise DataError(f"{path}: has no prompt in it; write one a line")
     return requests
 
 
 def _parsed(line: str, folder: Path, where: str) -> Request:
-    try:
-        given = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: is no JSON ({error})") from error
+    given = parse_json(line, where)
     if not isinstance(given, dict):
         raise DataError(f'{where}: must be an object, like {{"prompt": "a red circle"}}')
     known = [field.name for field in fields(Request)]
@@ -115,8 +114,8 @@ def list_videos(requests: Sequence[Request], seed: int, per_prompt: int) -> list
 
 
 def slug(text: str) -> str:
-    """Text as part of a file's name: its words in lower case, as many as fit."""
-    words = re.findall(r"[a-z0-9]+", text.lower())
+    """Text as part of a file's name: its words in any script, in lower case, as many as fit."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
     kept = "-".join(words)[: _SLUG + 1]
     return (kept if len(kept) <= _SLUG else kept.rpartition("-")[0] or kept[:_SLUG]) or "video"
 
