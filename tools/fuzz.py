@@ -13,6 +13,7 @@ nothing of what is read. Exits with 1 if there is a traceback, crash, hang, or a
 import argparse
 import contextlib
 import io
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -77,7 +78,7 @@ def make_page_folders(folder: Path) -> None:
     make_samples(folder / "samples")
     make_run(folder / "vae")
     for name, metrics in (("generation", _GENERATION), ("reconstruction", _RECONSTRUCTION)):
-        (folder / name / "metrics.json").write_text(yaml.safe_dump(metrics, default_flow_style=True, width=10**6))
+        (folder / name / "metrics.json").write_text(json.dumps(metrics))
     (folder / "generation" / "0.mp4").write_bytes(mp4())
     (folder / "reconstruction" / "reconstructions" / "0.png").write_bytes(still("PNG16"))
 

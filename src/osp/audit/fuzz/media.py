@@ -74,7 +74,7 @@ def read_media(folder: Path, reading: Reading) -> None:
     reading(probe, path)
     reading(probe, path, decode=True, threads=1)
     reading(read_clip, path, frames=1, size=_SIZE, threads=1)
-    reading(read_clip, path.read_bytes(), frames=5, size=_SIZE, fps=5.0, name="clip", threads=1)
+    reading(read_clip, path.read_bytes(), frames=3, size=_SIZE, fps=5.0, name="clip", threads=1)
     cutting = CutSettings(0.6, 1)
     examined = reading(examine, path, cutting)
     for clip in reading(lambda: [*itertools.islice(clips_of(path, examined, cutting), 3)]) or ():

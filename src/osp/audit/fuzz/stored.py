@@ -83,7 +83,7 @@ def read_folder(folder: Path, reading: Reading) -> None:
         reading(entry.read)
     source = _opened(reading, partial(ShardClips, folder, 1, 16, 16))
     read_clips(source, reading)
-    read_clips(_opened(reading, partial(ShardClips, folder, 5, 16, 16, fps=6.0)), reading)
+    read_clips(_opened(reading, partial(ShardClips, folder, 3, 16, 16, fps=6.0)), reading)
 
 
 def read_written(folder: Path, reading: Reading) -> None:
