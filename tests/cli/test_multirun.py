@@ -40,4 +40,4 @@ def test_the_stages_of_two_chains_have_folders_of_their_own(osp: Osp) -> None:
 def test_a_sweep_has_a_folder_a_job(verb: str) -> None:
     cfg = OmegaConf.load(config_folder() / f"{verb}.yaml")
     sweep = OmegaConf.to_container(cfg.hydra.sweep, resolve=False)
-    assert sweep == {"dir": "${output}", "subdir": "${hydra.job.num}"}
+    assert sweep == {"dir": "${output}", "subdir": "."}  # osp.cli.folders makes those of the jobs

@@ -62,6 +62,7 @@ def _run(verb: str, overrides: list[str]) -> list[OspError]:
     from omegaconf import DictConfig
 
     from osp.cli.composed import check_read, help_of
+    from osp.cli.folders import job_folder
 
     if {"-h", "--help"} & {*overrides}:
         print(help_of(verb, [override for override in overrides if not override.startswith("-")]))
@@ -76,7 +77,8 @@ def _run(verb: str, overrides: list[str]) -> list[OspError]:
             chosen = HydraConfig.get()
             check_read(verb, cfg, chosen.overrides.task, chosen.runtime.choices)
             import_modules(cfg.get("imports") or ())
-            result = importlib.import_module(f"osp.cli.{verb.replace('-', '_')}").run(cfg)
+            with job_folder(verb, cfg):
+                result = importlib.import_module(f"osp.cli.{verb.replace('-', '_')}").run(cfg)
         except Exception as error:
             if (mended := user_error(error, verb)) is None:
                 raise

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from osp.benchmark.case import Target
@@ -15,7 +14,7 @@ from osp.benchmark.results import markdown
 from osp.benchmark.run import Conditions, run_benchmark
 from osp.benchmark.vae import VAE
 from osp.checks import check_choice, check_number
-from osp.cli.plain import plain
+from osp.cli.plain import instantiate, plain
 from osp.devices import choose_device
 from osp.errors import UsageError
 

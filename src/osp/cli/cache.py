@@ -6,13 +6,13 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
-from hydra.utils import instantiate, to_absolute_path
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from osp.checks import check_choice
 from osp.cli import user_error
 from osp.cli.checks import CLIP, build_vae, check_numbers, check_vae_source
-from osp.cli.plain import plain
+from osp.cli.plain import configuration, instantiate, plain
 from osp.data.features.format import DTYPES, POSTERIORS
 from osp.devices import choose_device, choose_precision
 from osp.errors import UsageError
@@ -63,7 +63,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 def _models(settings: dict[str, Any]) -> FeatureModels:
     """What the settings say; also in another process, which errors come from as a user sees them."""
     try:
-        cfg = OmegaConf.create(settings)
+        cfg = configuration(settings)
         vae = build_vae(cfg.vae)
         strides = {"time_stride": vae.time_stride, "space_stride": vae.space_stride}
         rule = None if cfg.get("buckets") is None else instantiate(cfg.buckets, **strides)
@@ -75,4 +75,4 @@ def _models(settings: dict[str, Any]) -> FeatureModels:
 
 
 def _log_as(config: Any) -> None:
-    configure_log(OmegaConf.create(config))
+    configure_log(configuration(config))

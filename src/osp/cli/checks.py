@@ -3,10 +3,11 @@
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from hydra.utils import instantiate, to_absolute_path
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from osp.checks import check_number
+from osp.cli.plain import instantiate
 from osp.errors import DataError, UsageError
 from osp.vae import VideoVAE
 

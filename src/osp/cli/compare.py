@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -26,7 +27,7 @@ class CompareRuns(Callback):
         """Take in one more run, if it has a result."""
         if config.hydra.mode.name != "MULTIRUN" or not is_first_process():
             return
-        result = TrainingRun(Path(config.hydra.runtime.output_dir)).result()
+        result = TrainingRun(Path(HydraConfig.get().runtime.output_dir)).result()
         if result is not None:
             self._results.append(result)
             write_whole(self._path(config), csv_text(*self._table()))

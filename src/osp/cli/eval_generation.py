@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate, to_absolute_path
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 
 from osp.cli.checks import check_generator_source, check_numbers
 from osp.cli.eval_input import model_name, read_clips
-from osp.cli.plain import plain
+from osp.cli.plain import instantiate, plain
 from osp.cli.settings import read_sampling
 from osp.devices import choose_device, choose_precision
 from osp.errors import DataError, UsageError

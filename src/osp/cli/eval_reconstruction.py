@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate, to_absolute_path
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 
 from osp.cli.checks import CLIP, build_vae, check_numbers, check_vae_source
 from osp.cli.eval_input import model_name, read_clips
+from osp.cli.plain import instantiate
 from osp.data.sources import ShardClips
 from osp.devices import choose_device, choose_precision
 from osp.evaluation.frechet import video_features

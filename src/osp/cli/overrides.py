@@ -1,15 +1,17 @@
 """The overrides of a command line, before Hydra reads them."""
 
-import re
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from osp.cli.texts import QUOTED, cut, in_quotes, quoted
 from osp.configs.groups import groups_of_several
+from osp.configs.paths import has_paths_by_number, is_path, may_be_a_mapping
 from osp.errors import UsageError
 
 # Whatever these are, they are text: Hydra's own grammar takes `null` and `1` for values, and commas for a sweep.
 _TEXTS = ("prompt", "negative_prompt")
-_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_MULTIRUN = {"-m", "--multirun"}
 
 
 def config_folder() -> Path:
@@ -18,11 +20,17 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[3] / "conf"
 
 
-def quoted(value: object) -> str:
-    """A value as Hydra and OmegaConf read it back, whatever characters it has."""
-    if re.fullmatch(r"[\w./-]+", str(value), re.ASCII):
-        return str(value)
-    return _in_quotes(str(value))
+def prepared(verb: str, overrides: Sequence[str], configs: Path) -> list[str]:
+    """The overrides of a verb as Hydra takes them; `configs` is the folder of all configurations.
+
+    Texts and paths are quoted, so that whatever they hold they are what was given. Raises UsageError for an override
+    that Hydra takes for something else than is meant.
+    """
+    overrides = with_own_groups(verb, overrides, configs)
+    check_choices(verb, overrides, configs)
+    if verb in ("sample", "eval"):
+        overrides = with_quoted_prompts(overrides)
+    return with_quoted_paths(verb, overrides)
 
 
 def with_quoted_prompts(overrides: Sequence[str]) -> list[str]:
@@ -30,24 +38,77 @@ def with_quoted_prompts(overrides: Sequence[str]) -> list[str]:
     prepared = []
     for override in overrides:
         key, equals, value = override.partition("=")
-        is_bare = equals and key in _TEXTS and not _QUOTED.fullmatch(value.strip())
-        prepared.append(f"{key}={_in_quotes(value)}" if is_bare else override)
+        is_bare = equals and key in _TEXTS and not QUOTED.fullmatch(value.strip())
+        prepared.append(f"{key}={in_quotes(value)}" if is_bare else override)
     return prepared
 
 
-def prepared(verb: str, overrides: Sequence[str], configs: Path) -> list[str]:
-    """The overrides of a verb as Hydra takes them; `configs` is the folder of all configurations.
+def with_quoted_paths(verb: str, overrides: Sequence[str]) -> list[str]:
+    """The overrides with paths in quotes where they need some.
 
-    Raises UsageError for one that Hydra takes for something else than is meant.
+    A value is first of all the name of a file or folder that is there. Else `null`, a text in quotes and a list in
+    brackets are what they are elsewhere, and `~` is a home. In a multirun, commas stand between several; not those of
+    `output`, which all jobs share. Raises UsageError for an empty path.
     """
-    overrides = with_own_groups(verb, overrides, configs)
-    check_choices(verb, overrides, configs)
-    return with_quoted_prompts(overrides) if verb in ("sample", "eval") else overrides
+    is_multirun = bool(_MULTIRUN & {*overrides})
+    prepared = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        name = key.lstrip("+")
+        if not equals or key.startswith("-") or not (is_path(verb, name) or has_paths_by_number(verb, name)):
+            prepared.append(override)
+            continue
+        several = is_multirun and name != "output" and not _is_there(value)
+        values = cut(value) if several else [value]
+        prepared.append(f"{key}={','.join(_value(verb, name, one) for one in values)}")
+    return prepared
 
 
 def is_prompt_with_commas(overrides: Sequence[str]) -> bool:
     """Whether a prompt among the overrides has commas that might be meant for a sweep, and stands in no quotes."""
     return any("," in one for one in {*overrides} - {*with_quoted_prompts(overrides)})
+
+
+def _value(verb: str, key: str, value: str) -> str:
+    """A value of a setting that is a path, as Hydra takes it."""
+    if has_paths_by_number(verb, key):
+        return _numbered(value) if value.startswith("{") else value
+    if _is_there(value):
+        return _path(key, value)
+    if value.strip() == "null" or QUOTED.fullmatch(value.strip()):
+        return value
+    if may_be_a_mapping(key) and value.lstrip().startswith("{"):
+        return value
+    if key != "output" and value.startswith("[") and value.endswith("]"):
+        listed = [one.strip() for one in cut(value[1:-1])] if value[1:-1].strip() else []
+        return f"[{','.join(one if QUOTED.fullmatch(one) else _path(key, one) for one in listed)}]"
+    return _path(key, value)
+
+
+def _numbered(value: str) -> str:
+    """The value of a mapping from numbers to paths: `{0: a.png, -1: b.png}`."""
+    entries = []
+    for entry in cut(value.strip()[1:-1]):
+        number, colon, path = entry.partition(":")
+        path = path.strip()
+        entries.append(entry if not colon or QUOTED.fullmatch(path) else f"{number.strip()}: {_path('given', path)}")
+    return f"{{{', '.join(entries)}}}"
+
+
+def _path(key: str, value: str) -> str:
+    if not value:
+        raise UsageError(f"{key}=: is empty; give a path")
+    if value.startswith("~") and not _is_there(value):
+        value = os.path.expanduser(value)
+    # What stands for "has to be given" is another name of the same file in this way.
+    return quoted(f"./{value}" if value == "???" else value)
+
+
+def _is_there(value: str) -> bool:
+    try:
+        return bool(value) and os.path.lexists(value)
+    except ValueError:  # a null byte
+        return False
 
 
 def with_own_groups(verb: str, overrides: Sequence[str], configs: Path) -> list[str]:
@@ -65,9 +126,3 @@ def check_choices(verb: str, overrides: Sequence[str], configs: Path) -> None:
             raise UsageError(f"{override}: several may be chosen of this group, and {group}=[] chooses none")
         if value == "null" and (configs / key.partition("@")[0].lstrip("+/")).is_dir():
             raise UsageError(f"{override}: a choice is left out by '~{key.lstrip('+')}', in quotes")
-
-
-def _in_quotes(text: str) -> str:
-    text = text.replace("${", "\\${")  # no interpolation
-    # In quotes a backslash is itself, except before a quote and at the end.
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"

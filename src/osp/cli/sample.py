@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate, to_absolute_path
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from osp.cli.checks import check_generator_source
+from osp.cli.plain import instantiate
 from osp.cli.settings import read_sampling
 from osp.devices import choose_device
 from osp.errors import UsageError

@@ -8,11 +8,13 @@ from typing import Any
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from osp.cli.checks import CLIP, build_vae, check_checkpoint, check_numbers
-from osp.cli.plain import plain
+from osp.cli.folders import keep_command
+from osp.cli.plain import instantiate, plain
+from osp.cli.texts import escaped
 from osp.data.datamodule import ClipDataModule
 from osp.devices.mesh import Mesh
 from osp.errors import UsageError
@@ -33,7 +35,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     quiet_lightning()
     begun = time.monotonic()
     training = TrainingRun(Path(HydraConfig.get().runtime.output_dir))
-    cfg.output = str(training.folder)  # that of this job in a sweep
+    cfg.output = escaped(str(training.folder))  # that of this job in a sweep
     _check(cfg)
     lightning.seed_everything(cfg.seed, verbose=False)
     goes_on = cfg.resume and training.started
@@ -50,6 +52,8 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         module.accumulate = batches_in_step(cfg.global_batch, cfg.data.batch_size, mesh, cfg.module.accumulate)
     start = begin(training, plain(cfg), OmegaConf.to_yaml(cfg, resolve=True), resume=cfg.resume)
     if start.result is None:
+        if trainer.is_global_zero:
+            keep_command(training.folder)
         fit(trainer, module, data, start.checkpoint)
     if not trainer.is_global_zero:
         return None
