@@ -6,8 +6,8 @@ import os
 # workers, runs on the same cores. Has to be set before torch is loaded; a value of the user's own is kept.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from osp._torchvision import ensure_importable
+from osp._torchvision import prepare_import
 
 __version__ = "0.1.0"
 
-ensure_importable()  # before anything of ours imports lightning, torchmetrics or lpips, which import torchvision
+prepare_import()  # for lightning, torchmetrics and lpips, which import torchvision

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
@@ -80,15 +81,13 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _set_cwd() -> None:
-    hydra = HydraConfig.instance().cfg
-    assert hydra is not None
+    hydra: Any = HydraConfig.instance().cfg
     with read_write(hydra.hydra):
         hydra.hydra.runtime.cwd = escaped(os.getcwd())
 
 
 def _tell_hydra(folder: Path, log: Path) -> None:
-    hydra = HydraConfig.instance().cfg
-    assert hydra is not None
+    hydra: Any = HydraConfig.instance().cfg
     with read_write(hydra.hydra), open_dict(hydra.hydra):
         settings = hydra.hydra
         settings.runtime.output_dir = escaped(str(folder))
