@@ -293,8 +293,8 @@ WRONG = [
     (["recompute_every=-1"], "recompute_every=-1: must be a whole number of at least 0"),
     (["compile=[]"], r"compile=\[\]: leaves nothing"),
     (["denoiser.head_dim=15"], "head_dim=15"),
-    (["half=decode"], "Could not override 'half'"),  # a setting of another target
-    (["vae=wfvae_tiny"], "Could not override 'vae'"),
+    (["half=decode"], "half: `osp bench` has no such setting here"),  # a setting of another target
+    (["vae=wfvae_tiny"], "vae: `osp bench` has no such setting here"),
     (["denoiser=pretrained"], "denoiser=pretrained needs path=FOLDER"),
     (["denoiser=published"], r"denoiser=published needs denoiser\.kind=\.\.\. and denoiser\.source="),
     (["path=x"], "path=x: nothing reads it here; it is read with denoiser=pretrained"),

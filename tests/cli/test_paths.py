@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from osp.cli import VERBS, config_folder
+from osp.cli.mistakes import parsed
 from osp.cli.overrides import prepared
 from osp.cli.plain import configuration, instantiate
 from osp.cli.texts import cut, escaped, quoted
@@ -47,22 +48,24 @@ NAMES = [
 ]
 
 
+def made(verb: str, *arguments: str) -> list[str]:
+    return prepared(verb, parsed(arguments), CONFIGS)
+
+
 def composed(verb: str, *overrides: str) -> Any:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return compose(verb, prepared(verb, overrides, config_folder()))
+        return compose(verb, made(verb, *overrides))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_is_a_path_as_it_stands(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    said = prepared("shards", [f"input={name}", f"+output={name}"], config_folder())
+    said = made("shards", f"input={name}", f"+output={name}")
     for override in OverridesParser.create().parse_overrides(said):
         value = OmegaConf.create({"x": override.value()}).x
         assert isinstance(value, str)
         assert os.path.normpath(value) == name
-    (one,) = OverridesParser.create().parse_overrides(
-        prepared("eval", ["--multirun", f"output={name}"], config_folder())[1:]
-    )
+    (one,) = OverridesParser.create().parse_overrides(made("eval", "--multirun", f"output={name}"))
     assert not one.is_sweep_override()
     assert OmegaConf.create({"x": one.value()}).x.removeprefix("./") == name
 
@@ -83,9 +86,7 @@ def test_commas_are_a_sweep_in_a_multirun_unless_a_file_has_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def said(value: str, *more: str) -> list[Any]:
-        one = OverridesParser.create().parse_override(
-            prepared("sample", [f"checkpoint={value}", *more], config_folder())[0]
-        )
+        one = OverridesParser.create().parse_override(made("sample", f"checkpoint={value}", *more)[0])
         return list(one.sweep_string_iterator()) if one.is_sweep_override() else [one.value()]
 
     monkeypatch.chdir(tmp_path)
@@ -107,7 +108,7 @@ def test_a_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_an_empty_path_is_refused() -> None:
     with pytest.raises(UsageError, match="output=: is empty; give a path"):
-        prepared("shards", ["output="], config_folder())
+        made("shards", "output=")
 
 
 def test_given_frames_and_settings_of_weights_may_be_mappings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +194,7 @@ def path_settings() -> Iterator[tuple[str, str, str]]:
 NO_PATHS = {
     *("format", "overwrite", "resume", "dtype", "clips", "save_videos", "perceptual.download", "stages", "version"),
     "name",
-    *("kind", "prompt", "fps", "denoiser.dtype", "after", "checkpoint_every", "data", "text", "vae", "device"),
+    *("kind", "prompt", "fps", "denoiser.dtype", "after", "checkpoint_every", "data", "text", "vae", "device", "features", "workers"),
 }  # fmt: skip
 
 

@@ -276,7 +276,11 @@ EARLY = [
         "checkpoint=x: nothing reads it here; it is read with generator=trained",
     ),
     (["prompt=a", "checkpoint=x", "text=null"], 2, "text=null: a choice is left out by '~text'"),
-    (["prompt=a", "checkpoint=x", "colour=red"], 2, "Could not override 'colour'; --help lists the settings"),
+    (
+        ["prompt=a", "checkpoint=x", "colour=red"],
+        2,
+        "colour: `osp sample` has no such setting here; `osp sample --help` lists all",
+    ),
     (
         ["prompt=a", "generator=suv_v15", "vae.path=x"],
         2,
@@ -322,7 +326,7 @@ LATE = [
     (["clip.frames=18"], "frames=18: must be 1 + a multiple of 4"),
     (["clip.height=20"], "height=20: must be a multiple of 16"),
     (["solver.name=ddim"], "solver: name=ddim cannot integrate Flow"),
-    (["solver.options.colour=1"], "Could not override"),
+    (["solver.options.colour=1"], "solver.options.colour: `osp sample` has no such setting here"),
     (["image=light.png"], "this denoiser was not trained with any"),
     (["vae=pretrained", "vae.path=MODELS/other_vae"], "give that one: vae=trained vae.path=CHECKPOINT"),
     (["vae=pretrained", "vae.path=MODELS/large_vae"], "latent.shift has 4 values; 8 are needed"),

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from osp.cli import VERBS, config_folder
 from osp.cli.composed import check_read
+from osp.cli.mistakes import parsed
 from osp.cli.overrides import prepared
 from osp.errors import UsageError
 
@@ -26,7 +27,7 @@ PAGES = [
 
 def composed(verb: str, overrides: Sequence[str]) -> None:
     """Compose a command's configuration; raises UsageError as the command would."""
-    overrides = prepared(verb, overrides, config_folder())
+    overrides = prepared(verb, parsed(overrides), config_folder())
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         cfg: DictConfig = compose(verb, overrides, return_hydra_config=True)
     choices = cfg.hydra.runtime.choices

@@ -4,12 +4,15 @@ A verb is a function from a Hydra configuration to a result, which is printed as
 """
 
 import importlib
-import json
 import os
 import sys
 from typing import Any
 
+from osp import __version__
+from osp.cli.endings import ended, says_when_terminated
+from osp.cli.mistakes import Command, parsed, unknown_verb
 from osp.cli.overrides import config_folder, is_prompt_with_commas, prepared
+from osp.cli.printing import say, show, show_result
 from osp.cli.user_errors import user_error
 from osp.errors import OspError
 from osp.extensions import import_modules
@@ -31,42 +34,62 @@ VERBS = {
 
 
 def main() -> None:
-    """Run the verb that the command line names; the exit code is 0 only on success and 2 for a usage error."""
-    verb, *overrides = sys.argv[1:] or ["--help"]
+    """Run the verb that the command line names.
+
+    The exit code is 0 only on success, 2 for a usage error, 1 for files and the machine, 130 for ^C, 143 for SIGTERM.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # modules of the user's own, as `python -m` finds them
+    verb, *arguments = sys.argv[1:] or ["--help"]
+    if code := ended(verb, lambda: _main(verb, arguments)):
+        sys.exit(code)
+
+
+def _main(verb: str, arguments: list[str]) -> int:
+    """The exit code of a command; a failure that the user can mend has been told."""
     if verb in ("-h", "--help", "help"):
-        print(_help())
-        return
+        show(_help())
+        return 0
+    if verb == "--version" or "--version" in arguments:
+        show(f"osp {__version__}")
+        return 0
     if verb not in VERBS:
-        print(f"osp: there is no verb {verb!r}; choose {', '.join(VERBS)}", file=sys.stderr)
-        sys.exit(2)
+        say(f"osp: {unknown_verb(verb, VERBS)}")
+        return 2
+    failures = _run(verb, arguments)
+    for failure in failures:
+        say(f"osp {verb}: {failure}")
+    return failures[0].exit_code if failures else 0
+
+
+def _run(verb: str, arguments: list[str]) -> list[OspError]:
+    """What the user can mend of the jobs that failed; in a multirun the others have run all the same."""
     try:
-        failures = _run(verb, overrides)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        command = parsed(arguments)
+        overrides = prepared(verb, command, config_folder())
+        if command.has("--help"):
+            from osp.cli.composed import help_of  # here: it brings Hydra
+
+            show(help_of(verb, command))
+            return []
+        with says_when_terminated(verb):
+            return _composed(verb, command, overrides)
     except Exception as error:
         if (mended := user_error(error, verb)) is None:
             raise
-        failures = [mended]
-    for failure in failures:
-        print(f"osp {verb}: {failure}", file=sys.stderr)
-    if failures:
-        sys.exit(failures[0].exit_code)
+        return [mended]
 
 
-def _run(verb: str, overrides: list[str]) -> list[OspError]:
-    """What the user can mend of the jobs that failed; in a multirun the others have run all the same."""
+def _composed(verb: str, command: Command, overrides: list[str]) -> list[OspError]:
+    """Compose the configurations of a command and run its jobs; gives the failures of these."""
     # Otherwise Hydra prints an exception its own way and hides where it came from.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from osp.cli.composed import check_read, help_of
+    from osp.cli.composed import check_read
     from osp.cli.folders import job_folder
-
-    if {"-h", "--help"} & {*overrides}:
-        print(help_of(verb, [override for override in overrides if not override.startswith("-")]))
-        return []
 
     argv = sys.argv
     failures: list[OspError] = []
@@ -79,18 +102,18 @@ def _run(verb: str, overrides: list[str]) -> list[OspError]:
             import_modules(cfg.get("imports") or ())
             with job_folder(verb, cfg):
                 result = importlib.import_module(f"osp.cli.{verb.replace('-', '_')}").run(cfg)
+            if result is not None:
+                show_result(result)
         except Exception as error:
             if (mended := user_error(error, verb)) is None:
                 raise
             failures.append(mended)  # raised here, Hydra would put a line of its own before it
             return None
-        if result is not None:
-            print(json.dumps(result), flush=True)
         return result
 
-    sys.argv = [argv[0], *prepared(verb, overrides, config_folder())]  # Hydra reads its overrides from there
-    if {"-m", "--multirun"} & {*overrides} and is_prompt_with_commas(overrides):
-        print(f"osp {verb}: commas in a prompt make no sweep; for several use prompts=FILE", file=sys.stderr)
+    sys.argv = [argv[0], *command.options, *overrides]  # Hydra reads its overrides from there
+    if command.has("--multirun") and is_prompt_with_commas(command.overrides):
+        say(f"osp {verb}: commas in a prompt make no sweep; for several use prompts=FILE")
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(task)()
     finally:
@@ -102,6 +125,11 @@ def _help() -> str:
     verbs = "\n".join(f"  {verb:14} {what}" for verb, what in VERBS.items())
     return (
         f"osp VERB key=value ...\n\n{verbs}\n\n"
-        "osp VERB --help lists a verb's settings, osp VERB --cfg job prints them composed,\n"
-        "osp VERB --multirun key=a,b runs every combination. A prompt=... is one prompt, whatever is in it."
+        "osp VERB --help             a verb's settings, with their meanings and examples\n"
+        "osp VERB --cfg job          its settings as they are composed\n"
+        "osp VERB --multirun k=a,b   a run for every combination\n"
+        "osp VERB --config-dir DIR   configurations of your own too, such as DIR/experiment/mine.yaml\n"
+        "osp --version               the version\n\n"
+        "A prompt=... is one prompt, whatever is in it, and a path is the file or folder of that name. Modules in the\n"
+        "current folder can be imported: _target_: my_module.MyClass."
     )

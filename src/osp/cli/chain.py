@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from osp.checks import check_number
 from osp.cli import config_folder, user_error
 from osp.cli.composed import check_read
+from osp.cli.mistakes import Command
 from osp.cli.overrides import prepared
 from osp.cli.plain import plain
 from osp.cli.texts import quoted
@@ -98,7 +99,7 @@ def _composed(name: str, overrides: Sequence[str], recipe: Sequence[str]) -> tup
     """
     loader = GlobalHydra.instance().config_loader()
     try:
-        overrides = prepared("train", overrides, config_folder())
+        overrides = prepared("train", Command((), tuple(overrides)), config_folder())
         settings = loader.load_configuration("train", overrides=overrides, run_mode=RunMode.RUN)
         choices = settings.hydra.runtime.choices
         OmegaConf.set_struct(settings, False)

@@ -7,8 +7,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from osp.cli.mistakes import Command
 from osp.cli.overrides import config_folder, prepared
 from osp.cli.plain import plain
+from osp.cli.texts import in_quotes
 from osp.configs.groups import groups_of
 from osp.configs.help import help_text
 from osp.configs.unread import Given, unread
@@ -36,10 +38,13 @@ def check_read(
     return found
 
 
-def help_of(verb: str, overrides: Sequence[str]) -> str:
-    """The help of a verb with these overrides."""
+def help_of(verb: str, command: Command) -> str:
+    """The help of a verb with the overrides and the folder of configurations of a command."""
+    overrides = prepared(verb, command, config_folder())
+    if command.own_configs is not None:
+        overrides.append(f"hydra.searchpath=[{in_quotes(f'file://{command.own_configs.absolute()}')}]")
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        cfg = compose(verb, prepared(verb, overrides, config_folder()), return_hydra_config=True)
+        cfg = compose(verb, overrides, return_hydra_config=True)
     config = {key: value for key, value in plain(cfg, resolve=False).items() if key != "hydra"}
     names = _names(verb, config, cfg.hydra.runtime.choices)
     return help_text(verb, config, names, config_folder(), fields_of(verb, config))

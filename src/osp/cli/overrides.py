@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from osp.cli.mistakes import Command, check_words
 from osp.cli.texts import QUOTED, cut, in_quotes, quoted
 from osp.configs.groups import groups_of_several
 from osp.configs.paths import has_paths_by_number, is_path, may_be_a_mapping
@@ -11,7 +13,6 @@ from osp.errors import UsageError
 
 # Whatever these are, they are text: Hydra's own grammar takes `null` and `1` for values, and commas for a sweep.
 _TEXTS = ("prompt", "negative_prompt")
-_MULTIRUN = {"-m", "--multirun"}
 
 
 def config_folder() -> Path:
@@ -20,17 +21,18 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[3] / "conf"
 
 
-def prepared(verb: str, overrides: Sequence[str], configs: Path) -> list[str]:
-    """The overrides of a verb as Hydra takes them; `configs` is the folder of all configurations.
+def prepared(verb: str, command: Command, configs: Path) -> list[str]:
+    """The overrides of a command as Hydra takes them; `configs` is the folder of all configurations.
 
     Texts and paths are quoted, so that whatever they hold they are what was given. Raises UsageError for an override
     that Hydra takes for something else than is meant.
     """
-    overrides = with_own_groups(verb, overrides, configs)
+    overrides = with_own_groups(verb, command.overrides, configs)
     check_choices(verb, overrides, configs)
+    check_words(verb, replace(command, overrides=tuple(overrides)), configs)
     if verb in ("sample", "eval"):
         overrides = with_quoted_prompts(overrides)
-    return with_quoted_paths(verb, overrides)
+    return with_quoted_paths(verb, overrides, command.has("--multirun"))
 
 
 def with_quoted_prompts(overrides: Sequence[str]) -> list[str]:
@@ -43,19 +45,18 @@ def with_quoted_prompts(overrides: Sequence[str]) -> list[str]:
     return prepared
 
 
-def with_quoted_paths(verb: str, overrides: Sequence[str]) -> list[str]:
+def with_quoted_paths(verb: str, overrides: Sequence[str], is_multirun: bool = False) -> list[str]:
     """The overrides with paths in quotes where they need some.
 
     A value is first of all the name of a file or folder that is there. Else `null`, a text in quotes and a list in
     brackets are what they are elsewhere, and `~` is a home. In a multirun, commas stand between several; not those of
     `output`, which all jobs share. Raises UsageError for an empty path.
     """
-    is_multirun = bool(_MULTIRUN & {*overrides})
     prepared = []
     for override in overrides:
         key, equals, value = override.partition("=")
         name = key.lstrip("+")
-        if not equals or key.startswith("-") or not (is_path(verb, name) or has_paths_by_number(verb, name)):
+        if not equals or not (is_path(verb, name) or has_paths_by_number(verb, name)):
             prepared.append(override)
             continue
         several = is_multirun and name != "output" and not _is_there(value)

@@ -1,45 +1,139 @@
 """What of an exception a user is shown: one line, if it is theirs to mend."""
 
+import errno
+import os
+import re
 import sys
 
+from osp.cli.mistakes import unknown_key
+from osp.cli.overrides import config_folder
+from osp.configs.groups import groups_of
+from osp.configs.meanings import choice_meanings, meanings
 from osp.errors import DataError, OspError, UsageError
+
+# What a machine or a disk may say without naming the file, and what can be done.
+_OF_MACHINES = {
+    errno.ENOSPC: "make room on the disk of output; the same command goes on",
+    errno.EDQUOT: "make room within the quota; the same command goes on",
+    errno.EROFS: "give an output on a file system that can be written",
+    errno.EACCES: "give an output that you may write",
+    errno.EPERM: "give an output that you may write",
+    errno.EFBIG: "raise the limit to the size of files (`ulimit -f`)",
+    errno.EIO: "the disk or the network fails",
+    errno.ESTALE: "the network file system has lost the file",
+    errno.EMFILE: "raise the limit to open files (`ulimit -n`), or use fewer workers",
+    errno.ENFILE: "the machine has too many open files",
+    errno.ENOMEM: "use fewer workers, a smaller batch, or a machine with more memory",
+    errno.EAGAIN: "use fewer workers, or raise the limit to processes (`ulimit -u`)",
+}
+_FULL = re.compile(r"No space left on device|os error 28|Disk quota exceeded|File too large|os error 27")
+_NO_WRITE = re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos")
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|[Oo]ut of memory|failed to map segment|[Cc]annot allocate memory|bad_alloc|allocate memory"
+)
+_NO_THREAD = re.compile(r"can't start new thread|Resource temporarily unavailable")
 
 
 def user_error(error: BaseException, verb: str) -> OspError | None:
     """The error of a verb to show in one line, if the user can mend it; None for a bug."""
-    from hydra.errors import HydraException, InstantiationException
-    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     if isinstance(error, OspError):
         return error
-    if isinstance(error, OSError) and error.filename is not None:
-        return DataError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, YAMLError):
+        return _of_yaml(error)
+    if (machine := _of_machine(error)) is not None:
+        return machine
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # only what is loaded can have raised
     if lightning is not None and isinstance(error, lightning.MisconfigurationException):
         return UsageError(f"Lightning refuses the settings of trainer: {_one_line(error, verb)}")
+    return _of_hydra(error, verb)
+
+
+def _of_hydra(error: BaseException, verb: str) -> OspError | None:
+    from hydra.errors import HydraException, InstantiationException, OverrideParseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         # What a constructor raises about its arguments; anything else is a bug in it.
         about_arguments = (TypeError, ValueError, ImportError)
         return user_error(error.__cause__, verb) or (
             UsageError(_one_line(error, verb)) if isinstance(error.__cause__, about_arguments) else None
         )
+    if isinstance(error, MissingMandatoryValue) and error.full_key:
+        return UsageError(_missing(str(error.full_key), verb))
+    if isinstance(error, OverrideParseException):
+        return UsageError(
+            f"{error.override}: cannot be read ({_one_line(error, verb)}); a text needs quotes, \"'...'\""
+        )
     if isinstance(error, HydraException | OmegaConfBaseException):
+        if isinstance(error.__cause__, OspError):
+            return error.__cause__
         return UsageError(_one_line(error, verb))
     return None
+
+
+def _of_machine(error: BaseException) -> OspError | None:
+    """What a disk, a limit or too little memory has ended, whoever noticed it."""
+    if isinstance(error, OSError):
+        known = error.errno in _OF_MACHINES
+        if error.filename is None and not known:
+            return None
+        said = error.strerror or os.strerror(error.errno or errno.EIO)
+        hint = f"; {_OF_MACHINES[error.errno]}" if known and error.errno is not None else ""
+        place = "" if error.filename is None else f"{_text(error.filename)}: "
+        return DataError(f"{place}{said}{hint}")
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | ImportError) and _NO_MEMORY.search(text)):
+        return DataError(f"not enough memory ({text[:200] or 'none is left'}); {_OF_MACHINES[errno.ENOMEM]}")
+    if isinstance(error, RuntimeError) and _NO_THREAD.search(text):
+        return DataError(f"{text[:200]}; {_OF_MACHINES[errno.EAGAIN]}")
+    if not isinstance(error, ValueError | TypeError | KeyError | AssertionError):
+        if found := _FULL.search(text):
+            return DataError(f"{text[:300] if len(text) < 300 else found[0]}; {_OF_MACHINES[errno.ENOSPC]}")
+        if isinstance(error, RuntimeError) and _NO_WRITE.search(text):
+            return DataError(f"a file could not be written; {_OF_MACHINES[errno.ENOSPC]}")
+    return None
+
+
+def _text(path: object) -> str:
+    return os.fsdecode(path) if isinstance(path, bytes) else str(path)
+
+
+def _of_yaml(error: Exception) -> OspError:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    name = getattr(mark, "name", None) or getattr(error, "name", None) or "a configuration"
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    line = f":{mark.line + 1}" if mark is not None else ""
+    file = str(name).strip('"')
+    return UsageError(f"{file}{line}: is no YAML ({' '.join(str(problem).split())})")
+
+
+def _missing(key: str, verb: str) -> str:
+    """What to say of a setting that has to be given: with its meaning, if it has one."""
+    configs = config_folder()
+    said = meanings(configs / f"{verb}.yaml")
+    for group, names in groups_of(verb, configs).items():
+        if key.startswith(f"{group}."):
+            for name in names:
+                said = choice_meanings(configs, group, name) | said
+    meaning = f": {said[key]}" if key in said else ""
+    return f"{key}=... has to be given{meaning}"
 
 
 def _one_line(error: BaseException, verb: str) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     # A setting that is not there would have no effect if it were appended.
-    hidden = ("full_key:", "object_type=", "See https", "To append to your")
+    hidden = ("full_key:", "object_type=", "reference_type=", "See https", "To append to your", "set HYDRA_FULL_ERROR")
+    hidden += ("Config search path", "provider=")
     shown = [line.rstrip(".") for line in lines if line and not line.startswith(hidden)]
     if shown and shown[0].startswith("Could not override"):
-        from osp.training.former import new_key  # here: it brings the models
-
         key = shown[0].partition("'")[2].partition("'")[0]
-        if (now := new_key(verb, key)) is not None:
-            return f"{key} is now called {now}"
-        by_target = f"; those of `osp {verb}` depend on target=..." if verb in ("bench", "eval") else ""
-        shown.append(f"--help lists the settings{by_target}")
+        if verb == "bench" or key.startswith("denoiser."):
+            from osp.training.former import new_key  # here: it brings the models
+
+            if (now := new_key(verb, key)) is not None:
+                return f"{key} is now called {now}"
+        return unknown_key(verb, key, config_folder())
     # A group in the folder of its verb is given without that.
     return "; ".join(shown).replace(":;", ":").replace(f"{verb}/target", "target")

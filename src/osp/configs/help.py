@@ -1,5 +1,6 @@
 """`osp VERB --help`: the settings of a verb, each with its default and the comment that it has in `conf`."""
 
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from osp.configs.examples import EXAMPLES
 from osp.configs.groups import groups_of
 from osp.configs.meanings import choice_meanings, heading, meanings
 from osp.configs.reads import Config
@@ -29,7 +31,7 @@ def help_text(
     groups = {group: names for group, names in groups_of(verb, configs).items() if group in choices}
     said = {**(fields or {}), **meanings(file)}
     for group in groups:
-        for name in choices[group]:
+        for name in _ours(configs, group, choices[group]):
             said |= choice_meanings(configs, group, name)
     lines = [*textwrap.wrap(heading(file), _WIDTH), "", f"osp {verb} KEY=VALUE ...  (??? has to be given)"]
     lines += ["", "Choices of groups:"] if groups else []
@@ -43,12 +45,31 @@ def help_text(
     for group in groups:
         if choices[group] and isinstance(config.get(group), dict) and is_read(verb, config, group):
             lines += _part(group, config[group], choices[group], said, configs)
+    lines += ["", "Examples:", *_examples(verb)]
     return "\n".join(lines)
+
+
+def _ours(configs: Path, group: str, names: Sequence[str]) -> list[str]:
+    """The choices that stand in our folder; others are of a folder of the user's own (--config-dir)."""
+    return [name for name in names if (configs / group / f"{name}.yaml").is_file()]
+
+
+def _examples(verb: str) -> Iterator[str]:
+    """Each example as what it does, and its command, which is broken as a shell allows it."""
+    for about, arguments in EXAMPLES[verb]:
+        yield f"  {about}:"
+        words = shlex.join(arguments).replace("'", '"') if "'" not in "".join(arguments) else shlex.join(arguments)
+        command = f"osp {verb} {words}"
+        lines = textwrap.wrap(
+            command, _WIDTH - 8, initial_indent=" " * 6, subsequent_indent=" " * 8, break_on_hyphens=False
+        )
+        yield from (f"{line} \\" for line in lines[:-1])
+        yield lines[-1]
 
 
 def _part(group: str, part: Config, names: Sequence[str], said: Mapping[str, str], configs: Path) -> Iterator[str]:
     """The settings of what is chosen of a group."""
-    about = " ".join(heading(configs / group / f"{name}.yaml") for name in names)
+    about = " ".join(heading(configs / group / f"{name}.yaml") for name in _ours(configs, group, names))
     yield ""
     yield from textwrap.wrap(f"Settings of {group}={','.join(names)}. {about}", _WIDTH)
     for name, value in part.items():

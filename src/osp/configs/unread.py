@@ -28,7 +28,8 @@ def unread(verb: str, config: Config, given: Sequence[Given], choices: Choices, 
 
     `config` is a verb's configuration with its references as they stand, `configs` is the folder of all.
     """
-    new = {one.key for one in given if one.may_be_new} - _declared(verb, configs)
+    may_be_new = [one.key for one in given if one.may_be_new]
+    new = {*may_be_new, *(key.partition(".")[0] for key in may_be_new)} - _declared(verb, configs)
     read = _read(verb, config, new)
     return {
         one.said: _hint(verb, one.key, config, choices, configs)
