@@ -21,11 +21,11 @@ from osp.cli import VERBS, config_folder, user_error
 from osp.cli.composed import check_read
 from osp.cli.endings import Terminated, ended, says_when_terminated
 from osp.cli.logs import LogFile
-from osp.cli.mistakes import parsed
 from osp.cli.overrides import prepared
 from osp.cli.printing import show_result
 from osp.configs.examples import EXAMPLES
 from osp.configs.keys import nearly
+from osp.configs.mistakes import parsed
 from osp.errors import DataError, UsageError
 
 Osp = Callable[..., tuple[int, str, str]]
@@ -108,7 +108,7 @@ def test_configurations_of_ones_own_are_taken_and_explained(osp: Osp, tmp_path: 
     mine.write_text("# @package _global_\na: [1\nb: 2\n")
     for more in ([], ["--help"]):
         code, out, said = osp("train", *own, *more)
-        assert (code, out, said.count("\n")) == (2, "", 0)
+        assert (code, out, said.count("\n")) == (1, "", 0)
         assert f"{mine}:3: is no YAML (" in said
 
 

@@ -13,13 +13,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from osp.cli import VERBS, config_folder
-from osp.cli.mistakes import parsed
 from osp.cli.overrides import prepared
 from osp.cli.plain import configuration, instantiate
-from osp.cli.texts import cut, escaped, quoted
 from osp.configs.groups import groups_of
 from osp.configs.meanings import choice_meanings, meanings
+from osp.configs.mistakes import parsed
 from osp.configs.paths import is_path
+from osp.configs.texts import cut, escaped, quoted
 from osp.errors import UsageError
 
 CONFIGS = config_folder()
@@ -193,8 +193,8 @@ def path_settings() -> Iterator[tuple[str, str, str]]:
 # Settings whose meaning speaks of files or folders, and that are none.
 NO_PATHS = {
     *("format", "overwrite", "resume", "dtype", "clips", "save_videos", "perceptual.download", "stages", "version"),
-    "name",
-    *("kind", "prompt", "fps", "denoiser.dtype", "after", "checkpoint_every", "data", "text", "vae", "device", "features", "workers"),
+    *("name", "kind", "prompt", "fps", "after", "checkpoint_every", "data", "text", "vae", "device", "features"),
+    *("workers", "key", "media"),
 }  # fmt: skip
 
 

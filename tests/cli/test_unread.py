@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from osp.cli import VERBS, config_folder
 from osp.cli.composed import check_read
-from osp.cli.mistakes import parsed
 from osp.cli.overrides import prepared
+from osp.configs.mistakes import parsed
 from osp.errors import UsageError
 
 Osp = Callable[..., tuple[int, str, str]]

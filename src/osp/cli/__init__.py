@@ -10,10 +10,10 @@ from typing import Any
 
 from osp import __version__
 from osp.cli.endings import ended, says_when_terminated
-from osp.cli.mistakes import Command, parsed, unknown_verb
 from osp.cli.overrides import config_folder, is_prompt_with_commas, prepared
 from osp.cli.printing import say, show, show_result
 from osp.cli.user_errors import user_error
+from osp.configs.mistakes import Command, parsed, unknown_verb
 from osp.errors import OspError
 from osp.extensions import import_modules
 

@@ -14,11 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from osp.checks import check_number
 from osp.cli import config_folder, user_error
 from osp.cli.composed import check_read
-from osp.cli.mistakes import Command
 from osp.cli.overrides import prepared
 from osp.cli.plain import plain
-from osp.cli.texts import quoted
+from osp.configs.mistakes import Command
 from osp.configs.references import missing_keys
+from osp.configs.texts import quoted
 from osp.errors import UsageError
 from osp.report.tables import as_texts, print_table
 from osp.training.chain import COLUMNS, TABLE, Stage, first_to_run, run_stages

@@ -7,12 +7,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from osp.cli.mistakes import Command
 from osp.cli.overrides import config_folder, prepared
 from osp.cli.plain import plain
-from osp.cli.texts import in_quotes
 from osp.configs.groups import groups_of
 from osp.configs.help import help_text
+from osp.configs.mistakes import Command
+from osp.configs.texts import in_quotes
 from osp.configs.unread import Given, unread
 from osp.errors import UsageError
 

@@ -12,7 +12,7 @@ from hydra.core.utils import configure_log
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from osp.cli.texts import escaped
+from osp.configs.texts import escaped
 from osp.documents import printable
 from osp.errors import DataError
 

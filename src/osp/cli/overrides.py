@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from osp.cli.mistakes import Command, check_words
-from osp.cli.texts import QUOTED, cut, in_quotes, quoted
 from osp.configs.groups import groups_of_several
+from osp.configs.mistakes import Command, check_words
 from osp.configs.paths import has_paths_by_number, is_path, may_be_a_mapping
+from osp.configs.texts import QUOTED, cut, in_quotes, quoted
 from osp.errors import UsageError
 
 # Whatever these are, they are text: Hydra's own grammar takes `null` and `1` for values, and commas for a sweep.

@@ -6,7 +6,7 @@ import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from osp.cli.texts import escaped
+from osp.configs.texts import escaped
 
 
 def plain(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:

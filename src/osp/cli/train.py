@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from osp.cli.checks import CLIP, build_vae, check_checkpoint, check_numbers
 from osp.cli.folders import keep_command
 from osp.cli.plain import instantiate, plain
-from osp.cli.texts import escaped
+from osp.configs.texts import escaped
 from osp.data.datamodule import ClipDataModule
 from osp.devices.mesh import Mesh
 from osp.errors import UsageError

@@ -5,10 +5,10 @@ import os
 import re
 import sys
 
-from osp.cli.mistakes import unknown_key
 from osp.cli.overrides import config_folder
 from osp.configs.groups import groups_of
 from osp.configs.meanings import choice_meanings, meanings
+from osp.configs.mistakes import unknown_key
 from osp.errors import DataError, OspError, UsageError
 
 # What a machine or a disk may say without naming the file, and what can be done.
@@ -124,8 +124,8 @@ def _missing(key: str, verb: str) -> str:
 def _one_line(error: BaseException, verb: str) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     # A setting that is not there would have no effect if it were appended.
-    hidden = ("full_key:", "object_type=", "reference_type=", "See https", "To append to your", "set HYDRA_FULL_ERROR")
-    hidden += ("Config search path", "provider=")
+    hidden: tuple[str, ...] = ("Config search path", "provider=")
+    hidden += ("full_key:", "object_type=", "reference_type=", "See https", "To append to your", "set HYDRA_FULL_ERROR")
     shown = [line.rstrip(".") for line in lines if line and not line.startswith(hidden)]
     if shown and shown[0].startswith("Could not override"):
         key = shown[0].partition("'")[2].partition("'")[0]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from osp.cli.texts import QUOTED, cut
 from osp.configs.groups import groups_of, groups_of_several
 from osp.configs.keys import known_keys, nearly
+from osp.configs.texts import QUOTED, cut
 from osp.documents import read_yaml
 from osp.errors import UsageError
 
@@ -91,11 +91,8 @@ def unknown_key(verb: str, key: str, configs: Path) -> str:
 
 def _check_choices(verb: str, override: str, group: str, value: str, command: Command, configs: Path) -> None:
     names = {*groups_of(verb, configs)[group]}
-    own = (
-        {}
-        if command.own_configs is None
-        else {file.stem: file for file in (command.own_configs / group).glob("*.yaml")}
-    )
+    own_files = [] if command.own_configs is None else (command.own_configs / group).glob("*.yaml")
+    own = {file.stem: file for file in own_files}
     names |= own.keys()
     chosen = [value]
     if command.has("--multirun"):
