@@ -108,6 +108,15 @@ def plan(generator: VideoGenerator, folder: Path, sampling: Sampling = SETTINGS)
     return plan_jobs(generator, sampling, list_asked(REQUESTS, sampling, PictureFiles()), SampleFolder(folder, "png"))
 
 
+def test_a_plan_says_in_what_it_is_unlike_training(make_generator: Make, tmp_path: Path) -> None:
+    generator = make_generator("joint", clip={"frames": 9, "height": 16, "width": 32}, fps=8.0)
+    said = plan(generator, tmp_path).unlike_training()
+    assert said == "frames 1, 5 instead of 9"
+    other = Sampling(clip=ClipSize(9, 32, 32), solver=SolverSettings(steps=2), fps=12.0)
+    assert "height 32 instead of 16; fps 12 instead of 8" in plan(generator, tmp_path, other).unlike_training()
+    assert plan(make_generator("joint", fps=8.0), tmp_path).unlike_training() == ""
+
+
 def test_a_plan_says_what_is_to_be_done_and_what_is_there(make_generator: Make, tmp_path: Path) -> None:
     generator = make_generator("joint", clip={"frames": 9, "height": 32, "width": 32})
     first = plan(generator, tmp_path)

@@ -1,6 +1,8 @@
 """Files that say how they were made."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from osp.data.media.video import probe, read_clip, to_uint8
 from osp.errors import DataError, UsageError
-from osp.sampling.outputs import SampleFolder, read_settings
+from osp.sampling.outputs import SAMPLES, SampleFolder, read_settings
 
 SETTINGS: dict[str, Any] = {"prompt": 'ein "Würfel" ' + "x" * 600, "seed": 3, "frames": 5, "fps": 8.0, "size": (1, 2)}
 
@@ -86,3 +88,45 @@ def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
         SampleFolder(tmp_path, "png").is_made("b", SETTINGS)
     with pytest.raises(UsageError, match="format=avi"):
         SampleFolder(tmp_path, "avi")
+
+
+def test_a_line_of_the_list_that_was_cut_off_costs_itself_only(tmp_path: Path) -> None:
+    folder = SampleFolder(tmp_path, "png")
+    settings = {"prompt": "a", "fps": 8.0, "frames": 1}
+    folder.write("000", torch.zeros(3, 1, 8, 8), settings)
+    folder.list.write_text(folder.list.read_text() + '{"path": "001.png", "pro')
+    folder.write("002", torch.zeros(3, 1, 8, 8), settings)
+    assert SampleFolder(tmp_path, "png").listed.keys() == {"000.png", "002.png"}
+
+
+@pytest.mark.parametrize("line", ["[" * 5000, '{"path": 3}', '{"path": "a", "seed": NaN}', "3", '"path"'])
+def test_a_list_of_anything_is_read(tmp_path: Path, line: str) -> None:
+    (tmp_path / SAMPLES).write_text(line + '\n{"path": "b.png", "prompt": "b"}\n')
+    assert SampleFolder(tmp_path, "png").listed == {"b.png": {"prompt": "b"}}
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match="is no regular file"):
+        read_settings(tmp_path / "a.png")
+    os.mkfifo(tmp_path / SAMPLES)
+    with pytest.raises(DataError, match="is no regular file"):
+        SampleFolder(tmp_path, "png")
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = SampleFolder(tmp_path, "png")
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("osp.sampling.outputs.write_whole", full)
+    for frames in (1, 3):
+        with pytest.raises(OSError, match="No space left"):
+            folder.write("000", torch.zeros(3, frames, 8, 8), {"prompt": "a", "fps": 8.0, "frames": frames})
+        assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    (tmp_path / SAMPLES).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        folder.write("000", torch.zeros(3, 1, 8, 8), {"prompt": "a", "fps": 8.0, "frames": 1})
+    assert caught.value.filename == str(folder.list)

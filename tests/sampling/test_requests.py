@@ -89,7 +89,9 @@ def test_names_are_plain_and_short() -> None:
     assert slug("../A b/c?") == "a-b-c"
     assert slug("一个红色的球滚动") == "一个红色的球滚动"
     assert slug("Größer, ﬁne_x") == "größer-fine-x"
+    assert slug("लाल घोड़ा, दौड़ता") == "लाल-घोड़ा-दौड़ता"
     assert slug("?!") == "video"
+    assert len(slug("𠀀" * 100).encode()) <= 200
     assert slug("word " * 20) == "word-word-word-word-word-word-word-word"
     assert slug("x" * 100) == "x" * 40
 

@@ -39,6 +39,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise UsageError(f"generator is a {type(generator).__name__}; choose one of conf/generator")
     plan = plan_jobs(generator.to(device), sampling, asked, folder)
     _tell(plan)
+    if "path" in cfg.generator and (differs := plan.unlike_training()):  # published ones were trained at many sizes
+        log.warning("unlike the clips of training: %s; the model may not know how to make such videos", differs)
     with shown_progress("sampling") as show:
         run_jobs(plan, lambda progress: show(progress.batches_done, progress.batches))
     return {"output": str(folder.folder), "videos": plan.videos, "kept": plan.kept, "list": str(folder.list)}

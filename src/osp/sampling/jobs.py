@@ -81,6 +81,19 @@ class Plan:
         """Whether parts are on the device one after another."""
         return self.sampling.memory == "low"
 
+    def unlike_training(self) -> str:
+        """In what the videos differ from the clips of training, as far as these are known; empty if in nothing."""
+        trained = dict(self.generator.clip or {})
+        differs = []
+        for key in Shape._fields:
+            asked = {job.settings[key] for batch in self.batches for job in batch.jobs}
+            if trained.get(key) is not None and asked - {trained[key]}:
+                differs.append(f"{key} {', '.join(map(str, sorted(asked)))} instead of {trained[key]}")
+        rates = {job.settings["fps"] for batch in self.batches for job in batch.jobs}
+        if rates - {float(self.generator.fps)}:
+            differs.append(f"fps {', '.join(f'{rate:g}' for rate in sorted(rates))} instead of {self.generator.fps:g}")
+        return "; ".join(differs)
+
     def memory(self) -> MemoryPlan | None:
         """What the largest batch needs; None if there is nothing to be done."""
         sizes = [(batch.jobs[0].size, len(batch.jobs)) for batch in self.batches]

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ class SampleFolder:
                 if written != len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
-                file.truncate(end)
+                with suppress(OSError):
+                    file.truncate(end)
                 raise OSError(error.errno, error.strerror, str(self.list)) from error
 
     def _write_frames(self, path: Path, pixels: Tensor, comment: str) -> None:

@@ -1,6 +1,5 @@
 """What a user asks for: prompts with what goes with each, from a file or a command, and the videos they become."""
 
-import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -115,7 +114,9 @@ def list_videos(requests: Sequence[Request], seed: int, per_prompt: int) -> list
 
 def slug(text: str) -> str:
     """Text as part of a file's name: its words in any script, in lower case, as many as fit."""
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
+    plain = unicodedata.normalize("NFKC", text).lower()
+    # Marks too, which are the vowels of some scripts.
+    words = "".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in plain).split()
     kept = "-".join(words)[: _SLUG + 1]
     return (kept if len(kept) <= _SLUG else kept.rpartition("-")[0] or kept[:_SLUG]) or "video"
 
