@@ -48,7 +48,24 @@ def folder_lock(folder: Path, name: str = ".lock", wait: bool = True) -> Iterato
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / name, "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield lock.fileno()
+        _locks.add(lock)
+        try:
+            yield lock.fileno()
+        finally:
+            _locks.discard(lock)
+
+
+_locks: set[BinaryIO] = set()
+
+
+def _leave_locks() -> None:
+    """A forked process gives up the locks that it has inherited, or they would outlive the process that took them."""
+    for lock in _locks:
+        lock.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 def write_json(path: Path, value: Any) -> None:

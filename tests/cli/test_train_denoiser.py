@@ -70,7 +70,7 @@ def test_features_to_a_generator_and_on_to_given_frames(world: Path, osp: Osp, t
     assert "continuing from step 4" in said
     code, _, said = osp(*run, "objective=velocity_v13")
     assert code == 2
-    assert re.search(r"t2v holds a run with module\.objective\._target_=osp\.diffusion\.Flow", said)
+    assert re.search(r"t2v holds a run with objective\._target_=osp\.diffusion\.Flow", said)
 
     events = EventAccumulator("t2v/tensorboard", size_guidance={"images": 0, "scalars": 0})
     events.Reload()
@@ -109,7 +109,7 @@ def test_a_run_that_is_told_to_stop_is_no_success(world: Path, osp: Osp, monkeyp
         patched.setattr(DenoiserModule, "take_step", told)
         code, out, said = osp(*run)
     assert (code, out) == (143, "")
-    assert "ended by SIGTERM at step 2 of 4; the same command continues" in said
+    assert "ended by SIGTERM at step 2 of 4: the same command goes on from" in said
     assert not Path("told/result.json").exists()
     assert result(osp(*run))["steps"] == 4
 

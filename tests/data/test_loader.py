@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from osp.data import handover
 from osp.data.loader import Batch, FixedLoader, ResumableLoader
 from osp.data.media.video import ClipError, encode_video, read_clip
 from osp.data.sources import ClipSource, FirstClips, ShardClips
@@ -595,3 +596,46 @@ def test_foreign_shards_of_real_clips(tmp_path: Path, shared: Path) -> None:
     assert all(caption == f"this is {key}" and 5 < fps < 100 for key, caption, fps in read)
     assert all(batch["video"].shape[1:] == (3, 9, 64, 64) for batch in batches)
     assert sum(batch["broken"] for batch in batches) >= 2
+
+
+def test_batches_without_room_in_shared_memory_come_through_pipes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = take(loader(workers=1), 6)
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    monkeypatch.setattr(handover, "_told", set())
+    assert content(take(loader(workers=1), 6)) == content(whole)
+    assert caplog.text.count("/dev/shm) has no room for the batches") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.bool, torch.int64])
+def test_any_tensor_goes_through_a_pipe(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "share_memory_", lambda tensor: (_ for _ in ()).throw(RuntimeError("full")))
+    batch = {
+        "a": torch.tensor([[1, 0], [0, 1]]).to(dtype).t(),
+        "b": [torch.zeros(0, 3).to(dtype), torch.tensor(1)],
+        "c": "x",
+    }
+    sent = handover.sendable(batch)
+    assert not any(isinstance(value, torch.Tensor) for value in sent.values())
+    back = handover.received(sent)
+    assert back["c"] == "x"
+    assert torch.equal(back["a"], batch["a"])
+    assert back["b"][0].shape == (0, 3)
+    assert back["b"][1] == 1
+
+
+def test_signals_for_a_group_of_processes_leave_the_readers_alone() -> None:
+    reading = loader(workers=1)
+    batches = iter(endless(reading))
+    next(batches)
+    (reader,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(reader.pid or 0, number)
+    for _ in range(4):  # more than were read ahead
+        next(batches)
+    assert reader.is_alive()

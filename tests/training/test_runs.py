@@ -1,7 +1,9 @@
 """What a folder of `osp train` says of its run, and with which settings the run can go on."""
 
 import json
+import multiprocessing
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from osp.cli import config_folder
-from osp.errors import DataError
+from osp.errors import DataError, UsageError
 from osp.training.runs import TrainingRun
 
 
@@ -53,34 +55,72 @@ def test_a_run_is_finished_at_the_steps_that_are_asked_for(tmp_path: Path) -> No
     assert [run.finished(steps) for steps in (9, 10, 11)] == [True, True, False]
     for broken in ("{", "[]", "{}", '{"steps": "many"}'):
         run.result_file.write_text(broken)
-        with pytest.raises(DataError, match=rf"{re.escape(str(run.result_file))}: is no .*; delete it"):
+        with pytest.raises(DataError, match=rf"{re.escape(str(run.result_file))}: .*; delete it"):
             run.result()
 
 
 @pytest.mark.parametrize("broken", ["a: [", "just text"])
 def test_settings_that_cannot_be_read_are_told_by_their_file(broken: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(broken)
-    with pytest.raises(DataError, match=r"config\.yaml: (is no YAML|holds no settings)"):
+    with pytest.raises(DataError, match=r"config\.yaml:.* (is no YAML|holds no settings)"):
         TrainingRun(tmp_path).config()
 
 
 @pytest.mark.parametrize(
-    ("change", "other"),
+    ("change", "done", "goes_on"),
     [
-        ("module.lr=0.1", "module.lr=0.002, not 0.1"),
-        ("seed=3", "module.seed=0, not 3"),
-        ("denoiser=joint_tiny", "module.denoiser.stages="),
-        ("data.workers=7", None),
-        ("trainer.val_check_interval=7", None),
-        ("checkpoint_every=7", None),
+        ("module.lr=0.1", "module.lr=0.002, not 0.1", None),
+        ("module.decay_until=7", "module.decay_until=", None),
+        ("module.accumulate=2", "module.accumulate=1, not 2", None),
+        ("module.muon_lr=null", "module.muon_lr=0.005, not None", "module.muon_lr=0.005, not None"),
+        ("module.muon_lr=0.1", "module.muon_lr=0.005, not 0.1", None),
+        ("seed=3", "seed=0, not 3", "seed=0, not 3"),
+        ("clip.frames=5", "clip.frames=9, not 5", "clip.frames=9, not 5"),
+        ("denoiser=joint_tiny", "denoiser.", "denoiser."),
+        ("data.workers=7", None, None),
+        ("trainer.val_check_interval=7", None, None),
+        ("checkpoint_every=7", None, None),
     ],
 )
-def test_a_run_goes_on_with_other_steps_and_workers_only(change: str, other: str | None, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_other_rates_and_a_key_that_was_given_is_named_where_it_cannot(
+    change: str, done: str | None, goes_on: str | None, tmp_path: Path
+) -> None:
     experiment = ["experiment=t2v_tiny", "denoiser=suv_tiny", "data.train.path=/data"]
     run = saved(tmp_path, composed(*experiment))
-    found = run.other_setting(composed(*experiment, change))
-    assert (found or "").startswith(other or "")
-    assert (found is None) == (other is None)
+    now = composed(*experiment, change)
+    for found, told in ((run.other_setting(now), done), (run.other_setting(now, done=False), goes_on)):
+        assert (found or "").startswith(told or "")
+        assert (found is None) == (told is None)
+    if done != goes_on:
+        assert run.changes(now)[0].startswith(change)
+
+
+def test_a_longer_run_is_one_change_and_what_follows_from_it(tmp_path: Path) -> None:
+    run = saved(tmp_path, composed("experiment=wfvae_tiny", "trainer.max_steps=30"))
+    longer = composed("experiment=wfvae_tiny", "trainer.max_steps=40")
+    assert run.other_setting(longer, done=False) is None
+    assert run.changes(longer) == ["module.decay_until=40 (was 30)", "trainer.max_steps=40 (was 30)"]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    run = TrainingRun(tmp_path / "run")
+    with (
+        run.locked(),
+        pytest.raises(UsageError, match="run: another `osp train` is at work in this folder"),
+        run.locked(),
+    ):
+        pass
+    with run.locked():
+        begun = multiprocessing.get_context("fork").Event()
+        reader = multiprocessing.get_context("fork").Process(target=lambda: (begun.set(), time.sleep(60)))
+        reader.start()  # as a loader does
+        begun.wait()
+    try:
+        with run.locked():  # a process that outlives the run does not hold its lock
+            pass
+    finally:
+        reader.kill()
+        reader.join()
 
 
 @pytest.mark.parametrize(

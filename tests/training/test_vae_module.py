@@ -160,9 +160,22 @@ def test_float16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_diverged_training_stops_and_says_so(tmp_path: Path) -> None:
     module = new_module()
+    module.configure_model()
     with torch.no_grad():
         module.vae.decoder.conv_out.bias.fill_(float("nan"))
     with pytest.raises(DivergedError, match="not finite at step 0"):
+        fit(tmp_path, module, 2)
+    module.ema.copy(module.vae)
+    trainer, _ = fit(tmp_path, new_module(), 1)
+    with pytest.raises(DivergedError, match=r"val/psnr is not finite"):
+        trainer.validate(module, trainer.datamodule)
+
+
+def test_a_run_does_not_begin_with_weights_that_are_not_finite(tmp_path: Path) -> None:
+    module = new_module()
+    with torch.no_grad():
+        module.vae.decoder.conv_out.bias.fill_(float("inf"))
+    with pytest.raises(DataError, match=r"not finite \(decoder\.conv_out\.bias\)"):
         fit(tmp_path, module, 2)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
 from osp.configs.texts import escaped
 from osp.documents import printable
@@ -51,15 +51,6 @@ def job_folder(verb: str, cfg: DictConfig) -> Iterator[None]:
             for one in reversed(made):
                 with suppress(OSError):  # there is something in it
                     one.rmdir()
-
-
-def keep_command(folder: Path) -> None:
-    """Write what the command of a job has set into its folder, as `.hydra/overrides.yaml`."""
-    from osp.files import write_whole  # here: it brings torch, and a refused command needs none
-
-    path = folder / ".hydra" / "overrides.yaml"
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, OmegaConf.to_yaml(HydraConfig.get().overrides.task))
 
 
 def _make(folder: Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """`osp train`: seed, model, data, module, callbacks, logger, trainer, fit."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from osp.cli.checks import CLIP, build_vae, check_checkpoint, check_numbers
-from osp.cli.folders import keep_command
 from osp.cli.plain import instantiate, plain
 from osp.configs.texts import escaped
 from osp.data.datamodule import ClipDataModule
@@ -20,10 +18,32 @@ from osp.devices.mesh import Mesh
 from osp.errors import UsageError
 from osp.training.build import is_drawn
 from osp.training.codec import codec_of
-from osp.training.fit import batches_in_step, begin, check_start, fit, precision_on, quiet_lightning, write_result
+from osp.training.endings import Ended, Endings, leave
+from osp.training.failures import failures_told
+from osp.training.fit import (
+    batches_in_step,
+    begin,
+    check_start,
+    fit,
+    log_clips,
+    precision_on,
+    quiet_lightning,
+    write_result,
+)
 from osp.training.module import TrainingModule
+from osp.training.records import Record
 from osp.training.runs import TrainingRun
 from osp.training.saving import AtomicCheckpointIO
+
+# What the Trainer is given by other settings.
+_TRAINER_KEYS = {
+    "logger": "choose loggers by their group, logger=NAME or logger=[NAME,NAME]; one of your own is added to ours by "
+    "+logger.NAME._target_=CLASS",
+    "callbacks": "callbacks of your own are added to ours by +callbacks.NAME._target_=CLASS",
+    "default_root_dir": "the folder of the run is output=DIR",
+    "plugins": "checkpoints are written by a plugin of ours, and others cannot be given",
+    "enable_progress_bar": "a terminal has a progress bar and a log has lines",
+}
 
 
 def run(cfg: DictConfig) -> dict[str, Any] | None:
@@ -33,9 +53,24 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     training for settings that do not fit together.
     """
     quiet_lightning()
-    begun = time.monotonic()
     training = TrainingRun(Path(HydraConfig.get().runtime.output_dir))
+    files = _hydra_files(cfg)
     cfg.output = escaped(str(training.folder))  # that of this job in a sweep
+    endings = Endings(training)
+    endings.install()
+    try:
+        with training.locked(), failures_told(training.folder):
+            result = _run(cfg, training, endings, files)
+        endings.leave_if_asked()
+        return result
+    except Ended as ended:
+        leave(training, ended)
+    finally:
+        endings.restore()
+
+
+def _run(cfg: DictConfig, training: TrainingRun, endings: Endings, files: dict[str, str]) -> dict[str, Any] | None:
+    begun = time.monotonic()
     _check(cfg)
     lightning.seed_everything(cfg.seed, verbose=False)
     goes_on = cfg.resume and training.started
@@ -50,19 +85,33 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     if cfg.global_batch is not None:
         mesh = Mesh(cfg.data.get("devices") or trainer.num_devices * trainer.num_nodes)
         module.accumulate = batches_in_step(cfg.global_batch, cfg.data.batch_size, mesh, cfg.module.accumulate)
-    start = begin(training, plain(cfg), OmegaConf.to_yaml(cfg, resolve=True), resume=cfg.resume)
+    start = begin(training, plain(cfg), resume=cfg.resume)
+    overrides = HydraConfig.get().overrides.task
     if start.result is None:
-        if trainer.is_global_zero:
-            keep_command(training.folder)
-        fit(trainer, module, data, start.checkpoint)
+        record = Record(training, OmegaConf.to_yaml(cfg, resolve=True), files, overrides, start.changed)
+        log_clips(data, captions=denoises)
+        fit(trainer, module, data, start, endings, [record])
     if not trainer.is_global_zero:
         return None
-    about = {"name": cfg.name, "seconds": time.monotonic() - begun, "overrides": HydraConfig.get().overrides.task}
+    about = {"name": cfg.name, "seconds": time.monotonic() - begun, "overrides": overrides}
     return start.result or write_result(training, trainer, module, **about)
+
+
+def _hydra_files(cfg: DictConfig) -> dict[str, str]:
+    """What Hydra would write before anything is checked: the configuration, its own, and the overrides."""
+    hydra: Any = HydraConfig.get()
+    return {
+        ".hydra/config.yaml": OmegaConf.to_yaml(cfg),
+        ".hydra/hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": OmegaConf.masked_copy(hydra, [*hydra])})),
+        ".hydra/overrides.yaml": OmegaConf.to_yaml(hydra.overrides.task),
+    }
 
 
 def _check(cfg: DictConfig) -> None:
     steps = {"checkpoint_every": 1, "trainer.max_steps": 1, "trainer.val_check_interval": 1}
+    for key, instead in _TRAINER_KEYS.items():
+        if key in cfg.trainer:
+            raise UsageError(f"trainer.{key}: {instead}")
     check_numbers(cfg, CLIP | steps | {"seed": 0, "logged_clips": 0, "global_batch": 1}, optional=["global_batch"])
     for part in ("train", "val"):
         clips = cfg.data[part]
@@ -108,6 +157,6 @@ def _trainer(cfg: DictConfig, folder: Path) -> lightning.Trainer:
         callbacks=[instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()],
         logger=[instantiate(logger) for logger in (cfg.logger or {}).values()],
         plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=sys.stderr.isatty(),
+        enable_progress_bar=False,  # a callback shows the steps
         default_root_dir=folder,
     )

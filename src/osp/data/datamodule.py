@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 
 from osp.data.buckets import bucket_table
-from osp.data.loader import FixedLoader, ResumableLoader
+from osp.data.loader import FixedLoader, ResumableLoader, Waiting
 from osp.data.sources import ClipSource, FirstClips
 from osp.devices.mesh import Mesh
 
@@ -67,6 +68,7 @@ class ClipDataModule(pl.LightningDataModule):
         self.workers, self.seed = workers, seed
         self.batch_tokens, self.image_ratio, self.devices = batch_tokens, image_ratio, devices
         self.batches_per_step: Callable[[int], int] | None = None
+        self.waiting: Waiting = nullcontext  # entered where a loader waits for a batch
         self._loader: ResumableLoader | None = None
         self._resume_from: dict[str, Any] = {}
         # A bad setting shows here, not at the first validation. How many devices there are is not known yet.
@@ -79,6 +81,7 @@ class ClipDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         loader = self._new_train_loader()
+        loader.waiting = self.waiting
         if self._loader is None and loader.plan.mesh.rank == 0:
             self._log_buckets(loader)
         # Asked again within a fit (`reload_dataloaders_every_n_epochs`), the new loader goes on where the old one is.
@@ -110,13 +113,15 @@ class ClipDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> FixedLoader | list[FixedLoader]:
         if self.val_source is None:
             return []
-        return FixedLoader(
+        loader = FixedLoader(
             self.val_source,
             batch_size=self.val_batch_size,
             batch_tokens=self.batch_tokens if self.val_batch_size is None else None,
             workers=self.workers,
             mesh=self.mesh,
         )
+        loader.waiting = self.waiting
+        return loader
 
     @property
     def mesh(self) -> Mesh:

@@ -12,23 +12,28 @@ import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from osp.checks import check_number
 from osp.data.buckets import batch_sizes
+from osp.data.handover import begin_worker, received, sendable
 from osp.data.media.video import ClipError
 from osp.data.plan import FixedPlan, Group, Slot, TrainPlan
 from osp.data.sources import ClipSource
 from osp.devices import choose_device
 from osp.devices.mesh import Mesh
-from osp.documents import check_form
+from osp.documents import check_form, printable
 from osp.errors import DataError, OspError, UsageError
 
 log = logging.getLogger(__name__)
+
+Waiting = Callable[[], AbstractContextManager[None]]
+"""What is entered where a loader waits for a batch."""
 
 _STEP = "global batch (batch_size x devices x accumulate)"
 _COUNTS = {"steps": 10**8, "batches": 10**12, "global_batch": 10**9}  # of a loader's state, and the most of each
@@ -127,6 +132,7 @@ class ResumableLoader:
         # `_iterator` to None when the fit ends, which stops them.
         self._iterator: Iterator[Batch] | None = None
         self._next_read = -1  # the batch that `_iterator` gives next
+        self.waiting: Waiting = nullcontext
 
     @property
     def global_batch(self) -> int:
@@ -153,7 +159,8 @@ class ResumableLoader:
                 self.source, self.plan.attempts, numbers, self.workers, self.prefetch, self._reported
             )
         self._next_read = -1  # unknown if the next line is interrupted
-        result = next(self._iterator)
+        with self.waiting():
+            result = next(self._iterator)
         self._next_read = batch + 1
         return result
 
@@ -252,13 +259,18 @@ class FixedLoader:
         self.source, self.workers, self.prefetch = source, workers, prefetch
         self.plan = FixedPlan(_groups(source, batch_size, batch_tokens, devices=1), mesh)
         self._reported: set[int] = set()
+        self.waiting: Waiting = nullcontext
 
     def __len__(self) -> int:
         return self.plan.batches
 
     def __iter__(self) -> Iterator[Batch]:
         numbers = range(self.plan.batches)
-        return _read_batches(self.source, self.plan.attempts, numbers, self.workers, self.prefetch, self._reported)
+        batches = _read_batches(self.source, self.plan.attempts, numbers, self.workers, self.prefetch, self._reported)
+        for _ in numbers:
+            with self.waiting():
+                batch = next(batches)
+            yield batch
 
 
 def _check(source: ClipSource, workers: int, prefetch: int) -> None:
@@ -321,9 +333,10 @@ class _Batches(Dataset):
 
     def __getitem__(self, batch: int) -> tuple[Batch, Failures] | OspError:
         try:
-            return _read_batch(self.source, self.attempts(batch))
+            read, failures = _read_batch(self.source, self.attempts(batch))
         except OspError as error:
             return error
+        return (read if get_worker_info() is None else sendable(read)), failures
 
 
 def _read_batch(source: ClipSource, attempts: Iterator[list[Slot]]) -> tuple[Batch, Failures]:
@@ -394,17 +407,18 @@ def _read_batches(
         pin_memory=choose_device("auto").type != "cpu",
         # Workers never touch the GPU, so a fork is safe on Linux: they start at once and share the list of clips.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),  # or torch draws from the global one here, and a resumed run would differ
     )
     try:
         for item in reader:
             if isinstance(item, OspError):
                 raise item
-            batch, failures = item
+            batch, failures = received(item[0]), item[1]
             for index, reason in failures.items():
                 if index not in reported:
                     reported.add(index)
-                    log.warning("broken clip, replaced by another: %s", reason)
+                    log.warning("broken clip, replaced by another: %s", printable(reason))
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
         # torch's way to tell that a worker died, or a queue that broke with it; "Caught ..." is an error of the source.

@@ -4,6 +4,7 @@ Open-Sora Plan report v1.5, "SUV" (sparse U-shaped video transformer). Its block
 arXiv:2403.03206); with k = 1 everywhere and without skips it is a dense MMDiT.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +19,9 @@ from osp.denoiser.layers import MLP, NORM_EPS, FeedForward, PatchEmbedding, init
 from osp.denoiser.rotary import rotary_tables, rotate
 from osp.denoiser.schedule import Stage
 from osp.errors import UsageError
+
+# Under autocast the input is in half precision and the weight is not: torch then takes another kernel, which is right.
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 
 _U = ((2, 1), (4, 2), (6, 4), (8, 8), (6, 4), (4, 2), (2, 1))
 

@@ -57,7 +57,7 @@ def first_to_run(stages: Sequence[Stage]) -> int:
     predecessor would now train on.
     """
     for stage in stages:
-        if stage.run.started and (other := stage.run.other_setting(stage.settings)):
+        if stage.run.started and (other := stage.run.other_setting(stage.settings, done=stage.finished())):
             raise UsageError(
                 f"stage {stage.name}: {stage.run.folder} holds a run with {other}; "
                 "delete that folder, or choose another output=DIR"
@@ -102,16 +102,17 @@ def _locked(output: Path) -> Iterator[int]:
 
 
 def _train(stage: Stage, lock: int) -> None:
-    """Run a stage, passing its messages on. Raises StageError if it fails."""
+    """Run a stage, passing its messages on, and signals to it. Raises StageError if it fails or is ended."""
     command = [sys.executable, "-m", "osp.cli", "train", *stage.overrides]
     said = ""
     with (
-        _ended_by_signals(),
+        _passed_on() as signals,
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", pass_fds=[lock]
         ) as child,
     ):
         assert child.stdout is not None
+        signals.reach(child)
         try:
             for line in child.stdout:
                 if line.startswith("osp train: "):
@@ -121,24 +122,45 @@ def _train(stage: Stage, lock: int) -> None:
         except BaseException:
             child.terminate()
             raise
+    if signals.first is not None:
+        raise StageError(f"stage {stage.name}: ended; the same command goes on", 128 + signals.first)
     if child.returncode:
         code = child.returncode if child.returncode > 0 else 128 - child.returncode
         said = said or f"`osp train` ended with exit code {code}; its messages are above"
         raise StageError(f"stage {stage.name}: {said}", code)
 
 
+class _Signals:
+    """Signals on their way to a stage, which writes a checkpoint and ends by the first, and at once by the second."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self._stage: subprocess.Popen[str] | None = None
+
+    def reach(self, stage: "subprocess.Popen[str]") -> None:
+        """Send on what comes from now on, and what came before."""
+        self._stage = stage
+        if self.first is not None:
+            stage.terminate()
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """Pass a signal on. A terminal sends ^C to the stage too: this one must not be its second."""
+        again, self.first = self.first is not None, self.first or number
+        if self._stage is not None:
+            self._stage.send_signal(signal.SIGINT if again and number == signal.SIGINT else signal.SIGTERM)
+
+
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM ends the block like an error, so that no stage is left behind."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
+def _passed_on() -> Iterator[_Signals]:
+    """Takes the signals that end a chain, in the block, so that no stage is left behind."""
+    signals = _Signals()
+    taken = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signals.take) for number in taken}
     try:
-        yield
+        yield signals
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:

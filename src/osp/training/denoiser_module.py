@@ -1,6 +1,5 @@
 """The LightningModule that trains a denoiser, on encoded clips or on videos."""
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -114,7 +113,6 @@ class DenoiserModule(TrainingModule):
         self._identity: LatentIdentity | None = None  # known once the data are
         self._start: StartWeights | None = None
         self._encodes = False  # whether batches are videos
-        self._since = 0.0
 
     @property
     def learned(self) -> nn.ModuleDict:
@@ -203,9 +201,8 @@ class DenoiserModule(TrainingModule):
         self.scaling_clips = 0
 
     def on_validation_start(self) -> None:
-        """Validation may run without a fit; its time is not that of a step."""
+        """Validation may run without a fit."""
         self._place()
-        self._since = 0.0
 
     def _place(self) -> None:
         if self.texts.frozen is not None:
@@ -236,12 +233,7 @@ class DenoiserModule(TrainingModule):
         logs: dict[str, Any] = {"lr": self.optimisation.lr * self.optimisation.rate_at(self.global_step)}
         logs |= self.take_step(optimizers, loss, {"loss": loss}) | by_time
         clips = sum(len(latent) for latent in clean)
-        self.log_step(logs | self._speed(clips), loss, batches, clips)
-
-    def _speed(self, clips: int) -> dict[str, float]:
-        """Clips a second of all processes, since the step before; nothing after a validation."""
-        before, self._since = self._since, time.monotonic()
-        return {"clips_per_second": clips * self.mesh.data / (self._since - before)} if before else {}
+        self.log_step(logs | self.speed(clips), loss, batches, clips)
 
     def _noised(self, batch: Batch, clean: Tensor, generators: Sequence[torch.Generator]) -> Noised:
         """A batch of a training step; each sample draws in this order: time, dropped text, noise, condition."""

@@ -1,26 +1,28 @@
 """A run of `osp train` whose parts are built: where it goes on from, the fit itself, and what it leaves."""
 
 import logging
+import math
 import shutil
 import signal
-import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from osp.data.datamodule import ClipDataModule
 from osp.devices import accelerator_device, choose_precision
 from osp.devices.mesh import Mesh
 from osp.errors import DataError, UsageError
-from osp.files import write_json, write_whole
+from osp.files import write_json
+from osp.training.endings import EndBySignal, Ended, Endings, leave
 from osp.training.module import TrainingModule
-from osp.training.runs import CONFIG, TrainingRun, is_first_process
-from osp.training.saving import BestCheckpoint
+from osp.training.runs import TrainingRun, is_first_process
+from osp.training.saving import BestCheckpoint, remove_parts
 from osp.training.state import open_state
 
 log = logging.getLogger(__name__)
@@ -44,10 +46,14 @@ _EXPECTED_WARNINGS = (
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: at the checkpoint, or at step 0 without one; `result` if it has been finished before."""
+    """Where a run begins: at the checkpoint, or at step 0 without one; `result` if it has been finished before.
+
+    `changed` are the settings that are other than before (`TrainingRun.changes`).
+    """
 
     checkpoint: Path | None = None
     result: dict[str, Any] | None = None
+    changed: tuple[str, ...] = ()
 
 
 def quiet_lightning() -> None:
@@ -101,8 +107,8 @@ def check_start(start_from: str | None, after: str | None, *, name: str, trains_
         )
 
 
-def begin(run: TrainingRun, settings: dict[str, Any], written: str, *, resume: bool) -> Start:
-    """Make the folder ready, and say where the run with these settings (plain, and as they are written) begins.
+def begin(run: TrainingRun, settings: dict[str, Any], *, resume: bool) -> Start:
+    """Make the folder ready, and say where the run with these settings (plain values) begins.
 
     Nothing may fail between this and the fit: without `resume` the old checkpoints go here. Raises UsageError for a
     folder that holds a run with other settings.
@@ -112,38 +118,74 @@ def begin(run: TrainingRun, settings: dict[str, Any], written: str, *, resume: b
         run.result_file.unlink(missing_ok=True)
         for part in _LEFT:
             shutil.rmtree(run.folder / part, ignore_errors=True)
-    start = _continued(run, settings) if resume and run.started else Start()
     if first:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(run.folder / CONFIG, written)
-    return start
+        remove_parts([run.folder, run.last.parent])
+    return _continued(run, settings) if resume and run.started else Start()
 
 
 def _continued(run: TrainingRun, settings: dict[str, Any]) -> Start:
-    if other := run.other_setting(settings):
-        raise UsageError(
-            f"{run.folder} holds a run with {other}; choose another output=DIR, or resume=false to start over"
-        )
     step, steps = open_state(run.last).step, settings["trainer"]["max_steps"]
-    log.info("continuing from step %d of %s", step, run.last)
-    if step < steps:
-        return Start(run.last)
-    log.info("nothing to do: trainer.max_steps=%d is reached", steps)
+    done = step >= steps
+    if other := run.other_setting(settings, done=done):
+        weights = "start_from=" if settings.get("denoiser") is not None else "vae=trained checkpoint="
+        goes_on = (
+            "a larger trainer.max_steps goes on with that; " if not run.other_setting(settings, done=False) else ""
+        )
+        raise UsageError(
+            f"{run.folder} holds a run with {other}; {goes_on}a new run with its weights: output=DIR "
+            f"{weights}{run.last}, or resume=false to start over"
+        )
+    changed = tuple(run.changes(settings))
+    log.info("continuing from step %d of %s%s", step, run.last, f" with {', '.join(changed)}" if changed else "")
+    if not done:
+        return Start(run.last, changed=changed)
+    log.info("nothing to do: trainer.max_steps=%d is reached; a larger one goes on", steps)
     return Start(run.last, run.result())
 
 
-def fit(trainer: lightning.Trainer, module: TrainingModule, data: ClipDataModule, checkpoint: Path | None) -> None:
-    """Train, from a checkpoint on if there is one. A process that is told to end exits with the code of its signal."""
+def log_clips(data: ClipDataModule, *, captions: bool) -> None:
+    """Log what the clips of training and validation are, what is left out of them, and whose captions are missing."""
+    if not is_first_process():
+        return
+    for source in (data.train_source, data.val_source):
+        if source is not None and source.path is not None:
+            summary = source.summary()
+            (summary if captions else replace(summary, captioned=None)).log()
+        if data.val_source is not None and data.val_source.path == data.train_source.path:
+            break
+
+
+def fit(
+    trainer: lightning.Trainer,
+    module: TrainingModule,
+    data: ClipDataModule,
+    start: Start,
+    endings: Endings,
+    callbacks: Sequence[Callback] = (),
+) -> None:
+    """Train from the start on, with these callbacks before the Trainer's.
+
+    A process that is told to end writes a checkpoint, and exits with the code of its signal.
+    """
+    by_signal = EndBySignal(endings)
+    trainer.callbacks[:0] = [*callbacks, by_signal]  # type: ignore[attr-defined]
+    if trainer.world_size == 1:
+        data.waiting = endings.waiting
     try:
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    except SIGTERMException:
-        # Lightning would end with code 0, and what comes next would take half a run for a whole one.
-        log.warning(
-            "ended by SIGTERM at step %d of %d; the same command continues from the last checkpoint",
-            trainer.global_step,
-            trainer.max_steps,
-        )
-        sys.exit(128 + signal.SIGTERM)
+        trainer.fit(module, data, ckpt_path=start.checkpoint, weights_only=True)
+    except (Ended, SIGTERMException) as error:  # the latter before the first step, where Lightning has the signal
+        _end_others(trainer, signal.SIGTERM)
+        ended = error if isinstance(error, Ended) else Ended(signal.SIGTERM)
+        leave(endings.run, ended, by_signal.saved, trainer.max_steps)
+    except BaseException:
+        _end_others(trainer, signal.SIGKILL)  # they wait for this one
+        raise
+
+
+def _end_others(trainer: lightning.Trainer, number: signal.Signals) -> None:
+    """Send a signal to the processes that this one has started."""
+    if (launcher := trainer.strategy.launcher) is not None:
+        launcher.kill(number)
 
 
 def write_result(
@@ -163,10 +205,15 @@ def write_result(
         "steps": trainer.global_step,
         "parameters": sum(parameter.numel() for parameter in module.learned.parameters()),
         "mode": module.mode,
-        f"best_{module.monitor.replace('/', '_')}": score,
-        **{key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")},
+        f"best_{module.monitor.replace('/', '_')}": _finite(score),
+        **{key: _finite(float(value)) for key, value in trainer.callback_metrics.items() if key.startswith("val/")},
         "seconds": round(seconds, 1),
         "overrides": list(overrides),
     }
     write_json(run.result_file, result)
     return result
+
+
+def _finite(value: float | None) -> float | None:
+    """The number, or None for what JSON cannot hold."""
+    return value if value is not None and math.isfinite(value) else None

@@ -2,17 +2,66 @@
 
 import importlib.util
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers import TensorBoardLogger as FabricTensorBoard
+from lightning.fabric.loggers.csv_logs import _ExperimentWriter as FabricExperimentWriter
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
 from osp.data.media.pictures import animated_gif
-from osp.errors import UsageError
+from osp.errors import DataError, UsageError
 from osp.files import write_whole
+
+
+class RunTensorBoard(TensorBoardLogger):
+    """Lightning's logger for TensorBoard, without its empty hparams.yaml; the run's settings are in config.yaml."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write the numbers. Raises DataError naming the folder if the disk does not take them."""
+        with _written(self.log_dir):
+            super().log_metrics(metrics, step)
+
+    def save(self) -> None:
+        """Bring what was logged to the disk. Raises DataError as `log_metrics`."""
+        with _written(self.log_dir):
+            FabricTensorBoard.save(self)
+
+    def finalize(self, status: str) -> None:
+        """Close the files; where the run has failed, that is told and no more."""
+        with suppress(OSError) if status == "failed" else _written(self.log_dir):
+            super().finalize(status)
+
+
+class RunTable(CSVLogger):
+    """Lightning's logger for tables, without its empty hparams.yaml; the run's settings are in config.yaml."""
+
+    def save(self) -> None:
+        """Write the table. Raises DataError naming the folder if the disk does not take it."""
+        with _written(self.log_dir):
+            FabricExperimentWriter.save(self.experiment)
+
+    def finalize(self, status: str) -> None:
+        """Write what is left; where the run has failed, that is told and no more."""
+        with suppress(DataError) if status == "failed" else nullcontext():
+            super().finalize(status)
+
+
+@contextmanager
+def _written(folder: str) -> Iterator[None]:
+    """Raise what a disk does not take as DataError naming the folder; threads that write do not say it."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}); make room, and the same command goes "
+            "on from the last checkpoint"
+        ) from error
+
 
 Show = Callable[[Any, str, Tensor, float, int], None]
 """Shows a clip in a logger: its name, uint8 `3 T H W`, frames a second, step."""

@@ -1,5 +1,6 @@
 """What the LightningModules here have in common: settings, steps made by hand, averaged weights, validation means."""
 
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -48,6 +49,7 @@ class TrainingModule(lightning.LightningModule):
         self._restored: int | None = None  # states of optimisers in the checkpoint that the run goes on from
         self._broken = 0  # clips replaced since the process began
         self._sums: dict[str, Tensor] = {}  # of the validation under way
+        self._since = 0.0  # when the last step ended; 0 after a validation, whose time is not a step's
 
     @property
     def learned(self) -> nn.Module:
@@ -64,8 +66,17 @@ class TrainingModule(lightning.LightningModule):
             return
         with drawing_from(self._drawn_from):
             self.build()
+        self._check_finite()
         self.ema = ExponentialMovingAverage(self.learned, self.optimisation.ema_decay)
         self._is_configured = True
+
+    def _check_finite(self) -> None:
+        """Raise DataError if the run would begin with weights that have no values."""
+        for name, value in self.learned.named_parameters():
+            if not torch.isfinite(value).all():
+                raise DataError(
+                    f"the weights that the run begins with have numbers that are not finite ({name}); begin with others"
+                )
 
     def prepare(self, data: ClipDataModule) -> None:
         """Look at the data before anything begins. Raises UsageError or DataError if it does not suit the model."""
@@ -167,9 +178,14 @@ class TrainingModule(lightning.LightningModule):
         self._broken += sum(batch["broken"] for batch in batches)
         self.log("data/broken", float(self._broken), batch_size=clips)
 
+    def speed(self, clips: int) -> dict[str, float]:
+        """Clips a second of all processes since the step before, to be logged; nothing after a validation."""
+        before, self._since = self._since, time.monotonic()
+        return {"clips_per_second": clips * self.mesh.data / (self._since - before)} if before else {}
+
     def on_validation_epoch_start(self) -> None:
         """Start the means anew."""
-        self._sums = {}
+        self._sums, self._since = {}, 0.0
 
     def add_scores(self, batch: Batch, scores: dict[str, Tensor]) -> None:
         """Take in scores `B` of clips. What fills up last batches, or stands in for a broken clip, has no weight."""
@@ -190,4 +206,9 @@ class TrainingModule(lightning.LightningModule):
         # Without `step` Lightning would draw the points one step too early.
         self.log_dict({"step": float(self.global_step), "data/val_clips": clips})
         for name, total in sums.items():
+            if not torch.isfinite(total):
+                raise DivergedError(
+                    f"val/{name} is not finite at step {self.global_step}; continue from a checkpoint before with a "
+                    "lower module.lr or trainer.precision=32-true"
+                )
             self.log(f"val/{name}", total / clips, prog_bar=f"val/{name}" == self.monitor)

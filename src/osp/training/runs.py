@@ -1,28 +1,39 @@
 """Folders of `osp train`: what a run leaves there, and whether it can go on with given settings."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from osp.errors import DataError
+from osp.documents import DocumentError, read_json, read_yaml
+from osp.errors import DataError, UsageError
+from osp.files import folder_lock
 from osp.report.curves import read_curves
 from osp.training.former import renamed
 from osp.training.state import BEST, LAST
 
 RESULT = "result.json"
 CONFIG = "config.yaml"
+_LOCK = ".lock"
 
-# What a run cannot change half-way. The rest (steps, devices, intervals) may differ when it is continued.
-_FIXED = ("vae", "module", "latent", "data", "clip", "seed", "global_batch")
-# What of it may: the loader itself refuses another global batch, and a denoiser another VAE.
-_FREE = (
+# What a run cannot change half-way. Parts that others refer to come first, so that the key is named which was given.
+_FIXED = (
+    *("seed", "clip", "vae", "denoiser", "text", "objective", "perceptual", "clipping", "buckets", "latent"),
+    *("data", "module"),
+)
+# What of it may: the loader itself refuses another order of the clips, and a denoiser another VAE.
+_FREE = {
     *("data.workers", "data.batch_size", "data.batch_tokens", "data.val_batch_size", "data.devices"),
     *("vae.path", "module.vae.path", "latent.vae.path"),
-)
+    "module.recompute_every",
+}
+# What may be other from some step on.
+_RATES = {
+    *("module.lr", "module.discriminator_lr", "module.weight_decay", "module.betas", "module.gradient_clip"),
+    *("module.warmup_steps", "module.decay_until", "module.ema_decay", "module.accumulate"),
+}
+_TOLD = ("trainer", "global_batch", "checkpoint_every")  # what is free beside these, and said when it changes
 
 
 @dataclass(frozen=True)
@@ -62,12 +73,10 @@ class TrainingRun:
         Raises DataError for a file that holds none.
         """
         path = self.folder / CONFIG
-        if not path.is_file():
-            return None
         try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: is no YAML ({' '.join(str(error).split())})") from error
+            config = read_yaml(path)
+        except FileNotFoundError:
+            return None
         if not isinstance(config, dict):
             raise DataError(f"{path}: holds no settings of `osp train`")
         return {str(key): value for key, value in renamed(config).items()}
@@ -82,14 +91,12 @@ class TrainingRun:
 
         Raises DataError for a file that is no result.
         """
-        if not self.result_file.exists():
-            return None
         try:
-            result = json.loads(self.result_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{self.result_file}: is no JSON ({error}); delete it, and the run goes on") from error
-        if not isinstance(result, dict) or not isinstance(result.get("steps"), int):
-            raise DataError(f"{self.result_file}: is no result of `osp train`; delete it, and the run goes on")
+            result: dict[str, Any] = read_json(self.result_file, {"steps": int})
+        except FileNotFoundError:
+            return None
+        except DocumentError as error:
+            raise DataError(f"{error}; delete it, and the run goes on") from error
         return result
 
     def finished(self, steps: int) -> bool:
@@ -101,13 +108,46 @@ class TrainingRun:
         """(step, value) of everything that it logged as a number, by its name; empty without a log."""
         return read_curves(self.folder)
 
-    def other_setting(self, settings: Mapping[str, Any]) -> str | None:
-        """Why it cannot go on with these settings (plain values): "KEY=BEFORE, not NOW"; None if it can.
+    def other_setting(self, settings: Mapping[str, Any], *, done: bool = True) -> str | None:
+        """Why these settings (plain values) are not its own: "KEY=BEFORE, not NOW"; None if they are.
 
-        A run whose folder does not say its settings can. Raises DataError as `config`.
+        A run that is `done` has come to what it is with all of them; one that goes on may do so with other rates and
+        another split of its batches. A run whose folder does not say its settings can have been any. Raises DataError
+        as `config`.
         """
         before = self.config()
-        return None if before is None else _difference(before, settings)
+        if before is None:
+            return None
+        found = _differences(before, settings, _FIXED)
+        may_change = _is_as_good if done else _can_go_on
+        return next((f"{key}={old}, not {new}" for key, old, new in found if not may_change(key, old, new)), None)
+
+    def changes(self, settings: Mapping[str, Any]) -> list[str]:
+        """What is other than before in settings that it can go on with: "KEY=NOW (was BEFORE)". Raises as `config`."""
+        before = self.config() or settings
+        return [f"{key}={new} (was {old})" for key, old, new in _differences(before, settings, (*_FIXED, *_TOLD))]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder, as long as the first process of the run is in the block.
+
+        Raises UsageError if another run is at work there.
+        """
+        if not is_first_process():
+            yield
+            return
+        try:
+            with folder_lock(self.folder, _LOCK, wait=False):
+                try:
+                    yield
+                finally:
+                    if not self.started and not (self.folder / CONFIG).exists():
+                        (self.folder / _LOCK).unlink(missing_ok=True)  # nothing has begun, and nothing is left
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{self.folder}: another `osp train` is at work in this folder; wait for its end, or choose another "
+                "output=DIR"
+            ) from error
 
 
 def is_first_process() -> bool:
@@ -117,13 +157,25 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    for part in _FIXED:
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], parts: Sequence[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """(key, before, now) of all values in these parts that differ."""
+    for part in parts:
         old, new = (_flat(config.get(part), part) for config in (before, now))
         for key in sorted(old.keys() | new.keys()):
-            if key not in _FREE and old.get(key) != new.get(key):
-                return f"{key}={old.get(key)}, not {new.get(key)}"
-    return None
+            if old.get(key) != new.get(key):
+                yield key, old.get(key), new.get(key)
+
+
+def _is_as_good(key: str, old: Any, new: Any) -> bool:
+    """Whether what a run has come to is the same with another value."""
+    return key in _FREE
+
+
+def _can_go_on(key: str, old: Any, new: Any) -> bool:
+    """Whether a run can go on with another value. Muon's rate may change where there is one: it is an optimiser."""
+    return key in _FREE or key in _RATES or (key == "module.muon_lr" and None not in (old, new))
 
 
 def _flat(value: Any, key: str) -> dict[str, Any]:

@@ -121,6 +121,7 @@ class VAEModule(TrainingModule):
         self.set_rates([vae_optimizer])
         vae_optimizer.zero_grad()
         logs: dict[str, Tensor] = {}
+        rate = {"lr": self.optimisation.lr * self.optimisation.rate_at(step)}
         for batch in batches[: self.accumulate]:
             for name, value in self._vae_backward(to_float(batch["video"]), step).items():
                 logs[name] = logs.get(name, 0.0) + value / self.accumulate
@@ -137,7 +138,8 @@ class VAEModule(TrainingModule):
                 logs["discriminator"] = logs.get("discriminator", 0.0) + against.detach() / self.accumulate
             others[0].optimizer.step()
 
-        self.log_step(logs | taken, loss, batches, len(batches[0]["video"]))
+        clips = sum(len(batch["video"]) for batch in batches[: self.accumulate])
+        self.log_step(logs | taken | rate | self.speed(clips), loss, batches, len(batches[0]["video"]))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Reconstruct with the averaged weights; gives the reconstruction, `B 3 T H W`."""

@@ -22,6 +22,7 @@ from osp.denoiser import CrossTransformer
 from osp.diffusion import Flow
 from osp.training.checkpoints import load_trained_generator, load_trained_vae, load_vae
 from osp.training.denoiser_module import DenoiserModule
+from osp.training.endings import Endings
 from osp.training.fit import begin, fit, quiet_lightning
 from osp.training.losses import VAELoss
 from osp.training.module import TrainingModule
@@ -77,7 +78,7 @@ def trained(folder: Path, is_denoiser: bool, steps: int = 1) -> nn.Module:
         module = DenoiserModule(new_denoiser(), text, Flow(shift=1.0), codec=codec)
     clips = SyntheticClips(4, *_SHAPE, objects=1, plain=True)
     run = TrainingRun(folder)
-    start = begin(run, {"trainer": {"max_steps": steps}}, "", resume=True)
+    start = begin(run, {"trainer": {"max_steps": steps}}, resume=True)
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -93,7 +94,7 @@ def trained(folder: Path, is_denoiser: bool, steps: int = 1) -> nn.Module:
     )
     data = ClipDataModule(clips, None, batch_size=2)
     module.prepare(data)
-    fit(trainer, module, data, start.checkpoint)
+    fit(trainer, module, data, start, Endings(run))
     return module.learned
 
 
