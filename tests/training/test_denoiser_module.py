@@ -302,6 +302,7 @@ def test_a_dropped_step_moves_nothing_but_the_count(tmp_path: Path, one_size: Pa
 
 def test_a_run_without_finite_losses_ends_in_one_line(tmp_path: Path, one_size: Path) -> None:
     module = new_module(clipping=AdaptiveClipping())
+    module.configure_model()
     with torch.no_grad():
         module.denoiser.out.bias.fill_(float("nan"))
     with pytest.raises(DivergedError, match=r"not finite at step 9 \(and 9 steps before\).*lower module\.lr"):
@@ -425,7 +426,13 @@ def test_a_run_begins_where_another_ended(tmp_path: Path, shards: Path, change: 
         masks="stage2" if conditions else None,
     )
     second.prepare(bucket_data(shards))
-    second.start_from(str(tmp_path / "last.ckpt"))
+    starts = []
+    for seed in (9, 10):  # whatever was drawn before, what is new is drawn by the run's seed
+        torch.manual_seed(seed)
+        second.start_from(str(tmp_path / "last.ckpt"))
+        assert second._start is not None
+        starts.append(second._start.denoiser)
+    assert all(torch.equal(starts[0][key], starts[1][key]) for key in starts[0])
     second.configure_model()
     assert first.codec is not None
     assert second.codec is not None

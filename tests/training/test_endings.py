@@ -112,7 +112,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[in
         ("on_train_batch_start", 2, signal.SIGTERM, 2, False),
         ("on_train_batch_end", 3, signal.SIGINT, 3, True),  # a validation comes next
         ("on_validation_batch_end", 1, signal.SIGINT, 3, True),
-        ("on_validation_end", 1, signal.SIGTERM, 4, False),
+        ("on_validation_end", 1, signal.SIGTERM, 3, False),
         ("on_train_batch_end", 5, signal.SIGHUP, 5, False),
     ],
 )

@@ -20,7 +20,7 @@ from osp.documents import check_form
 from osp.errors import UsageError
 from osp.sampling import VideoGenerator
 from osp.seeds import seeded, stable_seed
-from osp.training.build import with_memory
+from osp.training.build import drawing_from, with_memory
 from osp.training.clipping import AdaptiveClipping, Clipping
 from osp.training.denoiser_checks import check_data, check_parts
 from osp.training.denoiser_loss import TIME_PARTS, Noised, StepErrors, mean_errors
@@ -159,7 +159,8 @@ class DenoiserModule(TrainingModule):
         They are checked now, after `prepare`, and taken over when the model is built.
         """
         assert not self._is_configured
-        self._start = load_start(path, self.denoiser, self._trained_text)
+        with drawing_from(seeded(self.seed, "start").get_state()):  # parts that the other run has not
+            self._start = load_start(path, self.denoiser, self._trained_text)
         if (latent := self._start.latent) is None:
             return
         if self.scaling_clips:

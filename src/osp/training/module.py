@@ -117,14 +117,16 @@ class TrainingModule(lightning.LightningModule):
         self._restored = len(checkpoint["optimizer_states"])
 
     def on_train_start(self) -> None:
-        """Put the loggers' axis where the run is. Raises DataError if an optimiser found no state to go on from."""
-        # Lightning counts this beside the steps, and falls behind by one with each checkpoint.
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+        """Raise DataError if an optimiser found no state to go on from."""
         if self._restored not in (None, len(self.trainer.optimizers)):
             raise DataError(
                 f"the checkpoint to go on from has {self._restored} states of optimisers, and there are "
                 f"{len(self.trainer.optimizers)} optimisers"
             )
+
+    def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
+        """Put the loggers' axis where the run is: Lightning's own count loses a step with each checkpoint."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
 
     def set_rates(self, optimizers: Sequence[LightningOptimizer]) -> None:
         """Give each optimiser its rate for this step."""

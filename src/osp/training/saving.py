@@ -44,9 +44,9 @@ class AtomicCheckpointIO(CheckpointIO):
             refused = error if isinstance(error, OSError) else disk.error if disk is not None else None
             if refused is None:
                 raise
+            before = "; the checkpoint before it is whole" if path.exists() else ""
             raise DataError(
-                f"{path}: cannot be written ({refused.strerror}); the checkpoint before it is whole. "
-                "Make room, and the same command goes on from there"
+                f"{path}: cannot be written ({refused.strerror}){before}; make room, and run the same command again"
             ) from error
 
     def load_checkpoint(
