@@ -64,7 +64,7 @@ def test_a_job_of_a_sweep_without_loggers_keeps_its_checkpoints_apart(tmp_path: 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ("logger=paper", "logger/paper.*csv; *tensorboard; *wandb"),
+        ("logger=paper", "logger=paper: is not known; choose csv, tensorboard, wandb"),
         ("logger=null", "logger=null: several may be chosen of this group, and logger=\\[\\] chooses none"),
         ("~logger", "~logger: .*logger=\\[\\] chooses none"),
         ("+trainer.logger=true", "trainer.logger: choose loggers by their group, logger=NAME"),
