@@ -158,7 +158,11 @@ def test_a_refused_command_leaves_no_folder(osp: Osp, tmp_path: Path) -> None:
     assert code == 1, said
     code, _, said = osp("chain", "chain=tiny", "checkpoint=x", "dry_run=true", "output=third")
     assert code == 0, said
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "videos").mkdir()
+    code, _, said = osp("shards", "input=videos", "output=fourth", "workers=0")
+    assert (code, "no videos or images" in said) == (1, True), said
+    assert [path.name for path in tmp_path.iterdir()] == ["videos"]
+    (tmp_path / "videos").rmdir()
     (tmp_path / "empty").mkdir()
     assert osp("shards", "output=empty/a/b")[0] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]

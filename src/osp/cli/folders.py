@@ -1,5 +1,6 @@
 """The folder of a job: made when its work begins, with a log in it, and taken back if nothing came of it."""
 
+import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ def job_folder(verb: str, cfg: DictConfig) -> Iterator[None]:
         if made:
             if failed and not had_log:
                 _drop_log(log)
+                _drop_lock(folder)
             for one in reversed(made):
                 with suppress(OSError):  # there is something in it
                     one.rmdir()
@@ -86,6 +88,14 @@ def _tell_hydra(folder: Path, log: Path) -> None:
         settings.job_logging.handlers.file = {**file, "encoding": "utf-8", "errors": "backslashreplace"}
         settings.job_logging.root.handlers = ["console", "file"]
         configure_log(settings.job_logging, settings.verbose)
+
+
+def _drop_lock(folder: Path) -> None:
+    """Take away the lock of a folder that holds nothing else, unless another command has it."""
+    if [one.name for one in folder.iterdir()] == [".lock"]:
+        with suppress(OSError), open(folder / ".lock", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (folder / ".lock").unlink()
 
 
 def _drop_log(log: Path) -> None:
