@@ -4,7 +4,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from osp.errors import OspError, UsageError
+import torch
+from torch import Tensor
+
+from osp.errors import NotFiniteError, OspError, UsageError
 
 
 def check_number(
@@ -47,6 +50,26 @@ def check_choice(key: str, value: Any, choices: Iterable[Any], error: type[OspEr
         *others, last = map(_shown, known)
         listed = f"{', '.join(others)} or {last}" if others else last
         raise error(f"{key}={_shown(value)}: is not known; choose {listed}")
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    if not values.is_floating_point() and not values.is_complex():
+        return True
+    if values.dtype.itemsize == 1:  # of which torch has no sums
+        values = values.float()
+    # The sum of numbers that are finite is finite, unless it is too large; it needs no memory.
+    total = values.sum(dtype=values.dtype if values.dtype.itemsize >= 4 else torch.float32)
+    return bool(total.isfinite()) or bool(values.isfinite().all())
+
+
+def check_finite(what: str, values: Tensor) -> None:
+    """Raise NotFiniteError naming `what` if a tensor holds NaN or infinity."""
+    if not is_finite(values):
+        raise NotFiniteError(
+            f"{what} are not finite (NaN or infinity); the weights are broken, or too large for their precision: try "
+            "float32, or other weights"
+        )
 
 
 def _shown(value: Any) -> str:

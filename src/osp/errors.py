@@ -19,3 +19,7 @@ class Stopped(OspError):
 
 class DataError(OspError):
     """A file or folder that cannot be read, or holds nothing that can."""
+
+
+class NotFiniteError(OspError):
+    """A model gives numbers that are not finite, of which nothing can be made."""

@@ -11,7 +11,7 @@ from osp.conditioning import ConditionInputs, GivenFrames, WordText, given_by_mo
 from osp.data.media.shape import Shape
 from osp.denoiser import CrossTransformer
 from osp.diffusion import Epsilon, Flow, Objective, Solver, Velocity
-from osp.errors import Stopped, UsageError
+from osp.errors import NotFiniteError, Stopped, UsageError
 from osp.sampling import VideoGenerator, default_solver
 from osp.sampling.progress import Progress
 from osp.vae import WFVAE, LatentCodec
@@ -341,3 +341,30 @@ def test_the_three_steps_are_what_generate_arranges(make_generator: Make) -> Non
     assert torch.equal(generator.decode(latents[0], SIZE[0]), whole)
     cut = generator.decode(latents[0], SIZE[0] - 1)
     assert torch.equal(cut, whole[:, :, :-1])
+
+
+@pytest.mark.parametrize("part", ["text", "denoiser", "codec"])
+def test_numbers_that_are_not_finite_end_it_and_name_the_part(
+    part: str, make_generator: Callable[..., VideoGenerator]
+) -> None:
+    generator = make_generator()
+    network = generator.codec.vae.decoder if part == "codec" else getattr(generator, part)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(float("nan"))
+    named = {"text": "text encoder", "denoiser": "denoiser", "codec": "pixels that the VAE"}[part]
+    for low_memory in (False, True):
+        with pytest.raises(NotFiniteError, match=f"{named}.*are not finite"):
+            generator.generate("a ball", 5, 16, 16, low_memory=low_memory)
+
+
+def test_what_is_plainly_meant_is_taken(make_generator: Callable[..., VideoGenerator]) -> None:
+    generator = make_generator(clip={"frames": 5, "height": 16, "width": 16})
+    video = generator.generate(["a ball"], 5, 16, 16, seeds=[3], solver=Solver(Flow(), "euler", 30))
+    assert torch.equal(generator.generate("a ball", seeds=3, solver="euler"), video)
+    with pytest.raises(UsageError, match="solver: name=x is not known; choose"):
+        generator.generate("a ball", solver="x")
+    with pytest.raises(UsageError, match="seeds=x: must be a whole number, or a list"):
+        generator.generate("a ball", seeds="x")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="frames: is to be given"):
+        make_generator().generate("a ball")

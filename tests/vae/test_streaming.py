@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from osp.errors import UsageError
-from osp.vae import GaussianPosterior, VideoVAE, stream_decode, stream_encode
+from osp.vae import WFVAE, GaussianPosterior, VideoVAE, stream_decode, stream_encode
 from osp.vae.layers import CausalConv3d
 from osp.vae.memory import LiveBytes
 from osp.vae.wavelet import HaarTransform, InverseHaarTransform
@@ -192,3 +192,15 @@ def test_gradients_are_those_of_the_whole_clip(any_vae: VideoVAE) -> None:
     expected, latent.grad = latent.grad, None
     any_vae.decode(latent, chunk_frames=1).square().sum().backward()
     torch.testing.assert_close(latent.grad, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_stream_ends_with_the_frames_that_are_asked_for() -> None:
+    vae = WFVAE(latent_channels=4, base_channels=4, encoder_flow_channels=4, decoder_flow_channels=4).eval()
+    latent = torch.randn(1, 4, 3, 2, 2)
+    with torch.no_grad():
+        whole = torch.cat(list(stream_decode(vae, latent.split(1, 2))), 2)
+        for frames in (1, 6, 9):
+            pieces = list(stream_decode(vae, latent.split(1, 2), frames=frames))
+            assert torch.equal(torch.cat(pieces, 2), whole[:, :, :frames])
+        with pytest.raises(UsageError, match="frames=10: the latent holds 9"):
+            list(stream_decode(vae, latent.split(1, 2), frames=10))

@@ -148,3 +148,28 @@ def test_a_model_is_written_whole_and_only_over_its_like(tmp_path: Path, monkeyp
         write(tmp_path / "new" / "model", {"model": "x", "n": 3})
     assert read_config(tmp_path / "new" / "model") == {"model": "x", "n": 2}
     assert same(read_weights(tmp_path / "new" / "model"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer.*git lfs pull"),
+        ("<!DOCTYPE html><html>", "is a web page"),
+        ("\n<html><body>not found</body></html>", "is a web page"),
+        ('{"error": "Repository is gated"}', "is JSON text.*a server that refused"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.bin"])
+def test_what_stands_in_the_place_of_weights_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(WeightImportError, match=rf"{name}: {message}"):
+            read_weights(source)
+
+
+def test_weights_in_a_folder_below_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    save_file(ONE, folder / "model.safetensors")
+    with pytest.raises(WeightImportError, match=f"holds no weights.*there are some in {folder}: give that folder"):
+        read_weights(tmp_path)

@@ -38,7 +38,7 @@ def _decode_one(codec: LatentCodec, latent: Tensor, frames: int, tell: Callable[
     dtype = codec.dtype
     video, done = torch.empty(0), 0
     for piece in _pieces(codec, latent, dtype):
-        piece = piece[0, :, : frames - done].float().clamp(-1.0, 1.0).cpu()
+        piece = codec.pixels(piece[0, :, : frames - done]).cpu()
         if not done:
             video = torch.empty(piece.shape[0], frames, *piece.shape[2:])
         video[:, done : done + piece.shape[1]] = piece

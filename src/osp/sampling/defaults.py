@@ -1,6 +1,7 @@
 """What to sample with where nobody says: few steps of a solver that does well with them."""
 
 from osp.diffusion import Flow, Objective, Solver
+from osp.errors import UsageError
 
 GUIDANCE = 4.0
 
@@ -11,3 +12,17 @@ def default_solver(objective: Objective) -> Solver:
     What published models were published with stands in `conf/solver`.
     """
     return Solver(objective, "euler", 30) if isinstance(objective, Flow) else Solver(objective, "dpm++", 25)
+
+
+def named_solver(objective: Objective, solver: Solver | str | None) -> Solver:
+    """A solver itself, the one of that name in the usual number of steps, or `default_solver` for None.
+
+    Raises UsageError for a name that no solver of the objective has, and for what is neither.
+    """
+    if solver is None:
+        return default_solver(objective)
+    if isinstance(solver, str):
+        return Solver(objective, solver, default_solver(objective).steps)
+    if not isinstance(solver, Solver):
+        raise UsageError(f"solver={solver}: must be a Solver, or the name of one")
+    return solver

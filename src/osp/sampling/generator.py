@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from osp.checks import check_number
+from osp.checks import check_finite, check_number
 from osp.conditioning import (
     Condition,
     ConditionInputs,
@@ -26,7 +26,7 @@ from osp.denoiser import Denoiser, Grid
 from osp.diffusion import Objective, Solver, draw_normal, guided_prediction, held_prediction, sample
 from osp.errors import UsageError
 from osp.sampling.decoding import decode_in_pieces
-from osp.sampling.defaults import GUIDANCE, default_solver
+from osp.sampling.defaults import GUIDANCE, named_solver
 from osp.sampling.offload import offloaded
 from osp.sampling.progress import Progress, Watch, unwatched
 from osp.vae import LatentCodec
@@ -149,7 +149,27 @@ class VideoGenerator:
         if given is not None:
             self._check_given(given, Shape(frames, height, width), len(prompts))
 
+    def _seeds(self, seeds: Any, videos: int) -> list[int]:
+        """A seed for each video; one number stands for all of them."""
+        if isinstance(seeds, int):
+            return [seeds] * videos
+        if isinstance(seeds, str) or not isinstance(seeds, Sequence):
+            raise UsageError(f"seeds={seeds}: must be a whole number, or a list with one for each prompt")
+        return list(seeds)
+
+    def _size(self, *given: int | None) -> tuple[int, int, int]:
+        """Frames, height and width, where None is that of the training clips."""
+        trained = self.clip or {}
+        sides = ("frames", "height", "width")
+        size = [trained.get(side) if value is None else value for side, value in zip(sides, given, strict=True)]
+        for side, value in zip(sides, size, strict=True):
+            if value is None:
+                raise UsageError(f"{side}: is to be given, as it is not known what clips the denoiser was trained on")
+        return size[0], size[1], size[2]  # type: ignore[return-value]
+
     def _check_prompts(self, prompts: Sequence[str], negative_prompt: str) -> None:
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UsageError("prompts: must be a list of texts")
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise UsageError("the prompt is empty; say what the video should show")
         read = [*prompts, negative_prompt]
@@ -166,13 +186,13 @@ class VideoGenerator:
     @torch.no_grad()
     def generate(
         self,
-        prompts: Sequence[str],
-        frames: int,
-        height: int,
-        width: int,
+        prompts: str | Sequence[str],
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         *,
-        seeds: Sequence[int],
-        solver: Solver | None = None,
+        seeds: int | Sequence[int] = 0,
+        solver: Solver | str | None = None,
         guidance: float = GUIDANCE,
         rescale: float = 0.0,
         negative_prompt: str = "",
@@ -184,11 +204,16 @@ class VideoGenerator:
     ) -> Tensor:
         """Videos `B 3 T H W` in [-1, 1] of prompts, float32 on the CPU: `encode`, `denoise` and `decode`.
 
-        Each depends on its prompt and its seed only, of which there is one for each video. `solver=None` is
-        `default_solver`; the other arguments are those of the steps. With `low_memory` each part is on the device only
-        while it works, as the steps say; videos are the same but for the last bits. Raises UsageError as `check`.
+        Each depends on its prompt and its seed only, of which there is one for each video; a single prompt, or a single
+        seed for all, need no list. A size that is None is that of the training clips. A solver's name stands for
+        that solver in its usual number of steps, None for `default_solver`; the other arguments are those of the steps.
+        With `low_memory` each part is on the device only while it works, as the steps say; videos are the same but for
+        the last bits. Raises UsageError as `check`, and NotFiniteError if a part gives numbers that are not finite.
         """
-        solver = default_solver(self.objective) if solver is None else solver
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = self._seeds(seeds, len(prompts))
+        frames, height, width = self._size(frames, height, width)
+        solver = named_solver(self.objective, solver)
         asked: dict[str, Any] = {"negative_prompt": negative_prompt, "given": given}
         guiding: dict[str, Any] = {"solver": solver, "guidance": guidance, "rescale": rescale}
         self.check(prompts, frames, height, width, seeds=seeds, **asked, **guiding)
@@ -242,6 +267,9 @@ class VideoGenerator:
     def _encode_texts(self, prompts: Sequence[str]) -> tuple[EncodedText, EncodedText]:
         """The text of all prompts but the last, and as often that of the last; padded to one length, for one batch."""
         encoded = self.text(prompts, strict=True).to(self.device)
+        for values in (encoded.text, encoded.pooled):
+            if values is not None:
+                check_finite(f"the numbers that the text encoder ({self.text.name}) gives", values)
         length, last = encoded.text.shape[1], len(prompts) - 1
         return encoded[:last].padded(length), encoded[torch.full((last,), last, device=self.device)].padded(length)
 
@@ -298,7 +326,9 @@ class VideoGenerator:
         # The solver's state is float32, whatever the weights are.
         noise = draw_normal((len(seeds), *shape), generators, self.device)
         with offloaded(self.denoiser, self.device) if offloads else nullcontext():
-            return sample(predict, noise, solver, generators, tokens=tokens, callback=tell)
+            latent = sample(predict, noise, solver, generators, tokens=tokens, callback=tell)
+        check_finite(f"the latents that the denoiser ({type(self.denoiser).__name__}) gives", latent)
+        return latent
 
     @torch.no_grad()
     def decode(self, latent: Tensor, frames: int, *, low_memory: bool = False, progress: Watch = unwatched) -> Tensor:

@@ -4,19 +4,42 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from osp.checks import check_number
 from osp.conditioning import TextEncoder, WordText
 from osp.denoiser import Denoiser
-from osp.diffusion import find_objective
+from osp.diffusion import Objective, find_objective
+from osp.documents import check_form
 from osp.errors import DataError, OspError, UsageError
 from osp.sampling import VideoGenerator
 from osp.training.encode_features import text_identities
 from osp.training.state import TrainingCheckpoint, averaged_weights, is_state, open_state
 from osp.vae import WFVAE, LatentCodec, VideoVAE
 from osp.weights import load_pretrained
+from osp.weights.built import build_empty, check_plain, check_types
 from osp.weights.families import find_class
 from osp.weights.files import load_exactly
+
+_MADE_BY = ({"name": str, "fingerprint": str, "width": int}, None)
+_GENERATOR = {
+    "denoiser": {"model": str, "settings": dict},
+    "text": {"encoder": (str, None), "settings": dict, "made_by?": [_MADE_BY]},
+    "objective": {"name": str, "settings": dict},
+    "latent": {
+        "vae": str,
+        "vae_fingerprint": str,
+        "shift": [float],
+        "scale": [float],
+        "origin": (str, None),
+        "time_stride?": int,
+        "space_stride?": int,
+        "latent_channels?": int,
+    },
+    "fps": float,
+    "clip": ({"frames": int, "height": int, "width": int}, None),
+}
+"""What a denoiser's checkpoint says of its generator (`DenoiserModule.on_save_checkpoint`)."""
+
+_MOST_FPS = 1000
 
 _GIVE_VAE = "vae=trained vae.path=CHECKPOINT, or vae=pretrained vae.path=FOLDER"
 _GIVE_TEXT = "text=NAME text.path=FOLDER"
@@ -36,8 +59,9 @@ def load_trained_vae(path: str | Path) -> WFVAE:
                 "`osp eval target=generation`"
             )
         raise DataError(f"{path}: holds no VAE trained here; a checkpoint of `osp train` is needed")
-    vae = WFVAE(**settings)
-    load_exactly(vae, averaged_weights(state), path)
+    weights = averaged_weights(state)
+    vae = build_empty(WFVAE, settings, len(weights), f"{path}: vae_settings")
+    load_exactly(vae, weights, path)
     vae.origin = str(path)
     return vae.eval()
 
@@ -69,6 +93,11 @@ def open_generator(path: str | Path) -> tuple[TrainingCheckpoint, dict[str, Any]
                 "denoiser with it by `osp train module=denoiser`"
             )
         raise DataError(f"{path}: holds no denoiser trained here; a checkpoint of `osp train` with one is needed")
+    check_plain(entry, f"{path}: generator")
+    check_form(entry, _GENERATOR, f"{path}: generator")
+    check_number(f"{path}: generator.fps", entry["fps"], above=0, most=_MOST_FPS, error=DataError)
+    for side, value in (entry["clip"] or {}).items():
+        check_number(f"{path}: generator.clip.{side}", value, 1, whole=True, error=DataError)
     return state, entry
 
 
@@ -76,9 +105,9 @@ def averaged_denoiser(state: TrainingCheckpoint) -> Denoiser:
     """The denoiser of a training checkpoint with its averaged weights, in eval mode."""
     entry = state.entry("generator")["denoiser"]
     kind = find_class(entry["model"], Denoiser, f"{state.path}: generator.denoiser.model", DataError)
-    with torch.device("meta"):
-        denoiser = kind(**entry["settings"])
-    load_exactly(denoiser, averaged_weights(state, "denoiser."), state.path)
+    weights = averaged_weights(state, "denoiser.")
+    denoiser = build_empty(kind, entry["settings"], len(weights), f"{state.path}: generator.denoiser.settings")
+    load_exactly(denoiser, weights, state.path)
     return denoiser.eval()
 
 
@@ -87,8 +116,9 @@ def averaged_text(state: TrainingCheckpoint) -> WordText | None:
     entry = state.entry("generator")["text"]
     if entry["encoder"] != WordText.__name__:
         return None
-    text = WordText(**entry["settings"])
-    load_exactly(text, averaged_weights(state, "text."), state.path)
+    weights = averaged_weights(state, "text.")
+    text = build_empty(WordText, entry["settings"], len(weights), f"{state.path}: generator.text.settings")
+    load_exactly(text, weights, state.path)
     return text.eval()
 
 
@@ -114,11 +144,24 @@ def load_trained_generator(
     return VideoGenerator(
         averaged_denoiser(state),
         _text(state, text),
-        find_objective(objective["name"])(**objective["settings"]),
+        _objective(objective, f"{path}: generator.objective"),
         codec,
         fps=entry["fps"],
         clip=entry["clip"],
     )
+
+
+load_generator = load_trained_generator
+
+
+def _objective(entry: dict[str, Any], place: str) -> Objective:
+    try:
+        kind = find_objective(entry["name"])
+    except UsageError as error:
+        raise DataError(f"{place}: {error}") from error
+    objective = build_empty(kind, entry["settings"], 0, f"{place}.settings")
+    check_types(objective, f"{place}.settings")
+    return objective
 
 
 def _stored_vae(path: str | Path, origin: str | None) -> VideoVAE:
@@ -138,7 +181,7 @@ def _text(state: TrainingCheckpoint, text: TextEncoder | None) -> TextEncoder:
         if text is not None:
             raise UsageError(f"{path}: brings the text encoder that was trained along; leave text out")
         return trained
-    made_by = state.entry("generator")["text"]["made_by"]
+    made_by = state.entry("generator")["text"].get("made_by", [])
     names = " and ".join(f"{one['name']} ({one['width']} wide)" for one in made_by if one)
     if text is None:
         raise UsageError(f"{path}: was trained with texts of {names}, which it does not bring; give {_GIVE_TEXT}")

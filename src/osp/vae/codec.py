@@ -1,11 +1,13 @@
 """Pixels <-> the latents that a denoiser works on: a frozen VAE, and a shift and scale for each of its channels."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from osp.checks import check_finite
 from osp.errors import UsageError
 from osp.files import weights_digest
 from osp.vae.autoencoder import VideoVAE
@@ -45,6 +47,8 @@ class LatentCodec:
         listed = [float(values)] * channels if isinstance(values, int | float) else [float(value) for value in values]
         if len(listed) != channels or (name == "scale" and not all(value > 0 for value in listed)):
             raise UsageError(f"latent.{name} has {len(listed)} values; {channels} are needed, all above 0 for a scale")
+        if not all(map(math.isfinite, listed)):
+            raise UsageError(f"latent.{name}={listed}: must be finite numbers")
         return tuple(listed)
 
     @property
@@ -82,13 +86,14 @@ class LatentCodec:
         """`B 3 T H W` in [-1, 1] -> the denoiser's latent `B C T' H' W'`, in float32.
 
         With a generator for each clip it is a sample of the posterior, else its mean. Raises UsageError for a size that
-        the VAE does not take.
+        the VAE does not take, and NotFiniteError for numbers that are not finite.
         """
         posterior = self.vae.encode(video)
         latent = posterior.mean.float()
         if generators is not None:
             noise = [torch.randn(latent.shape[1:], generator=g, device=g.device).to(latent) for g in generators]
             latent = latent + torch.exp(0.5 * posterior.logvar.float()) * torch.stack(noise)
+        check_finite(f"the latents that the VAE ({self.name}) gives", latent)
         return self.scaled(latent)
 
     @torch.no_grad()
@@ -98,6 +103,11 @@ class LatentCodec:
         `frames` and `progress` are as in `VideoVAE.decode`.
         """
         video = self.vae.decode(self.unscaled(latent).to(self.dtype), frames=frames, progress=progress)
+        return self.pixels(video)
+
+    def pixels(self, video: Tensor) -> Tensor:
+        """What the VAE gives -> within [-1, 1], float32. Raises NotFiniteError for numbers that are not finite."""
+        check_finite(f"the pixels that the VAE ({self.name}) gives", video)
         return video.float().clamp(-1.0, 1.0)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:

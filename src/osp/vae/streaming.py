@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from osp.checks import check_number
 from osp.errors import UsageError
 from osp.vae.posterior import GaussianPosterior
 from osp.vae.stream import StreamState
@@ -45,14 +46,33 @@ def stream_encode(
         yield from map(GaussianPosterior.from_moments, stream(filling, last=True))
 
 
-def stream_decode(vae: "VideoVAE", latents: Iterable[Tensor], tiling: Tiling | None = None) -> Iterator[Tensor]:
+def stream_decode(
+    vae: "VideoVAE", latents: Iterable[Tensor], tiling: Tiling | None = None, frames: int | None = None
+) -> Iterator[Tensor]:
     """Decode a latent that comes in pieces `B L t h w` of any lengths, and give the video in pieces `B 3 T H W`.
 
     The pieces that come out need not match those that went in, as the VAE looks ahead. Together they are what
-    `vae.decode` gives for the whole latent. With `tiling` each tile is a stream of its own.
+    `vae.decode` gives for the whole latent: 1 + a multiple of the time stride, or only the first `frames` frames, the
+    length of a clip that was filled up when it was encoded. With `tiling` each tile is a stream of its own.
 
-    Raises UsageError if the VAE cannot stream, for pieces that do not fit it or each other, and if there is none.
+    Raises UsageError if the VAE cannot stream, for pieces that do not fit it or each other, if there is none, and, at
+    the end, for a latent that holds fewer than `frames`.
     """
+    check_number("frames", frames, 1, whole=True, null="all that the latent holds")
+    left = frames
+    for piece in _decoded(vae, latents, tiling):
+        if left is not None:
+            piece = piece[:, :, :left]
+            left -= piece.shape[2]
+        if piece.shape[2]:
+            yield piece
+        del piece  # not to be held while the next one is computed
+    if left:
+        raise UsageError(f"frames={frames}: the latent holds {frames - left if frames else 0}; ask for no more")
+
+
+def _decoded(vae: "VideoVAE", latents: Iterable[Tensor], tiling: Tiling | None) -> Iterator[Tensor]:
+    """The whole video in pieces."""
     stream = _Stream(vae, "decoder", tiling)
     final = None
     # Nobody knows which piece is the last one until there is no more: then an empty one ends the clip.

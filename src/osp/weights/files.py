@@ -4,17 +4,19 @@ import json
 import math
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from osp.checks import is_finite
 from osp.documents import printable
 from osp.errors import OspError
 from osp.files import sync
@@ -82,8 +84,20 @@ def open_checkpoint(path: str | Path) -> Mapping[str, Any]:
         return Content(_state_dict(path, opened.value), partial(_stored, file, opened))
 
 
-def save_weights(path: Path, weights: Weights) -> None:
-    """Write a safetensors file, one tensor after another, and bring it to the disk."""
+def checksum(value: Tensor) -> str:
+    """Eight hexadecimal digits (CRC-32) that change with the bits of a tensor."""
+    return f"{zlib.crc32(_bytes(value)):08x}"
+
+
+def _bytes(value: Tensor) -> Any:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def save_weights(path: Path, weights: Weights) -> dict[str, str]:
+    """Write a safetensors file, one tensor after another, and bring it to the disk; gives the checksum of each.
+
+    Raises WeightImportError for weights that are not finite.
+    """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     # The widest first, so that all are aligned
     ordered = dict(sorted(weights.stored.items(), key=lambda item: -item[1].dtype.itemsize))
@@ -96,9 +110,18 @@ def save_weights(path: Path, weights: Weights) -> None:
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for stored in ordered.values():
-            file.write(stored.read().detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        checksums = {key: _write(file, key, stored) for key, stored in ordered.items()}
         sync(file)
+    return checksums
+
+
+def _write(file: BinaryIO, key: str, stored: Stored) -> str:
+    """Write a tensor, which is let go then; gives its checksum."""
+    value = stored.read()
+    if not is_finite(value):
+        raise WeightImportError(f"{printable(key)} holds numbers that are not finite (NaN or infinity)")
+    file.write(_bytes(value))
+    return checksum(value)
 
 
 def check_keys(
@@ -130,15 +153,42 @@ def check_keys(
 def load_exactly(module: nn.Module, state: Mapping[str, Any], source: str | Path) -> None:
     """Load a state dict; unlike `strict=True` the error is one line, and BatchNorm's step counter may be absent.
 
-    Raises WeightImportError naming the missing, unknown and misshapen keys.
+    Weights come into the precision of the module. Raises WeightImportError naming the missing, unknown and misshapen
+    keys, and as `sound`.
     """
     wanted = module.state_dict()
     # Files from before torch 0.4.1 lack the counters.
     counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")}
-    state = counters | dict(state)
-    check_keys({key: value.shape for key, value in wanted.items()}, state, str(source))
+    weights = Weights.of(counters | {key: state[key] for key in state})
+    check_keys({key: value.shape for key, value in wanted.items()}, weights, str(source))
+    weights = sound(weights, wanted, str(source))
     # `assign` also fills a module that was built without memory (on the meta device)
-    module.load_state_dict(state, assign=True)
+    module.load_state_dict({key: value.to(wanted[key].dtype) for key, value in weights.items()}, assign=True)
+
+
+def sound(weights: Weights, wanted: Mapping[str, Any], source: str) -> Weights:
+    """The weights, each of which is looked at when it is read; `wanted` holds what they are for by the same keys.
+
+    Raises WeightImportError for one that is no floating-point numbers where these are wanted, and, when it is read, for
+    one with numbers that are not finite: a model with such weights makes nothing else.
+    """
+
+    def read(key: str, stored: Stored) -> Tensor:
+        value = stored.read()
+        if not is_finite(value):
+            raise WeightImportError(f"{source}: {printable(key)} holds numbers that are not finite (NaN or infinity)")
+        return value
+
+    for key, stored in weights.stored.items():
+        if key in wanted and _is_floating(wanted[key]) and not stored.dtype.is_floating_point:
+            raise WeightImportError(
+                f"{source}: {printable(key)} is {stored.dtype}, where floating-point weights belong"
+            )
+    return Weights({key: Stored(one.shape, one.dtype, partial(read, key, one)) for key, one in weights.stored.items()})
+
+
+def _is_floating(wanted: Any) -> bool:
+    return not isinstance(wanted, Tensor) or wanted.is_floating_point()
 
 
 def _list(keys: Sequence[str]) -> str:
@@ -152,6 +202,8 @@ def _file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if not path.is_file():
         raise WeightImportError(f"{path}: no such file")
+    if told := no_weights(path):
+        raise WeightImportError(f"{path}: {told}")
     try:
         yield path
     except SafetensorError as error:
@@ -164,6 +216,23 @@ def _file(path: str | Path) -> Iterator[Path]:
     except _DAMAGED as error:
         reason = printable(str(error).split("\n")[0])[:200] or type(error).__name__
         raise WeightImportError(f"{path}: damaged or not a checkpoint ({reason})") from error
+
+
+def no_weights(path: Path) -> str | None:
+    """What a file is that stands in the place of weights, and how to get these; None if it may be weights."""
+    with open(path, "rb") as file:
+        start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith((b"version https://git-lfs.github.com/spec/", b"version https://hawser.")):
+        return (
+            "is a Git LFS pointer, not the weights themselves; fetch them with `git lfs install` and `git lfs pull` in "
+            "its folder, or download the file itself"
+        )
+    if start[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
+        return "is a web page, not weights; the download went wrong (a login may be needed). Download the file itself"
+    # A safetensors file begins with the length of its header, whose eight bytes are no JSON.
+    if start.startswith(b"{") and b"\0" not in start[:8] and start[1:2] in b'"\r\n\t }':
+        return "is JSON text, not weights; it may be the answer of a server that refused the download"
+    return None
 
 
 def _state_dict(path: str | Path, loaded: Any) -> dict[str, Any]:

@@ -1,18 +1,23 @@
 """Weights as people have them: one file, a folder with its `config.json`, shards with an index, or ranks."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from osp.errors import UsageError
+from osp.documents import read_json as read_document
+from osp.errors import DataError, UsageError
 from osp.files import write_whole
 from osp.weights.files import WeightImportError, open_checkpoint, save_weights
 from osp.weights.lazy import Stored, Weights, unwrapped
 from osp.weights.megatron import iteration_folder, read_ranks
 
 CONFIG = "config.json"
+CHECKSUMS, SEAL = "checksums", "sha256"
+"""Entries of our own `config.json`: the checksum of each tensor, and the digest of what the file says."""
 _INDEX = ".index.json"
 _TORCH = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -56,9 +61,9 @@ def config_path(source: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises WeightImportError naming the file if it holds anything else."""
     try:
-        loaded = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise WeightImportError(f"{path}: not readable as JSON ({str(error) or type(error).__name__})") from error
+        loaded = read_document(path)
+    except (DataError, OSError) as error:
+        raise WeightImportError(f"{path}: not readable as JSON ({str(error).removeprefix(f'{path}: ')})") from error
     if not isinstance(loaded, dict):
         raise WeightImportError(f"{path}: holds a JSON {type(loaded).__name__}, not an object")
     return loaded
@@ -70,11 +75,13 @@ def write_model(
     weights: Weights,
     config: Mapping[str, Any],
     is_alike: Callable[[Mapping[str, Any]], bool],
+    seals: bool = False,
 ) -> None:
     """Write weights and `config.json` into a folder; the one that is written last makes it complete.
 
-    A model of the same kind (`is_alike`, asked with its configuration) is replaced. Raises UsageError for a folder that
-    holds another's `config.json` or weights of this name.
+    A model of the same kind (`is_alike`, asked with its configuration) is replaced. With `seals` the configuration gets
+    checksums of the tensors and of itself, which published configurations do not have.
+    Raises UsageError for a folder that holds another's `config.json` or weights of this name.
     """
     config_file, weight_file = folder / CONFIG, folder / weights_name
     if config_file.exists():
@@ -85,13 +92,36 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{weights_name}.part"
     try:
-        save_weights(part, weights)
+        checksums = save_weights(part, weights)
         # Old settings must never stand beside new weights.
         config_file.unlink(missing_ok=True)
         os.replace(part, weight_file)
     finally:
         part.unlink(missing_ok=True)
+    config = sealed({**config, CHECKSUMS: checksums}) if seals else config
     write_whole(config_file, json.dumps(config, indent=2))
+
+
+def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the digest of its entries."""
+    return {**config, SEAL: _digest(config)}
+
+
+def check_seal(config: Mapping[str, Any], place: str) -> None:
+    """Raise WeightImportError if a configuration with checksums is not what was written; old ones have none."""
+    if SEAL not in config and CHECKSUMS not in config:
+        return
+    if config.get(SEAL) != _digest(config):
+        raise WeightImportError(
+            f"{place}: is not what was written; its digest is another. Import or copy the folder again; whoever has "
+            f"changed it on purpose deletes {CHECKSUMS} and {SEAL}"
+        )
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    # The model's name is one of a few, and may have changed.
+    content = {key: value for key, value in config.items() if key not in (SEAL, "model")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _weight_file(folder: Path) -> Path:
@@ -106,9 +136,23 @@ def _weight_file(folder: Path) -> Path:
             raise WeightImportError(f"{folder}: holds several weight files; name one of {names}")
         if found:
             return found[0]
-    raise WeightImportError(
-        f"{folder}: holds no weights (.safetensors, {', '.join(_TORCH)}, shards with an index, or mp_rank_* folders)"
-    )
+    kinds = f".safetensors, {', '.join(_TORCH)}, shards with an index, or mp_rank_* folders"
+    below = _folders_below(folder)
+    hint = f"; there are some in {' and '.join(map(str, below))}: give that folder" if below else ""
+    raise WeightImportError(f"{folder}: holds no weights ({kinds}){hint}")
+
+
+def _folders_below(folder: Path) -> list[Path]:
+    """The first folders below this one, three levels deep, that hold weight files."""
+    found: list[Path] = []
+    for depth in range(1, 4):
+        for path in islice(sorted(folder.glob("*/" * depth)), 200):
+            suffixes = {child.suffix for child in islice(path.iterdir(), 1000) if child.is_file()}
+            if suffixes & {".safetensors", *_TORCH}:
+                found.append(path)
+            if len(found) == 3:
+                return found
+    return found
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -1,21 +1,26 @@
 """Models in our own form: a folder with `model.safetensors` and a `config.json` that says how to build it."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from osp.errors import UsageError
+from osp.documents import check_form, printable
+from osp.errors import DataError, UsageError
 from osp.vae import VideoVAE
+from osp.weights.built import build_empty, check_plain
 from osp.weights.families import FAMILIES, family_of, find_class
-from osp.weights.files import WeightImportError, check_keys, open_checkpoint
-from osp.weights.folders import CONFIG, read_config, write_model
-from osp.weights.lazy import Weights, filled, parse_dtype
+from osp.weights.files import WeightImportError, check_keys, checksum, open_checkpoint, sound
+from osp.weights.folders import CHECKSUMS, CONFIG, SEAL, check_seal, read_config, write_model
+from osp.weights.lazy import Stored, Weights, filled, parse_dtype
 from osp.weights.published import published_scaling
 
 _WEIGHTS = "model.safetensors"
+_FORM = {"model": Any, "settings": Any, "published?": dict, f"{CHECKSUMS}?": {...: str}, f"{SEAL}?": str}
+_KNOWN = {key.removesuffix("?") for key in _FORM}
 
 
 def save_pretrained(
@@ -36,7 +41,8 @@ def save_pretrained(
         raise UsageError(f"a {name} cannot be saved; a {' or '.join(known)} can")
     config = {"model": name, "settings": model.settings, "published": dict(published or {})}
     stored = Weights.of(model.state_dict() if weights is None else weights)
-    write_model(Path(folder), _WEIGHTS, stored, config, is_alike=lambda other: "model" in other)
+    # Each tensor is read once: to be written, and for its checksum.
+    write_model(Path(folder), _WEIGHTS, stored, config, is_alike=lambda other: "model" in other, seals=True)
 
 
 def load_pretrained(path: str | Path | None, dtype: torch.dtype | str = torch.float32) -> nn.Module:
@@ -63,26 +69,47 @@ def open_pretrained(path: str | Path | None) -> tuple[nn.Module, Weights]:
         raise UsageError("give path=FOLDER, one of `osp import-weights`")
     config, folder = _config(path), Path(path)
     kind = find_class(config["model"], nn.Module, f"{folder / CONFIG}: model", WeightImportError)
-    try:
-        with torch.device("meta"):
-            model = kind(**config["settings"])
-    except (UsageError, KeyError, TypeError, ValueError) as error:
-        raise WeightImportError(f"{folder / CONFIG}: its settings build no {kind.__name__} ({error})") from error
-    stored = open_checkpoint(folder / _WEIGHTS)
-    check_keys(Weights.of(model.state_dict()).shapes, stored, str(folder / _WEIGHTS))
-    return model, Weights.of(stored)
+    stored = Weights.of(open_checkpoint(folder / _WEIGHTS))
+    model = build_empty(kind, config["settings"], len(stored), str(folder / CONFIG), WeightImportError)
+    wanted = model.state_dict()
+    check_keys(Weights.of(wanted).shapes, stored, str(folder / _WEIGHTS))
+    check_seal(config, str(folder / CONFIG))
+    return model, sound(_as_written(stored, config, folder), wanted, str(folder / _WEIGHTS))
+
+
+def _as_written(stored: Weights, config: Mapping[str, Any], folder: Path) -> Weights:
+    """The weights, each of which is compared with its checksum when it is read; without any in old folders."""
+    checksums = config.get(CHECKSUMS)
+    if checksums is None:
+        return stored
+
+    def read(key: str, one: Stored) -> Tensor:
+        value = one.read()
+        if checksum(value) != checksums.get(key):
+            raise WeightImportError(
+                f"{folder / _WEIGHTS}: {printable(key)} is not what was written; its checksum is another. "
+                "Import or copy the weights again"
+            )
+        return value
+
+    return Weights({key: Stored(one.shape, one.dtype, partial(read, key, one)) for key, one in stored.stored.items()})
 
 
 def published_part(path: str | Path) -> dict[str, Any]:
     """What `save_pretrained` was told of the published configuration. Raises WeightImportError as `load_pretrained`."""
-    published = _config(path).get("published", {})
-    if not isinstance(published, dict):
-        raise WeightImportError(f"{Path(path) / CONFIG}: published is no object")
+    config = _config(path)
+    check_seal(config, str(Path(path) / CONFIG))
+    published: dict[str, Any] = config.get("published", {})
     return published
 
 
 def _config(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
+    if folder.is_file():
+        raise WeightImportError(
+            f"{folder}: is a file, where a folder of `osp import-weights` is wanted; a checkpoint of `osp train` is "
+            "read by load_generator or load_vae of osp.training.checkpoints, published weights by load_published"
+        )
     if not folder.is_dir():
         raise WeightImportError(f"{folder}: no such folder")
     config = read_config(folder)
@@ -90,4 +117,12 @@ def _config(path: str | Path) -> dict[str, Any]:
         raise WeightImportError(f"{folder}: has no {CONFIG}; give a folder of `osp import-weights`")
     if "_class_name" in config or "model" not in config:
         raise WeightImportError(f"{folder}: is in the published form; run `osp import-weights` first")
+    place = str(folder / CONFIG)
+    try:
+        check_form(config, _FORM, place)
+    except DataError as error:
+        raise WeightImportError(str(error)) from error
+    if odd := [key for key in config if key not in _KNOWN]:
+        raise WeightImportError(f"{place}: {printable(odd[0])[:60]} is no entry of such a file")
+    check_plain(config.get("published", {}), f"{place}: published", WeightImportError)
     return config

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from osp.errors import UsageError
 from osp.vae import VideoVAE
+from osp.weights.built import build_empty
 from osp.weights.families import family_of, find_kind
-from osp.weights.files import check_keys
+from osp.weights.files import check_keys, sound
 from osp.weights.folders import config_path, read_config, read_weights, write_model
 from osp.weights.keys import from_published
 from osp.weights.keys import to_published as _to_published
@@ -101,6 +102,7 @@ def open_published(
     candidates = [Candidate(family, found, size, weights, origin) for size in sizes]
     best = min(candidates, key=lambda candidate: candidate.misfits)
     check_keys(best.expected, weights, name, optional=best.ignored)
+    weights = sound(weights, best.expected, name.split(" (read with")[0])
     return Opened(best.model, from_published(best.pairs, weights, best.model, dtype), best.further_settings)
 
 
@@ -137,13 +139,7 @@ class Candidate:
     """
 
     def __init__(self, family: Family, kind: Kind, settings: Mapping[str, Any], weights: Weights, origin: str) -> None:
-        try:
-            with torch.device("meta"):
-                self.model = kind.build({**kind.defaults, **settings}, weights)
-        except UsageError as error:
-            raise UsageError(f"{origin}: {error}") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UsageError(f"{origin}: these settings make no {family.model.__name__} ({error})") from error
+        self.model = build_published(family, kind, settings, weights, origin)
         self.pairs = list(family.layout.key_pairs(self.model))
         if forgotten := self.model.state_dict().keys() - {pair.ours for pair in self.pairs}:
             raise RuntimeError(f"family {family.name}: its layout has no key for {', '.join(sorted(forgotten))}")
@@ -155,6 +151,18 @@ class Candidate:
         }
         ignored = {key: shape for key, shape in self.ignored.items() if key in weights}
         self.misfits = len((self.expected | ignored).items() ^ weights.shapes.items())
+
+
+def build_published(
+    family: Family, kind: Kind, settings: Mapping[str, Any], weights: Weights, origin: str
+) -> nn.Module:
+    """The model of published settings, without memory. Raises UsageError naming `origin` for impossible ones."""
+
+    def build(**all_settings: Any) -> nn.Module:
+        return kind.build(all_settings, weights)
+
+    build.__name__ = family.model.__name__
+    return build_empty(build, {**kind.defaults, **settings}, len(weights), origin, UsageError, "these settings make no")
 
 
 def _weights(model: nn.Module) -> Weights:
