@@ -126,7 +126,7 @@ FORGED: dict[str, Any] = {
     # What Python makes
     "settings that are no names": Forged(argparse.Namespace, state={1: 2}),
     "settings of a call": Forged(argparse.Namespace, ("a",)),
-    "mapping of pairs": Forged(OrderedDict, [(1, 2)]),
+    "mapping of no pairs": Forged(OrderedDict, [(1, 2, 3)]),
     "set of lists": Forged(set, [[1]]),
     "bytes in another encoding": Forged(__import__("_codecs").encode, "a", "hex"),
     "file without bytes": Forged(io.BytesIO, state=("a", 0, None)),
@@ -299,6 +299,15 @@ def test_tensors_of_all_kinds_come_back(zipped: bool, tmp_path: Path) -> None:
             assert torch.equal(loaded[key].to(torch.complex64), value.detach().to(torch.complex64))
     whole = read_checkpoint(tmp_path / "a.pt")
     assert whole["whole"].untyped_storage().data_ptr() == whole["turned"].untyped_storage().data_ptr()
+
+
+def test_an_ordered_mapping_of_python_2_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "old.pth"
+    torch.save({"pairs": Forged(OrderedDict, [["b", 1], ["a", 2]])}, path)
+    assert read_checkpoint(path)["pairs"] == OrderedDict(b=1, a=2)
+    torch.save({"pairs": Forged(OrderedDict, [["b", 1, 2]])}, path)
+    with pytest.raises(WeightImportError, match="something else than pairs"):
+        read_checkpoint(path)
 
 
 def test_what_is_no_longer_what_was_written_is_refused(tmp_path: Path) -> None:

@@ -172,6 +172,15 @@ def _complex(_: Maker, arguments: tuple[Any, ...]) -> complex:
     return complex(real, imaginary)
 
 
+def _ordered(maker: Maker, arguments: tuple[Any, ...]) -> "OrderedDict[Any, Any]":
+    """Empty, or of a list of pairs, as Python 2 wrote it (LPIPS's weights are such a file)."""
+    (pairs,) = arguments or ([],)
+    if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise RefusedError("an ordered mapping of something else than pairs")
+    maker.spend(64 * len(pairs))
+    return OrderedDict((check_key(key), value) for key, value in pairs)
+
+
 def _empty(make: Callable[[], Any]) -> Make:
     def made(_: Maker, arguments: tuple[Any, ...]) -> Any:
         if arguments:
@@ -294,7 +303,7 @@ _MAKERS: dict[str, Make] = {
     "torch._tensor._rebuild_from_type_v2": _with_attributes,
     "torch.Size": _size,
     "torch.device": _device,
-    "collections.OrderedDict": _empty(OrderedDict),
+    "collections.OrderedDict": _ordered,
     "collections.Counter": _counter,
     "builtins.set": _set,
     "builtins.bytes": _empty(bytes),
