@@ -83,7 +83,7 @@ class ClipDataModule(pl.LightningDataModule):
         loader = self._new_train_loader()
         loader.waiting = self.waiting
         if self._loader is None and loader.plan.mesh.rank == 0:
-            self._log_sources(loader)
+            self._log_buckets(loader)
         # Asked again within a fit (`reload_dataloaders_every_n_epochs`), the new loader goes on where the old one is.
         if state := self._resume_from or (self._loader.state_dict() if self._loader is not None else {}):
             loader.load_state_dict(state)
@@ -103,11 +103,7 @@ class ClipDataModule(pl.LightningDataModule):
             devices=self.devices,
         )
 
-    def _log_sources(self, loader: ResumableLoader) -> None:
-        """One line a source: how many clips, what is left out, how many have captions; then the table of buckets."""
-        self.train_source.summary().log()
-        if self.val_source is not None and self.val_source.path != self.train_source.path:
-            self.val_source.summary().log()
+    def _log_buckets(self, loader: ResumableLoader) -> None:
         buckets = self.train_source.buckets()
         if buckets is not None:
             sizes = [group.batch for group in loader.plan.groups]
