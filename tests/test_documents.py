@@ -53,6 +53,8 @@ def test_a_file_larger_than_its_limit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"x" * 11)
     assert read_text(tmp_path / "a.txt", most=11) == "x" * 11
     assert "larger than 10 bytes" in refusal(read_text, tmp_path / "a.txt", most=10)
+    os.truncate(tmp_path / "a.txt", 1 << 40)  # of holes; nothing of it is read
+    assert "larger than 4096 MiB" in refusal(read_text, tmp_path / "a.txt", most=4096 * MIB)
 
 
 def test_a_high_limit_takes_no_memory_of_a_small_file(tmp_path: Path) -> None:

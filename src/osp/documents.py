@@ -243,12 +243,12 @@ def read_bytes(path: Path, most: int) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise DocumentError(f"{path}: is no regular file")
-            data = _at_most(file, most + 1)
+            data = _at_most(file, most + 1) if status.st_size <= most else None
     except FileNotFoundError:
         raise
     except OSError as error:
         raise DocumentError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(data) > most:
+    if data is None or len(data) > most:
         size = f"{most // MIB} MiB" if most >= MIB else f"{most} bytes"
         raise DocumentError(f"{path}: is larger than {size}, which is more than such a file may hold")
     return data

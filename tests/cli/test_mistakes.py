@@ -112,6 +112,17 @@ def test_configurations_of_ones_own_are_taken_and_explained(osp: Osp, tmp_path: 
         assert f"{mine}:3: is no YAML (" in said
 
 
+@pytest.mark.parametrize("content", [b"defaults: 3\n", b"defaults: [null]\n", b"defaults: [{a: 1, b: 2}]\n"])
+def test_a_configuration_that_cannot_be_composed_ends_in_one_line(content: bytes, osp: Osp, tmp_path: Path) -> None:
+    mine = tmp_path / "experiment" / "mine.yaml"
+    mine.parent.mkdir()
+    mine.write_bytes(b"# @package _global_\n" + content)
+    code, _, said = osp("train", "--config-dir", str(tmp_path), "experiment=mine")
+    assert code == 2
+    assert said.startswith("osp train: the configurations of --config-dir cannot be composed (")
+    assert "\n" not in said
+
+
 @pytest.mark.parametrize(
     "content", [b"- a\n", b"a: \xff\xfe\n", b"a: \x00\n", b"a: *b\n", b"!!python/object:os.x {}\n", b"a: 1\na: 2\n"]
 )

@@ -14,7 +14,7 @@ from osp.cli.overrides import config_folder, is_prompt_with_commas, prepared
 from osp.cli.printing import say, show, show_result
 from osp.cli.user_errors import user_error
 from osp.configs.mistakes import Command, parsed, unknown_verb
-from osp.errors import OspError
+from osp.errors import OspError, UsageError
 from osp.extensions import import_modules
 
 __all__ = ["VERBS", "config_folder", "main", "user_error"]
@@ -94,7 +94,11 @@ def _composed(verb: str, command: Command, overrides: list[str]) -> list[OspErro
     argv = sys.argv
     failures: list[OspError] = []
 
+    begun = False
+
     def task(cfg: DictConfig) -> Any:
+        nonlocal begun
+        begun = True
         sys.argv = argv  # Lightning starts further processes with it
         try:
             chosen = HydraConfig.get()
@@ -116,6 +120,12 @@ def _composed(verb: str, command: Command, overrides: list[str]) -> list[OspErro
         say(f"osp {verb}: commas in a prompt make no sweep; for several use prompts=FILE")
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(task)()
+    except Exception as error:
+        if begun or not command.has("--config-dir") or user_error(error, verb) is not None:
+            raise
+        # Of what stands in a user's own files Hydra raises all kinds of errors before it gives a configuration.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"the configurations of --config-dir cannot be composed ({reason})") from error
     finally:
         sys.argv = argv
     return failures
