@@ -13,15 +13,17 @@ import pytest
 import torch
 
 from osp.audit.fuzz import media
-from osp.audit.fuzz.cases import Originals, Outcome
+from osp.audit.fuzz.cases import FAULTS, KINDS, Originals, Outcome
 from osp.audit.fuzz.changes import change_bytes, change_json, change_value, flip_bit
 from osp.audit.fuzz.containers import change_checkpoint, change_tar, forged_pickle
+from osp.audit.fuzz.flips import Flips
 from osp.audit.fuzz.report import Tally
 from osp.audit.fuzz.subject import Reading, Subject, digest
 from osp.audit.fuzz.workers import Bounds, run_all
 from osp.errors import DataError, OspError
 
 SEED = "tests"
+SLOW = ("vae-run", "denoiser-run")  # each case trains a step
 
 
 def sized(path: Path) -> bytes:
@@ -107,3 +109,24 @@ def test_digests_tell_values_apart() -> None:
     assert len({digest(value) for value in values}) == len(values)
     for one, other in itertools.pairwise(values):
         assert digest([one, other]) != digest([other, one])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_damaged_file_ends_in_a_traceback(kind: str, tmp_path: Path) -> None:
+    subjects = [subject for subject in KINDS[kind] if subject.name not in SLOW]
+    made = Originals(tmp_path, subjects)
+    made.make()
+    outcomes = {number: made.run(f"{SEED}/{kind}/{number}") for number in range(60)}
+    assert "refused" in {outcome.state for outcome in outcomes.values()}
+    faults = {number: outcome for number, outcome in outcomes.items() if outcome.state in FAULTS}
+    assert not faults, "\n".join(
+        f"case {number} ({outcome.what}): {outcome.detail}" for number, outcome in faults.items()
+    )
+
+
+@pytest.mark.parametrize("target", ["shards", "listings", "features", "feature listings", "weights", "VAE checkpoint"])
+def test_no_flipped_bit_is_silent(target: str, tmp_path: Path) -> None:
+    flips = Flips(tmp_path, target)
+    outcomes = [flips.run(0, number) for number in range(12)]
+    assert {outcome.state for outcome in outcomes} <= {"refused", "same"}, outcomes
+    assert any(outcome.state == "refused" for outcome in outcomes)

@@ -1,5 +1,6 @@
 """Weight files: read without running code, tensor by tensor if need be, and checked key by key."""
 
+import errno
 import json
 import math
 import struct
@@ -213,7 +214,9 @@ def _file(path: str | Path) -> Iterator[Path]:
             f"{path}: holds more than tensors ({error}) and is refused, or is not a checkpoint; "
             "save its state dict alone, with torch.save, where it was made"
         ) from error
-    except _DAMAGED as error:
+    except (*_DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of an archive whose offsets are negative
+            raise
         reason = printable(str(error).split("\n")[0])[:200] or type(error).__name__
         raise WeightImportError(f"{path}: damaged or not a checkpoint ({reason})") from error
 

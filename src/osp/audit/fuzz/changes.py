@@ -108,7 +108,7 @@ def _change_place(draw: Random, whole: Any, holder: Any, key: Any) -> None:
     elif kind == 1:
         holder.insert(key, old)
     elif kind in (2, 3) and isinstance(old, int | float) and not isinstance(old, bool):
-        holder[key] = draw.choice((old + 1, old - 1, -old, old * 1000, old / 3, str(old), [old], old * 2**40))
+        holder[key] = draw.choice((old + 1, old - 1, -old, old * 1000, old // 3, str(old), [old], old * 2**40))
     elif kind == 2 and isinstance(old, str):
         holder[key] = draw.choice((old + draw.choice(HOSTILE_TEXTS), old[:-1], old.swapcase(), [old], "../" + old))
     else:
