@@ -38,6 +38,7 @@ from osp.weights.pretrained import save_pretrained
 _FORK = multiprocessing.get_context("fork")
 _CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _VOLATILE = ("seconds", "overrides")  # of a result
+_OWN = (".lock", "config.yaml", "history.jsonl")  # other in each folder, or after each start
 _CHECKED = frozenset({"loops", "callbacks", "hparams_name", "pytorch-lightning_version"})  # not part of the state
 _SIZE = ["clip.frames=9", "clip.height=32", "clip.width=32"]
 _TRAIN = [
@@ -126,7 +127,12 @@ def content(folder: Path) -> dict[str, str]:
         elif path.name == "result.json":
             result = json.loads(path.read_text())
             found[name] = digest({key: value for key, value in result.items() if key not in (*_VOLATILE, "output")})
-        elif path.suffix == ".log" or path.name == ".lock" or ".hydra" in path.parts or path.name == "config.yaml":
+        elif (
+            path.suffix == ".log"
+            or path.name in (".lock", "history.jsonl")
+            or ".hydra" in path.parts
+            or path.name == "config.yaml"
+        ):
             found[name] = ""
         else:
             found[name] = file_digest(path)

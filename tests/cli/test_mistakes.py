@@ -204,6 +204,21 @@ def test_a_bug_stays_a_bug(error: Exception) -> None:
     assert user_error(error, "train") is None
 
 
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_stop_that_an_import_has_made_an_error_of_stays_a_stop(stop: type[BaseException], code: int) -> None:
+    def command() -> int:
+        try:
+            try:
+                raise stop
+            except KeyboardInterrupt as came:
+                raise ImportError("initialization failed") from came
+        except ImportError as error:
+            user_error(error, "train")
+            return 0
+
+    assert ended("train", command) == code
+
+
 def test_a_stopped_command_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     def stopped() -> int:
         raise KeyboardInterrupt

@@ -35,9 +35,18 @@ _NO_THREAD = re.compile(r"can't start new thread|Resource temporarily unavailabl
 
 
 def user_error(error: BaseException, verb: str) -> OspError | None:
-    """The error of a verb to show in one line, if the user can mend it; None for a bug."""
+    """The error of a verb to show in one line, if the user can mend it; None for a bug.
+
+    Raises KeyboardInterrupt where that is what has caused it: modules in C that are imported while ^C comes make an
+    ImportError of it.
+    """
     from yaml import YAMLError
 
+    cause = error.__cause__
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause
+        cause = cause.__cause__
     if isinstance(error, OspError):
         return error
     if isinstance(error, YAMLError):
