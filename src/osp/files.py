@@ -97,3 +97,20 @@ def exact_digest(about: str, labelled: Iterable[tuple[str, Tensor]]) -> str:
         content.update(label.encode())
         content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return content.hexdigest()[:32]
+
+
+def no_weights(path: Path) -> str | None:
+    """What a file is that stands in the place of weights, and how to get these; None if it may be weights."""
+    with open(path, "rb") as file:
+        start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith((b"version https://git-lfs.github.com/spec/", b"version https://hawser.")):
+        return (
+            "is a Git LFS pointer, not the weights themselves; fetch them with `git lfs install` and `git lfs pull` in "
+            "its folder, or download the file itself"
+        )
+    if start[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
+        return "is a web page, not weights; the download went wrong (a login may be needed). Download the file itself"
+    # A safetensors file begins with the length of its header, whose eight bytes are no JSON.
+    if start.startswith(b"{") and b"\0" not in start[:8] and start[1:2] in b'"\r\n\t }':
+        return "is JSON text, not weights; it may be the answer of a server that refused the download"
+    return None

@@ -12,6 +12,7 @@ import transformers
 import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from safetensors.torch import load_file, save_file
 
 from osp.conditioning import CLIPPooled, Pair, T5Text
 from osp.errors import DataError, OspError, UsageError
@@ -289,3 +290,19 @@ def test_configurations(name: str, t5_folder: Path, clip_folder: Path) -> None:
     encoder = instantiate(settings)
     assert encoder.max_tokens == 512
     assert encoder(PROMPTS).text.dtype == torch.bfloat16
+
+
+def test_pointers_and_broken_weights_of_text_encoders_are_named(t5_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(t5_folder, tmp_path / "t5")
+    weights = load_file(folder / "model.safetensors")
+    key = next(iter(weights))
+    save_file(weights | {key: weights[key].clone().fill_(float("nan"))}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match="holds numbers that are not finite"):
+        T5Text(folder)
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(DataError, match=rf"{name}: is a Git LFS pointer"):
+            T5Text(folder)
+    (folder / "config.json").write_text('{"model_type": "t5", "d_model": "wide"}')
+    with pytest.raises(DataError, match="d_model: must be a whole number"):
+        T5Text(folder)

@@ -1,7 +1,6 @@
 """Folders of published text encoders, as transformers writes them: read from the disk alone, without running code."""
 
 import hashlib
-import json
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +10,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from osp.checks import is_finite
+from osp.documents import DocumentError, check_form, printable, read_json
 from osp.errors import DataError, UsageError
+from osp.files import no_weights
 
 _WORDS = ("red", "left", "it")  # that any vocabulary tells apart
 _SMALL = ("*.json", "*.txt", "*.model")
+_FORM = {"d_model?": int, "projection_dim?": int, "text_config?": ({"projection_dim?": int}, None)}
 _PROBES, _PROBE = 64, 4096  # pieces of a weight file that go into its fingerprint, and their bytes
 # What transformers, tokenizers and safetensors raise at folders that are incomplete, damaged or of something else.
 _UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError)
@@ -32,12 +35,15 @@ def read_settings(path: str | Path, model_types: Sequence[str]) -> dict[str, Any
     if not config.is_file():
         raise UsageError(f"{folder}: holds no config.json, so it is no folder of a text encoder")
     try:
-        settings = json.loads(config.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{config}: cannot be read ({error})") from error
+        settings = read_json(config)
+    except DocumentError as error:
+        # A pointer or a web page stands where a configuration should.
+        told = None if _begins_as_json(config) else no_weights(config)
+        raise DataError(f"{config}: {told or f'cannot be read ({error})'}") from error
     if not isinstance(settings, dict) or settings.get("model_type") not in model_types:
         found = settings.get("model_type") if isinstance(settings, dict) else None
         raise UsageError(f"{config}: model_type is {found!r}; a folder of {' or '.join(model_types)} is wanted")
+    check_form(settings, _FORM, str(config))
     if not weight_files(folder):
         pickled = next(iter(sorted([*folder.glob("*.bin"), *folder.glob("*.pt")])), None)
         what = f"only pickled weights ({pickled.name})" if pickled else "no weights"
@@ -47,6 +53,11 @@ def read_settings(path: str | Path, model_types: Sequence[str]) -> dict[str, Any
     return settings
 
 
+def _begins_as_json(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(64).lstrip().startswith(b"{")
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a model, one file or the parts that its index names; none if they are not there."""
     if (folder / "model.safetensors").is_file():
@@ -54,10 +65,9 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return []
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{index}: cannot be read ({error})") from error
+    names = sorted(set(read_json(index, {"weight_map": {...: str}})["weight_map"].values()))
+    if odd := [name for name in names if name in ("", ".", "..") or "\\" in name or Path(name).name != name]:
+        raise DataError(f"{index}: names the weight file {printable(odd[0])[:60]}; it must lie beside its index")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{folder}: {len(missing)} of {len(names)} weight files are missing (first: {missing[0]})")
@@ -66,6 +76,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 def load_model(model_class: Any, path: str | Path, dtype: torch.dtype) -> Any:
     """The model of a folder, frozen, in eval mode. Raises DataError for weights that are damaged or incomplete."""
+    for file in weight_files(Path(path)):
+        if told := no_weights(file):
+            raise DataError(f"{file}: {told}")
     try:
         with _quiet():
             model, report = model_class.from_pretrained(
@@ -83,6 +96,8 @@ def load_model(model_class: Any, path: str | Path, dtype: torch.dtype) -> Any:
     wrong = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report["mismatched_keys"])})
     if wrong:
         raise DataError(f"{path}: {len(wrong)} weights are missing or of another shape (first: {wrong[0]})")
+    if broken := [name for name, value in model.state_dict().items() if not is_finite(value)]:
+        raise DataError(f"{path}: {broken[0]} holds numbers that are not finite (NaN or infinity)")
     return model.eval().requires_grad_(False)
 
 
