@@ -126,7 +126,10 @@ WRONG = [
     ([], "choose chain=NAME: tiny, v13, v13_inpaint, v15"),
     (["chain=tiny"], "checkpoint=... has to be given"),
     (["chain=v13_inpaint"], "start_from=... has to be given"),
-    (["chain=tiny", "checkpoint=x", "stages.i2v.overrides=['module.speed=1']"], "stage i2v: Could not.*module.speed"),
+    (
+        ["chain=tiny", "checkpoint=x", "stages.i2v.overrides=['module.speed=1']"],
+        "stage i2v: module.speed: `osp train` has no such",
+    ),
     (["chain=tiny", "checkpoint=x", "overrides=['text=null']"], "text=null: a choice is left out by '~text'"),
     (["chain=tiny", "checkpoint=x", "stages.sparse.steps=0"], r"stage sparse: trainer\.max_steps=0: must be a whole"),
     (["chain=v13"], r"stage stage1 needs data\.train\.path, text\.path: give overrides=\['data\.train\.path=\.\.\.'"),

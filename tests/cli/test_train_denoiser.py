@@ -152,7 +152,11 @@ WRONG = [
         r"captions say left and right; set data\.train\.flip=false",
     ),
     (["text=null"], 2, "text=null: a choice is left out by '~text'"),
-    (["module.xylophone=1"], 2, "module.xylophone: `osp train` has no such setting here; `osp train --help` lists all$"),
+    (
+        ["module.xylophone=1"],
+        2,
+        "module.xylophone: `osp train` has no such setting here; `osp train --help` lists all$",
+    ),
     (
         ["data=synthetic", "vae=pretrained", "path={world}/vae", "start_from=none.ckpt"],
         1,

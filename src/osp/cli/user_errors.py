@@ -71,6 +71,8 @@ def _of_hydra(error: BaseException, verb: str) -> OspError | None:
         )
     if isinstance(error, MissingMandatoryValue) and error.full_key:
         return UsageError(_missing(str(error.full_key), verb))
+    if found := re.search(r"Missing mandatory value: ([\w.]+)", str(error)):  # at the end of a reference
+        return UsageError(_missing(found[1], verb))
     if isinstance(error, OverrideParseException):
         return UsageError(
             f"{error.override}: cannot be read ({_one_line(error, verb)}); a text needs quotes, \"'...'\""
