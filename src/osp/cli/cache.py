@@ -12,13 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from osp.checks import check_choice
 from osp.cli import user_error
 from osp.cli.checks import CLIP, build_vae, check_numbers, check_vae_source
+from osp.cli.data import build_source, check_data
 from osp.cli.plain import configuration, instantiate, plain
 from osp.data.features.format import DTYPES, POSTERIORS
 from osp.devices import choose_device, choose_precision
 from osp.errors import UsageError
 from osp.training.feature_jobs import FeatureJob, FeatureModels, make_features
 
-# What a job and the command line call the same
+# Settings that a job and the command line call the same
 _SAME = (
     "min_clips",
     "posterior",
@@ -45,10 +46,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise UsageError(f"part={cfg.part}, parts={cfg.parts}: the parts are 0 to {cfg.parts - 1}")
     check_choice("posterior", cfg.posterior, POSTERIORS)
     check_choice("dtype", cfg.dtype, DTYPES)
+    check_data(cfg)
     check_vae_source(cfg)
     settings = plain(cfg)
     job = FeatureJob(
-        input=Path(to_absolute_path(cfg.input)),
+        input=None if cfg.input is None else Path(to_absolute_path(cfg.input)),
         output=Path(to_absolute_path(cfg.output)),
         clip=settings["clip"],
         **settings["latent"],
@@ -61,13 +63,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _models(settings: dict[str, Any]) -> FeatureModels:
-    """What the settings say; also in another process, which errors come from as a user sees them."""
+    """The models of the settings; also in another process, which errors come from as a user sees them."""
     try:
         cfg = configuration(settings)
         vae = build_vae(cfg.vae)
         strides = {"time_stride": vae.time_stride, "space_stride": vae.space_stride}
         rule = None if cfg.get("buckets") is None else instantiate(cfg.buckets, **strides)
-        return FeatureModels(vae, None if cfg.get("text") is None else instantiate(cfg.text), rule)
+        source = None if cfg.get("data") is None else build_source(cfg)
+        return FeatureModels(vae, None if cfg.get("text") is None else instantiate(cfg.text), rule, source)
     except Exception as error:
         if (mended := user_error(error, "cache")) is None:
             raise

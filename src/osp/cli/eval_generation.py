@@ -1,4 +1,4 @@
-"""What `osp eval target=generation` evaluates: whether generated videos show what their prompts say."""
+"""`osp eval target=generation`: whether generated videos show what their prompts say."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 
 from osp.cli.checks import check_generator_source, check_numbers
-from osp.cli.eval_input import model_name, read_clips
+from osp.cli.eval_input import counted, model_name, read_clips
 from osp.cli.plain import instantiate, plain
 from osp.cli.settings import read_sampling
 from osp.devices import choose_device, choose_precision
@@ -35,7 +35,7 @@ def generation(cfg: DictConfig) -> dict[str, Any]:
     videos.check_prompts()
     output = HydraConfig.get().runtime.output_dir
     results = evaluate_generation(
-        videos.clips,
+        counted(videos.clips, len(videos.prompts)),
         read_clips(videos.real, len(videos.real)),
         output=output,
         model_name=videos.name,
@@ -56,6 +56,8 @@ def _to_judge(cfg: DictConfig) -> ToJudge:
     sampling = read_sampling(cfg)
     if cfg.generated is None:
         check_generator_source(cfg)
+    if cfg.input is None:
+        raise UsageError("give input=FOLDER with shards of procedural clips")
     if not Path(to_absolute_path(cfg.input)).exists():
         raise DataError(f"input={cfg.input}: no such folder; give shards of procedural clips")
     real = RealClips(Path(to_absolute_path(cfg.input)), sampling.clip, cfg.clip.stride, cfg.clip.fps)

@@ -24,23 +24,43 @@ BY_REFERENCE = Where()
 _DENOISER = Where("module=denoiser", lambda config: "denoiser" in config["module"])
 _ON_CLIPS = Where("module=denoiser on clips, not on features", _is_on_clips)
 _BUCKETS = Where("buckets=tokens or buckets=shapes", lambda config: config.get("buckets") is not None)
-_ONE_SIZE = Where("one size for all clips, not with buckets", lambda config: config.get("buckets") is None)
+_ONE_SIZE = Where(
+    "input=DIR and one size for all clips, not with buckets",
+    lambda config: config.get("buckets") is None and config["input"] is not None,
+)
 _FOLDER = Where("input=DIR", lambda config: config["input"] is not None)
 _DRAWN = Where("synthetic.clips=N and no input", lambda config: config["input"] is None)
 _RECONSTRUCTED = Where("target=reconstruction", lambda config: config["target"] == "reconstruction")
 _GENERATED = Where("a generator, not generated=DIR", lambda config: config["generated"] is None)
 
+_DATA = Where("data=NAME and no input", lambda config: config.get("data") is not None)
+_LOADING = (
+    *("_target_", "batch_size", "val_batch_size", "batch_tokens", "image_ratio", "devices"),
+    *("train_clips", "val_clips", "workers", "seed"),
+)
+_CHOSEN_CLIPS = dict.fromkeys((f"data.{key}" for key in _LOADING), Where("osp train")) | {
+    "data.train": Where("split=train", lambda config: config.get("split") == "train"),
+    "data.val": Where("split=val", lambda config: config.get("split") != "train"),
+}
+"""Of `data` other verbs than training read the clips that `split` chooses."""
+
 SOMETIMES: Mapping[str, Mapping[str, Where]] = {
     "shards": {"synthetic": _DRAWN} | dict.fromkeys(("captions", "clip_seconds", "drop_gone", "min_frames"), _FOLDER),
     "cache": {"min_clips": _BUCKETS}
     | dict.fromkeys(("clip.frames", "clip.height", "clip.width"), _ONE_SIZE)
-    | dict.fromkeys(("path", "checkpoint"), BY_REFERENCE),
+    | dict.fromkeys(("clip.stride", "clip.fps"), _FOLDER)
+    | dict.fromkeys(("path", "checkpoint", "seed"), BY_REFERENCE)
+    | {"buckets": _FOLDER, "split": _DATA}
+    | _CHOSEN_CLIPS,
     "train": dict.fromkeys(("denoiser", "text", "objective", "clipping", "perceptual", "buckets"), BY_REFERENCE)
     | dict.fromkeys(("clip", "path", "checkpoint", "checkpoint_every"), BY_REFERENCE)
     | {"vae": _DENOISER, "latent": _ON_CLIPS},
     "eval": dict.fromkeys(("path", "checkpoint", "denoiser", "text"), BY_REFERENCE)
     | dict.fromkeys(("generator", "solver", "guidance", "rescale", "negative_prompt", "hold_given"), _GENERATED)
-    | {"vae": _RECONSTRUCTED},
+    | {"vae": _RECONSTRUCTED, "split": _DATA}
+    | {"clip": Where("input=...", lambda config: config["input"] is not None or config["target"] == "generation")}
+    | {"seed": Where("target=generation", lambda config: config["target"] == "generation")}
+    | _CHOSEN_CLIPS,
     "sample": dict.fromkeys(("checkpoint", "denoiser", "vae", "text"), BY_REFERENCE),
     "bench": dict.fromkeys(("path", "checkpoint"), BY_REFERENCE),
 }

@@ -71,7 +71,7 @@ def _hint(verb: str, key: str, config: Config, choices: Choices, configs: Path) 
     for group, name, path in _readers(verb, key, choices, configs):
         if name not in choices[group]:
             others.append(f"{group}={name}")
-        elif "${" in str(now := value_at(config, path)):
+        elif "${" in str(now := value_at(config, path)) and group != key.partition(".")[0]:
             readers.append(_hint(verb, group, config, choices, configs))
         else:
             readers.append(f"{path}={'null' if now is None else now} stands where it would be read")

@@ -33,13 +33,14 @@ class FeatureJob:
     """All that decides about a folder of features and who makes it, except for the models.
 
     Args:
+        input: a folder of clips, or a file; None: the models come with a source.
         clip: `frames`, `height`, `width`, `stride` and `fps` of each; with a rule for shapes the last two alone count.
         shift, scale: of the latents; both None: those of `scaling_from`, another folder of features, else the
             folder's own, else the published ones, else measured over `scaling_clips`.
         part, parts: of the work of `processes` each.
     """
 
-    input: Path
+    input: Path | None
     output: Path
     clip: Mapping[str, Any]
     min_clips: int
@@ -61,11 +62,12 @@ class FeatureJob:
 
 @dataclass(frozen=True)
 class FeatureModels:
-    """The models that encode: a VAE, a text encoder or none, and the rule that gives clips their shape or none."""
+    """The models that encode: a VAE, a text encoder or none, the rule that gives clips their shape or none."""
 
     vae: VideoVAE
     text: TextEncoder | None
     rule: BucketRule | None
+    source: ClipSource | None = None  # the clips, where `input` says none
 
 
 def make_features(
@@ -132,6 +134,10 @@ def encode_part(job: FeatureJob, models: FeatureModels, process: int = 0) -> tup
 
 def _source(job: FeatureJob, models: FeatureModels) -> ClipSource:
     """The clips, always the same frames of each, in sizes that the VAE takes."""
+    if job.input is None:
+        if models.source is None:
+            raise UsageError("there are no clips to encode; give input=FOLDER, or data=NAME")
+        return models.source
     clip = job.clip
     always: dict[str, Any] = {"random_start": False, "flip": False}
     if models.rule is None:

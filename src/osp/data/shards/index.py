@@ -117,7 +117,7 @@ def read_index(folder: str | Path, limits: Limits = DEFAULT_LIMITS) -> list[Clip
 
 
 def read_listing(folder: str | Path, limits: Limits = DEFAULT_LIMITS) -> Listing:
-    """All clips of a folder of shards, or of one of plain files, and what is left out.
+    """All clips of a folder of shards, of one of plain files, or of a single file of either kind, and what is left out.
 
     With an `index.json`, the clips are in the order of the shards. Tars without one are read as foreign WebDataset
     shards: listed by their headers, by name, with what their JSON or text members say. Otherwise each video and image
@@ -128,8 +128,10 @@ def read_listing(folder: str | Path, limits: Limits = DEFAULT_LIMITS) -> Listing
         DataError: no such folder, no clips in it, or a listed shard is missing, cut short or damaged.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return _single_file(folder, limits)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; it should hold videos, or shards of `osp shards`")
+        raise DataError(f"{folder}: no such folder or file; give a folder of videos or of shards, or one of them")
     tally = Tally()
     entries = _shards_of(folder, limits, tally)
     if entries is None:
@@ -139,6 +141,20 @@ def read_listing(folder: str | Path, limits: Limits = DEFAULT_LIMITS) -> Listing
         raise DataError(
             f"{folder}: its shards hold no clips; write them with `osp shards input=VIDEOS output={folder}`"
         )
+    return Listing(entries, tally.counts)
+
+
+def _single_file(path: Path, limits: Limits) -> Listing:
+    """The one clip that a file is, or those of a tar."""
+    tally = Tally()
+    if path.suffix.lower() != ".tar":
+        side_cars = SideCars(limits)
+        entries = [_plain_file(path.parent, path, side_cars)]
+        side_cars.passed_over.warn(path.parent)
+    elif not (entries := scan_tar(path, limits, tally)):
+        tally.warn(path)
+        raise DataError(f"{path}: holds no clips; write shards with `osp shards input=VIDEOS output=FOLDER`")
+    tally.warn(path)
     return Listing(entries, tally.counts)
 
 

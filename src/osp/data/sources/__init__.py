@@ -3,6 +3,7 @@
 from osp.data.sources.arrays import ArrayClips
 from osp.data.sources.datasets import DatasetClips
 from osp.data.sources.features import FeatureClips
+from osp.data.sources.own_size import OwnSizeClips
 from osp.data.sources.shards import BucketClips, ShardClips, clip_size
 from osp.data.sources.source import ClipSource, FirstClips
 from osp.data.sources.synthetic import SyntheticClips
@@ -14,6 +15,7 @@ __all__ = [
     "DatasetClips",
     "FeatureClips",
     "FirstClips",
+    "OwnSizeClips",
     "ShardClips",
     "SyntheticClips",
     "clip_size",
