@@ -69,10 +69,14 @@ class Tally:
         if len(examples) < _EXAMPLES:
             examples.append(printable(str(example)[:_LONGEST]))
 
+    def count(self, reason: str) -> None:
+        """Count one more for a reason that is told in a `Summary` alone, not by `warn`."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+
     def warn(self, place: object) -> None:
         """Log one line a reason, such as "PLACE: 2 side-cars that cannot be read: a.json: is no JSON; b.txt: ..."."""
-        for reason, count in self.counts.items():
-            shown = self._examples[reason]
+        for reason, shown in self._examples.items():
+            count = self.counts[reason]
             more = f"; and {count - len(shown)} more" if count > len(shown) else ""
             log.warning("%s: %d %s: %s%s", printable(place), count, reason, "; ".join(shown), more)
 

@@ -12,8 +12,8 @@ from typing import cast
 
 import av
 
-from osp.data.media.boxes import check_boxes
 from osp.data.media.errors import ClipError, told
+from osp.data.media.headers import check_headers
 from osp.data.media.limits import DEFAULT_LIMITS, Limits
 from osp.data.media.stills import animation, is_animation, is_picture
 
@@ -106,7 +106,10 @@ class Movie:
                 yield frame, time
                 count += 1
         except (av.FFmpegError, OSError, MemoryError) as error:
-            raise ClipError(self.name, f"damaged after {count} decoded frames ({told(error)})") from error
+            # That is what FFmpeg says of frames beyond `max_pixels`.
+            hint = f", or frames larger than limits.frame_pixels={self.limits.frame_pixels}"
+            reason = told(error) + (hint if isinstance(error, av.ArgumentError) else "")
+            raise ClipError(self.name, f"damaged after {count} decoded frames ({reason})") from error
 
 
 @contextmanager
@@ -120,7 +123,7 @@ def open_movie(source: Path | bytes, name: str, threads: int = 1, limits: Limits
         return
     if (source.stat().st_size if isinstance(source, Path) else len(source)) == 0:
         raise ClipError(name, "the file is empty")
-    check_boxes(source, name, limits)
+    check_headers(source, name, limits)
     try:
         # "file:" because a colon in a path would read as a protocol.
         file = f"file:{source}" if isinstance(source, Path) else io.BytesIO(source)

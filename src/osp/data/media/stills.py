@@ -37,6 +37,7 @@ _AVIF = (b"avif", b"avis")
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _ANIMATED = frozenset({"WEBP", "PNG", "AVIF"})
 _NO_DURATION = 100.0  # milliseconds of a frame that has none, as browsers show it
+_WEBP_ANIMATION = 2  # a flag of its header
 _SUBFILE_TYPE, _BITS_PER_SAMPLE = 254, 258  # tags of TIFF
 
 
@@ -83,6 +84,9 @@ def _opened(source: Path | bytes, name: str, limits: Limits) -> Iterator[Image.I
 
 def is_animation(source: Path | bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> bool:
     """Whether a file that Pillow reads has several frames in time. Raises ClipError if it is unreadable."""
+    head = source[:32] if isinstance(source, bytes) else _head(source)
+    if head[:4] == b"RIFF" and not (head[12:16] == b"VP8X" and head[20] & _WEBP_ANIMATION):
+        return False  # Pillow would read the whole file to tell
     with _opened(source, name, limits) as image:
         return _moving_frames(image) > 1
 

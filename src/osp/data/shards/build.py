@@ -26,7 +26,7 @@ from osp.data.shards.index import tars_below
 from osp.data.shards.tar import to_json
 from osp.data.shards.workers import Crashed, Workers, default_workers
 from osp.data.shards.writer import ShardWriter
-from osp.data.summary import Summary
+from osp.data.summary import Summary, Tally
 from osp.documents import printable
 from osp.errors import DataError, UsageError
 from osp.files import file_digest
@@ -52,7 +52,7 @@ class ShardReport:
     captions_missing: int  # files that the captions file names and that do not exist
     skipped: tuple[tuple[str, str], ...]  # (source, reason), also sources of which some clips are left out
     gone: int = 0  # stored sources that are no longer in the input folder
-    left_out: Mapping[str, int] = field(default_factory=dict)  # side-cars and captions, by reason
+    left_out: Mapping[str, int] = field(default_factory=dict)  # other files, side-cars and captions, by reason
 
     def summary(self, place: str) -> Summary:
         """The same for people, in one line."""
@@ -183,7 +183,7 @@ def write_rendered(
 def _sources(folder: Path, output: Path, captions: Captions) -> list[_Source]:
     """The media files below a folder, but not those in the output folder."""
     found: list[_Source] = []
-    for path in _media_files(folder, output):
+    for path in _media_files(folder, output, captions.side_cars.passed_over):
         stat = path.stat()
         caption = captions.find(path) or Caption()
         found.append(_Source(path, path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns, caption))
@@ -191,9 +191,9 @@ def _sources(folder: Path, output: Path, captions: Captions) -> list[_Source]:
     return found
 
 
-def _media_files(folder: Path, output: Path) -> list[Path]:
+def _media_files(folder: Path, output: Path, tally: Tally) -> list[Path]:
     try:
-        return media_files(folder, exclude=output)
+        return media_files(folder, output, tally)
     except DataError as error:
         tars, packed = tars_below(folder)
         if not (tars or packed):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from osp.data.media.folder import IMAGE_SUFFIXES, media_files
+from osp.data.media.folder import kind_of, media_files
 from osp.data.media.limits import DEFAULT_LIMITS, Limits
 from osp.data.shards.captions import SideCars
 from osp.data.shards.entry import MEND, ClipEntry, listed_entry
@@ -194,7 +194,7 @@ def _without_tars(folder: Path, limits: Limits, tally: Tally) -> list[ClipEntry]
     """The clips of a folder that holds no tars itself: plain files, or else the tars in the folders below."""
     tars, packed = tars_below(folder)
     try:
-        files = media_files(folder)
+        files = media_files(folder, tally=tally)
     except DataError as error:
         if packed and not tars:
             raise DataError(
@@ -218,8 +218,7 @@ def _without_tars(folder: Path, limits: Limits, tally: Tally) -> list[ClipEntry]
 
 def _plain_file(folder: Path, path: Path, side_cars: SideCars) -> ClipEntry:
     name = path.relative_to(folder).as_posix()
-    kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
-    record: dict[str, Any] = {"kind": kind, "source": name}
+    record: dict[str, Any] = {"kind": kind_of(path), "source": name}
     if (caption := side_cars.find(path)) is not None:
         record |= caption.as_record() | ({"scores": dict(caption.scores)} if caption.scores else {})
     return ClipEntry(name, path, "", 0, path.stat().st_size, record)

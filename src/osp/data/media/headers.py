@@ -1,7 +1,7 @@
-"""Counts that the headers of MP4 and QuickTime promise, compared with what the file can hold.
+"""The promises of headers, compared with the limits and with what the file can hold, before FFmpeg opens it.
 
-FFmpeg builds a table of all samples before it reads the first, as long as the header says. A sample has a byte at
-least, so that a file promises no more samples than it has bytes.
+Of MP4 and QuickTime FFmpeg builds a table of all samples before it reads the first, as long as the header says. A
+sample has a byte at least, so that a file promises no more samples than it has bytes.
 """
 
 import io
@@ -26,13 +26,21 @@ class _Box(NamedTuple):
     end: int
 
 
-def check_boxes(source: Path | bytes, name: str, limits: Limits) -> None:
-    """Raise ClipError if the headers of an MP4 promise more than the file can hold; other files are passed over."""
+def check_headers(source: Path | bytes, name: str, limits: Limits) -> None:
+    """Raise ClipError for a GIF or AVI of too large frames, and for an MP4 that promises more than it can hold.
+
+    FFmpeg itself checks the frames of other files against the limit that it is given.
+    """
     try:
         with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source) as file:
             size = file.seek(0, io.SEEK_END)
-            file.seek(4)
-            if file.read(4) in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof"):
+            file.seek(0)
+            head = file.read(72)
+            if head[:3] == b"GIF" and len(head) >= 10:
+                limits.check_pixels(name, *struct.unpack("<HH", head[6:10]), "its canvas is")
+            if head[:4] == b"RIFF" and head[8:12] == b"AVI " and head[24:28] == b"avih" and len(head) == 72:
+                limits.check_pixels(name, *struct.unpack("<II", head[64:72]))
+            if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof"):
                 _check_tables(file, size, name, limits)
     except OSError as error:
         raise ClipError(name, f"cannot be opened ({error.strerror})") from error
