@@ -55,6 +55,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         clip=settings["clip"],
         **settings["latent"],
         scaling_from=None if cfg.scaling_from is None else Path(to_absolute_path(cfg.scaling_from)),
+        limits=instantiate(cfg.limits),
         precision=choose_precision(cfg.precision, choose_device(cfg.device)),  # which goes into the folder
         **{name: settings[name] for name in _SAME},
     )

@@ -69,10 +69,11 @@ def _source(cfg: DictConfig, vae: VideoVAE) -> ClipSource:
         log.info("max_memory=%s: %s", cfg.max_memory, vae.tiling or "whole frames fit")
     if cfg.get("data") is not None:
         return build_source(cfg)
+    folder, limits = to_absolute_path(cfg.input), instantiate(cfg.limits)
     if None in (cfg.clip.frames, height, width):
-        return OwnSizeClips(to_absolute_path(cfg.input), vae.strides, **cfg.clip)
+        return OwnSizeClips(folder, vae.strides, **cfg.clip, limits=limits)
     vae.check_size(cfg.clip.frames, height, width)
-    return ShardClips(to_absolute_path(cfg.input), **cfg.clip, random_start=False)
+    return ShardClips(folder, **cfg.clip, random_start=False, limits=limits)
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:

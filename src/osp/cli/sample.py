@@ -65,7 +65,7 @@ def _pictures(cfg: DictConfig) -> PictureFiles:
     image, last_image, video = (
         None if cfg[key] is None else Path(to_absolute_path(cfg[key])) for key in ("image", "last_image", "video")
     )
-    return PictureFiles(image, last_image, video, cfg.keep_frames, numbered)
+    return PictureFiles(image, last_image, video, cfg.keep_frames, numbered, instantiate(cfg.limits))
 
 
 def _tell(plan: Plan) -> None:

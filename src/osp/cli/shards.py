@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import to_absolute_path
+from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -38,6 +38,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
                 shard_clips=cfg.shard_clips,
                 shard_bytes=cfg.shard_bytes,
                 workers=cfg.workers,
+                limits=instantiate(cfg.limits),
                 watch=show,
                 drop_gone=cfg.drop_gone,
             )

@@ -45,14 +45,17 @@ _CHOSEN_CLIPS = dict.fromkeys((f"data.{key}" for key in _LOADING), Where("osp tr
 """Of `data` other verbs than training read the clips that `split` chooses."""
 
 SOMETIMES: Mapping[str, Mapping[str, Where]] = {
-    "shards": {"synthetic": _DRAWN} | dict.fromkeys(("captions", "clip_seconds", "drop_gone", "min_frames"), _FOLDER),
+    "shards": {"synthetic": _DRAWN}
+    | dict.fromkeys(("captions", "clip_seconds", "drop_gone", "min_frames", "limits"), _FOLDER),
     "cache": {"min_clips": _BUCKETS}
     | dict.fromkeys(("clip.frames", "clip.height", "clip.width"), _ONE_SIZE)
     | dict.fromkeys(("clip.stride", "clip.fps"), _FOLDER)
     | dict.fromkeys(("path", "checkpoint", "seed"), BY_REFERENCE)
-    | {"buckets": _FOLDER, "split": _DATA}
+    | {"buckets": _FOLDER, "limits": _FOLDER, "split": _DATA}
     | _CHOSEN_CLIPS,
-    "train": dict.fromkeys(("denoiser", "text", "objective", "clipping", "perceptual", "buckets"), BY_REFERENCE)
+    "train": dict.fromkeys(
+        ("limits", "denoiser", "text", "objective", "clipping", "perceptual", "buckets"), BY_REFERENCE
+    )
     | dict.fromkeys(("clip", "path", "checkpoint", "checkpoint_every"), BY_REFERENCE)
     | {"vae": _DENOISER, "latent": _ON_CLIPS},
     "eval": dict.fromkeys(("path", "checkpoint", "denoiser", "text"), BY_REFERENCE)

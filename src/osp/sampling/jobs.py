@@ -124,7 +124,7 @@ def list_asked(requests: Sequence[Request], sampling: Sampling, given: PictureFi
     """
     asked = []
     for video in list_videos(requests, sampling.seed, sampling.videos_per_prompt):
-        own = video.request.pictures(sampling.keep_frames)
+        own = replace(video.request.pictures(sampling.keep_frames), limits=given.limits)
         asked.append(Asked(video, own if own.files else given))
     for files in {one.pictures for one in asked}:
         files.check(sampling.mode)

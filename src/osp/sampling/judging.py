@@ -11,6 +11,7 @@ from torch import Tensor
 
 from osp.conditioning import GivenFrames, given_by_mode, joined
 from osp.conditioning.given import frame_numbers
+from osp.data.media.limits import DEFAULT_LIMITS, Limits
 from osp.data.media.shape import Shape
 from osp.data.media.video import ClipError, to_float
 from osp.data.sources import ShardClips
@@ -35,11 +36,13 @@ class RealClips:
     size: ClipSize
     stride: int = 1
     fps: float | None = None
+    limits: Limits = DEFAULT_LIMITS
 
     def open(self, known: Mapping[str, int] | None) -> ShardClips:
         """The clips, in the `known` size of the videos where their own is null."""
         size = self.size.filled(known)
-        return ShardClips(self.path, **size._asdict(), stride=self.stride, fps=self.fps, random_start=False)
+        rate: dict[str, Any] = {"stride": self.stride, "fps": self.fps}
+        return ShardClips(self.path, **size._asdict(), **rate, random_start=False, limits=self.limits)
 
 
 @dataclass(frozen=True)

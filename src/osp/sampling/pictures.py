@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from osp.conditioning import GivenFrames, given_by_mode, given_frames
+from osp.data.media.limits import DEFAULT_LIMITS, Limits
 from osp.data.media.video import probe, read_clip, to_float
 from osp.errors import UsageError
 from osp.sampling.settings import FRAMES, check_setting
@@ -17,7 +18,7 @@ class PictureFiles:
     """Where given frames come from.
 
     `image` and `last_image` are the first and the last frame; of `video` the first `keep_frames` are gone on with;
-    `by_number` are any, each with its number.
+    `by_number` are any, each with its number. `limits` are what one file may cost.
     """
 
     image: Path | None = None
@@ -25,6 +26,7 @@ class PictureFiles:
     video: Path | None = None
     keep_frames: int = 1
     by_number: tuple[tuple[int, Path], ...] = ()
+    limits: Limits = DEFAULT_LIMITS
 
     @property
     def mode(self) -> str:
@@ -53,7 +55,7 @@ class PictureFiles:
         if mode not in (None, self.mode):
             raise UsageError(f"mode={mode} takes {wants[str(mode)]}; given: {', '.join(self.files) or 'none'}")
         for path in self.files.values():
-            probe(path)
+            probe(path, limits=self.limits)
 
     def read(self, frames: int, height: int, width: int, fps: float) -> GivenFrames:
         """The pictures, scaled to cover the frame and cut to it; a video's are taken at `fps`.
@@ -62,15 +64,15 @@ class PictureFiles:
         """
 
         def picture(path: Path) -> Tensor:
-            return to_float(read_clip(path, frames=1, size=(height, width)))[:, 0]
+            return to_float(read_clip(path, frames=1, size=(height, width), limits=self.limits))[:, 0]
 
         if self.by_number:
             pictures = {number: picture(path) for number, path in self.by_number}
             return given_frames(pictures, frames, height, width)
         if self.video is not None:
             rate = None if self.keep_frames == 1 else fps
-            kept = to_float(read_clip(self.video, frames=self.keep_frames, size=(height, width), fps=rate))
-            return given_by_mode("continuation", kept.unbind(1), frames, height, width)
+            kept = read_clip(self.video, frames=self.keep_frames, size=(height, width), fps=rate, limits=self.limits)
+            return given_by_mode("continuation", to_float(kept).unbind(1), frames, height, width)
         ends = [picture(path) for path in (self.image, self.last_image) if path is not None]
         return given_by_mode(self.mode, ends, frames, height, width)
 

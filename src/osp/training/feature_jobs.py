@@ -14,6 +14,7 @@ from osp.conditioning import TextEncoder
 from osp.data.buckets import BucketRule
 from osp.data.features.format import load_feature_index, require_feature_index
 from osp.data.features.writer import FeatureWriter, feature_report
+from osp.data.media.limits import DEFAULT_LIMITS, Limits
 from osp.data.sources import BucketClips, ClipSource, ShardClips
 from osp.devices import choose_device
 from osp.devices.device import backend
@@ -38,6 +39,7 @@ class FeatureJob:
         shift, scale: of the latents; both None: those of `scaling_from`, another folder of features, else the
             folder's own, else the published ones, else measured over `scaling_clips`.
         part, parts: of the work of `processes` each.
+        limits: what one file may cost.
     """
 
     input: Path | None
@@ -58,6 +60,7 @@ class FeatureJob:
     parts: int
     device: str
     precision: str
+    limits: Limits = DEFAULT_LIMITS
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def _source(job: FeatureJob, models: FeatureModels) -> ClipSource:
             raise UsageError("there are no clips to encode; give input=FOLDER, or data=NAME")
         return models.source
     clip = job.clip
-    always: dict[str, Any] = {"random_start": False, "flip": False}
+    always: dict[str, Any] = {"random_start": False, "flip": False, "limits": job.limits}
     if models.rule is None:
         models.vae.check_size(clip["frames"], clip["height"], clip["width"])
         return ShardClips(job.input, **clip, **always)

@@ -28,6 +28,7 @@ _FREE = {
     *("vae.path", "module.vae.path", "latent.vae.path"),
     "module.recompute_every",
 }
+_LIMITS = ".limits."  # of files may change as well: the loader compares the list of clips
 # What may be other from some step on.
 _RATES = {
     *("module.lr", "module.discriminator_lr", "module.weight_decay", "module.betas", "module.gradient_clip"),
@@ -170,12 +171,12 @@ def _differences(
 
 def _is_as_good(key: str, old: Any, new: Any) -> bool:
     """Whether what a run has come to is the same with another value."""
-    return key in _FREE
+    return key in _FREE or _LIMITS in key
 
 
 def _can_go_on(key: str, old: Any, new: Any) -> bool:
     """Whether a run can go on with another value. Muon's rate may change where there is one: it is an optimiser."""
-    return key in _FREE or key in _RATES or (key == "module.muon_lr" and None not in (old, new))
+    return key in _FREE or _LIMITS in key or key in _RATES or (key == "module.muon_lr" and None not in (old, new))
 
 
 def _flat(value: Any, key: str) -> dict[str, Any]:

@@ -37,9 +37,11 @@ def check_headers(source: Path | bytes, name: str, limits: Limits) -> None:
             file.seek(0)
             head = file.read(72)
             if head[:3] == b"GIF" and len(head) >= 10:
-                limits.check_pixels(name, *struct.unpack("<HH", head[6:10]), "its canvas is")
+                width, height = struct.unpack("<HH", head[6:10])
+                limits.check_pixels(name, width, height, "its canvas is")
             if head[:4] == b"RIFF" and head[8:12] == b"AVI " and head[24:28] == b"avih" and len(head) == 72:
-                limits.check_pixels(name, *struct.unpack("<II", head[64:72]))
+                width, height = struct.unpack("<II", head[64:72])
+                limits.check_pixels(name, width, height)
             if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof"):
                 _check_tables(file, size, name, limits)
     except OSError as error:
@@ -61,7 +63,7 @@ def _check_tables(file: BinaryIO, size: int, name: str, limits: Limits) -> None:
         elif box.kind == b"trun":
             promised = int.from_bytes(head[4:8], "big")
         elif box.kind == b"elst":
-            edits = int.from_bytes(head[4:8], "big")
+            edits = min(int.from_bytes(head[4:8], "big"), (box.end - box.start - 8) // 12)
             promised = 0
         else:
             promised = _run_lengths(file, box)

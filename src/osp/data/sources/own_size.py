@@ -49,7 +49,7 @@ class OwnSizeClips(ListedClips):
         self.path, self.strides = Path(path), strides
         self.frames, self.height, self.width = frames, height, width
         self.limits = limits
-        self.decoding = Decoding(stride, fps, random_start=False, flip=False)
+        self.decoding = Decoding(stride, fps, random_start=False, flip=False, limits=limits)
         listing = read_listing(path, limits)
         self.entries, self.passed_over = listing.entries, listing.left_out
 
