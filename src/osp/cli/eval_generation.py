@@ -58,10 +58,9 @@ def _to_judge(cfg: DictConfig) -> ToJudge:
         check_generator_source(cfg)
     if cfg.input is None:
         raise UsageError("give input=FOLDER with shards of procedural clips")
-    if not Path(to_absolute_path(cfg.input)).exists():
+    if not (folder := Path(to_absolute_path(cfg.input))).exists():
         raise DataError(f"input={cfg.input}: no such folder; give shards of procedural clips")
-    folder, limits = Path(to_absolute_path(cfg.input)), instantiate(cfg.limits)
-    real = RealClips(folder, sampling.clip, cfg.clip.stride, cfg.clip.fps, limits)
+    real = RealClips(folder, sampling.clip, cfg.clip.stride, cfg.clip.fps, instantiate(cfg.limits))
     if cfg.generated is None:
         generator = instantiate(cfg.generator).to(choose_device(cfg.device))
         name = model_name(cfg) if cfg.checkpoint is not None else Path(cfg.denoiser.path).name
