@@ -42,10 +42,11 @@ def user_error(error: BaseException, verb: str) -> OspError | None:
     """
     from yaml import YAMLError
 
-    cause = error.__cause__
-    while cause is not None:
+    cause, seen = error.__cause__, set[int]()
+    while cause is not None and id(cause) not in seen:  # an error may be its own cause
         if isinstance(cause, KeyboardInterrupt):
             raise cause
+        seen.add(id(cause))
         cause = cause.__cause__
     if isinstance(error, OspError):
         return error
