@@ -18,7 +18,7 @@ from osp.audit.fuzz.subject import Reading, Subject
 from osp.conditioning import WordText
 from osp.data.datamodule import ClipDataModule
 from osp.data.sources import SyntheticClips
-from osp.denoiser import CrossTransformer
+from osp.denoiser import Denoiser
 from osp.diffusion import Flow
 from osp.training.checkpoints import load_trained_generator, load_trained_vae, load_vae
 from osp.training.denoiser_module import DenoiserModule
@@ -33,6 +33,7 @@ from osp.training.state import LAST, open_state
 from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE, LatentCodec
 from osp.weights import load_pretrained, load_published, save_published
+from osp.weights.families import find_class
 from osp.weights.files import read_checkpoint
 from osp.weights.folders import read_config, read_weights
 from osp.weights.pretrained import save_pretrained
@@ -56,18 +57,15 @@ def new_vae() -> WFVAE:
         ).eval()
 
 
-def new_denoiser() -> CrossTransformer:
+def new_denoiser() -> Denoiser:
     """A denoiser of two blocks, always the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        return CrossTransformer(stages=[{"blocks": 2}], **_DENOISER)
+        return find_class("cross", Denoiser)(stages=[{"blocks": 2}], **_DENOISER)
 
 
 def trained(folder: Path, is_denoiser: bool, steps: int = 1) -> nn.Module:
-    """Train the small VAE, or a denoiser of its latents, to that step, from the folder's last checkpoint if it has one.
-
-    Gives what has learned.
-    """
+    """The small VAE, or a denoiser of its latents, trained to that step, from the folder's last checkpoint if any."""
     quiet_lightning()
     warnings.filterwarnings("ignore", message="You called `self.log")
     torch.manual_seed(3)
