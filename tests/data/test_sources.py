@@ -2,6 +2,7 @@
 
 import json
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -30,7 +31,7 @@ def video(frames: int = 9, height: int = 16, width: int = 24, channels: int = 3)
     ("layout", "axes"),
     [("T H W C", (0, 1, 2, 3)), ("C T H W", (3, 0, 1, 2)), ("T C H W", (0, 3, 1, 2)), ("H W C T", (1, 2, 3, 0))],
 )
-@pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
 def test_bytes_come_back_as_they_are_from_every_kind_of_file(
     tmp_path: Path, layout: str, axes: tuple[int, ...], suffix: str
 ) -> None:
@@ -41,8 +42,6 @@ def test_bytes_come_back_as_they_are_from_every_kind_of_file(
         np.save(file, stored)
     elif suffix == ".npz":
         np.savez_compressed(file, video=stored)
-    elif suffix == ".pt":
-        torch.save({"video": torch.from_numpy(stored)}, file)
     else:
         save_file({"video": torch.from_numpy(stored), "other": torch.zeros(1)}, file)
     (tmp_path / "a.txt").write_text("said")
@@ -84,13 +83,33 @@ def test_arrays_that_cannot_be_used_are_told_and_left_out(tmp_path: Path, caplog
     np.save(tmp_path / "b_flat.npy", np.zeros((4, 4)))
     np.save(tmp_path / "c_objects.npy", np.array([{}, {}], dtype=object), allow_pickle=True)
     (tmp_path / "d_text.npz").write_bytes(b"no zip")
-    torch.save(torch.zeros(1, dtype=torch.uint8).expand(1 << 40, 8, 8, 3), tmp_path / "e_huge.pt")
-    source = ArrayClips(tmp_path, 9, 16, 24)
-    assert [entry.key for entry in source.entries] == ["good.npy"]
-    assert source.summary().left_out == {"arrays that cannot be used": 5}
-    (line,) = [record.getMessage() for record in caplog.records]
-    for name in ("a_short.npy", "b_flat.npy", "c_objects.npy", "d_text.npz", "e_huge.pt: claims the shape"):
-        assert name in line
+    huge = {"descr": "|u1", "fortran_order": False, "shape": (1 << 40, 16, 24, 3)}
+    with open(tmp_path / "e_huge.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, huge)
+    np.savez(tmp_path / "f_hidden.npz", a=video())
+    with zipfile.ZipFile(tmp_path / "f_hidden.npz", "a") as archive:
+        archive.write(tmp_path / "e_huge.npy", "a")  # beside a.npy
+    with zipfile.ZipFile(tmp_path / "g_huge.npz", "w") as archive:
+        archive.write(tmp_path / "e_huge.npy", "a.npy")
+    torch.save(torch.zeros(9, 16, 24, 3, dtype=torch.uint8), tmp_path / "h_pickle.pt")
+    source = ArrayClips(tmp_path, 9, 16, 24, random_start=False)
+    assert [entry.key for entry in source.entries] == ["f_hidden.npz", "good.npy"]
+    assert torch.equal(source.read(0, 0)["video"], source.read(1, 0)["video"])
+    assert source.summary().left_out == {"arrays that cannot be used": 7}
+    assert "c_objects.npy: holds object, which are no numbers" in caplog.text
+    for name in ("e_huge.npy", "g_huge.npz", "h_pickle.pt"):
+        with pytest.raises(DataError, match="none of its arrays can be used"):
+            ArrayClips(tmp_path / name, 9, 16, 24)
+    assert "e_huge.npy: it claims the shape (1099511627776, 16, 24, 3)" in caplog.text
+    assert "g_huge.npz: a claims the shape" in caplog.text
+    assert "h_pickle.pt: is a pickle, which is not read; save its array as .npy or .safetensors" in caplog.text
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"")
+    with pytest.raises(DataError, match="none of its arrays can be used"):
+        ArrayClips(tmp_path / "a.mp4", 9, 16, 24)
+    assert "a.mp4: is no file of arrays; .npy .npz .safetensors are read" in caplog.text
 
 
 def test_numbers_of_another_range_cost_the_clip(tmp_path: Path) -> None:

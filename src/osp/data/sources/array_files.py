@@ -4,12 +4,10 @@ import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from osp.data.media.limits import Limits
 from osp.documents import printable
@@ -32,47 +30,54 @@ def open_array(file: Path, key: str | None, limits: Limits) -> tuple[Window, tup
 
     if file.stat().st_size > limits.member_bytes:
         raise ValueError(f"is larger than limits.member_bytes={limits.member_bytes}")
-    window, shape = guarded(_READERS[file.suffix.lower()], file, key, limits)
+    reader = _READERS.get(file.suffix.lower())
+    if reader is None:
+        raise ValueError(f"is no file of arrays; {' '.join(_READ)} are read")
+    window, shape = guarded(reader, file, key, limits)
     return lambda part: guarded(window, part), shape
 
 
 def _numpy(file: Path, key: str | None, limits: Limits) -> tuple[Window, tuple[int, ...]]:
+    with open(file, "rb") as stream:
+        shape = _checked_shape(stream, file.stat().st_size, "it")
     array = np.load(file, mmap_mode="r", allow_pickle=False)
-    return lambda part: _own(array[part]), array.shape
+    return lambda part: _own(array[part]), shape
 
 
 def _zipped(file: Path, key: str | None, limits: Limits) -> tuple[Window, tuple[int, ...]]:
     with zipfile.ZipFile(file) as archive:
-        sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
-        name = _chosen([*sizes], key)
+        sizes = {info.filename: info.file_size for info in archive.infolist() if info.filename.endswith(".npy")}
+        name = _chosen([member.removesuffix(".npy") for member in sizes], key)
+        member = f"{name}.npy"
         # What the file unpacks to is bounded before anything is unpacked.
-        if sizes[name] > limits.member_bytes:
-            raise ValueError(f"{name} unpacks to {sizes[name]} bytes, more than limits.member_bytes")
-        with archive.open(f"{name}.npy") as member:
-            version = np.lib.format.read_magic(member)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, kind = read(member)
-    if math.prod(shape) * kind.itemsize > sizes[name]:
-        raise ValueError(f"{name} claims the shape {shape} in {sizes[name]} bytes")
+        if sizes[member] > limits.member_bytes:
+            raise ValueError(f"{name} unpacks to {sizes[member]} bytes, more than limits.member_bytes")
+        with archive.open(member) as stream:
+            shape = _checked_shape(stream, sizes[member], name)
 
     def window(part: tuple[slice | int, ...]) -> Any:
-        with np.load(file, allow_pickle=False) as arrays:
-            return _own(arrays[name][part])
+        with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
+            return _own(np.lib.format.read_array(stream, allow_pickle=False)[part])
 
     return window, shape
 
 
-def _torch(file: Path, key: str | None, limits: Limits) -> tuple[Window, tuple[int, ...]]:
-    value = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    if isinstance(value, dict):
-        tensors = {str(name): tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
-        value = tensors[_chosen([*tensors], key)]
-    if not isinstance(value, Tensor) or value.is_sparse or value.is_quantized or value.is_complex():
-        raise ValueError("holds no plain tensor")
-    tensor = value.detach()
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"claims the shape {tuple(tensor.shape)} in {tensor.untyped_storage().nbytes()} bytes")
-    return lambda part: tensor[part].clone(), tuple(tensor.shape)
+def _checked_shape(stream: IO[bytes], size: int, name: str) -> tuple[int, ...]:
+    """The shape of a NumPy array in so many bytes, of which the header alone is read.
+
+    Raises ValueError for other values than numbers, and for a shape that is larger than the bytes.
+    """
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, kind = read(stream)
+    _check_kind(kind)
+    if math.prod(shape) * kind.itemsize > size:
+        raise ValueError(f"{name} claims the shape {shape} in {size} bytes")
+    return shape
+
+
+def _pickled(file: Path, key: str | None, limits: Limits) -> tuple[Window, tuple[int, ...]]:
+    raise ValueError("is a pickle, which is not read; save its array as .npy or .safetensors")
 
 
 def _safetensors(file: Path, key: str | None, limits: Limits) -> tuple[Window, tuple[int, ...]]:
@@ -98,18 +103,24 @@ def _chosen(names: list[str], key: str | None) -> str:
 
 def _own(window: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A copy in the machine's own order of bytes; numbers of other kinds than torch has become float32."""
-    if window.dtype.kind not in "buif":
-        raise ValueError(f"holds {window.dtype}, which are no numbers of pixels")
+    _check_kind(window.dtype)
     return np.array(window, window.dtype if window.dtype == np.uint8 else np.float32)
+
+
+def _check_kind(kind: np.dtype[Any]) -> None:
+    if kind.kind not in "buif":
+        raise ValueError(f"holds {kind}, which are no numbers of pixels")
 
 
 _READERS: dict[str, Callable[[Path, str | None, Limits], tuple[Window, tuple[int, ...]]]] = {
     ".npy": _numpy,
     ".npz": _zipped,
-    ".pt": _torch,
-    ".pth": _torch,
+    ".pt": _pickled,
+    ".pth": _pickled,
     ".safetensors": _safetensors,
 }
 
+_READ = (".npy", ".npz", ".safetensors")
+
 ARRAY_SUFFIXES = tuple(_READERS)
-"""Of the files that `open_array` reads."""
+"""Of the files that `open_array` reads, or refuses with what to do instead."""

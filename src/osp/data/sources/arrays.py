@@ -1,4 +1,4 @@
-"""Clips that lie in files as arrays of pixels: NumPy's `.npy` and `.npz`, torch's `.pt` and `.pth`, and safetensors."""
+"""Clips that lie in files as arrays of pixels: NumPy's `.npy` and `.npz`, and safetensors."""
 
 import hashlib
 import os
@@ -176,5 +176,5 @@ def _files(path: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(root, name) for name in files if Path(name).suffix.lower() in ARRAY_SUFFIXES and name[0] != "."]
     if not found:
-        raise DataError(f"{path}: no arrays in it ({' '.join(ARRAY_SUFFIXES)})")
+        raise DataError(f"{path}: no arrays in it (.npy .npz .safetensors)")
     return sorted(path for path in found if path.is_file())
