@@ -189,7 +189,8 @@ def test_a_denoiser_is_measured_sparse_and_dense(command: Bench, model: list[str
     ]
     for sparse, dense in zip(rows[::2], rows[1::2], strict=True):
         assert not sparse["note"] + dense["note"]
-        assert dense["time_ratio"] == dense["flops_ratio"] == 1
+        assert dense["time_ratio"] == dense["flops_ratio"] == dense["attention_distance"] == 1
+        assert 1 < sparse["attention_distance"] < 2  # of its sparse blocks
         assert sparse["time_ratio"] == pytest.approx(sparse["seconds"] / dense["seconds"])
         assert sparse["flops_ratio"] == sparse["flops"] / dense["flops"] != 1
         assert sparse["tokens_per_second"] == pytest.approx(2 * sparse["tokens"] / sparse["seconds"])
@@ -198,6 +199,7 @@ def test_a_denoiser_is_measured_sparse_and_dense(command: Bench, model: list[str
     assert train["flops"] == checkpointed["flops"]  # nominal
     assert "text tokens 3, batch 2" in out
     assert "| FLOP ratio |" in out
+    assert "| attention distance |" in out
     with open(tmp_path / "results.csv") as file:
         assert [float(row["flops_ratio"]) for row in csv.DictReader(file)] == [row["flops_ratio"] for row in rows]
     assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -27,3 +27,16 @@ def test_each_line_is_in_its_panel_and_looks_the_same_everywhere(tmp_path: Path)
     assert [list(line.get_xdata()) for line in memory.get_lines()] == [[9]] * 4
     write_figure(tmp_path / "plot.png", figure)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_of_one_length_are_bars() -> None:
+    points = {"sparse": [[(256, 4.0)], [(256, 1.0)]], "dense": [[(256, 2.0)], []]}
+    lines = [Line(panel, "", style, points[style]) for panel in ("forward", "train") for style in points]
+    figure = draw_panels(lines, "tokens", ["speed", "memory"], "a model")
+    assert not any(axes.get_lines() for axes in figure.axes)
+    heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
+    assert heights == [[4, 2], [4, 2], [1, 0], [1, 0]]
+    assert len({bar.get_hatch() for bar in figure.axes[0].patches}) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["sparse", "dense"]
+    assert [text.get_text() for text in figure.axes[2].get_xticklabels()] == ["256"]
+    assert figure.axes[0].get_ylim() == (0, 4.4)

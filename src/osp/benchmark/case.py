@@ -43,6 +43,10 @@ class Case(Protocol):
         """Nominal operations of one run."""
 
     @property
+    def counted(self) -> Mapping[str, float | None]:
+        """Further columns that are known without a run; None: nobody can tell."""
+
+    @property
     def precision(self) -> str:
         """What the settings call `dtype`."""
 

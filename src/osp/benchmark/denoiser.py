@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from osp.benchmark.case import Target, start_compiler
+from osp.benchmark.distance import attention_distance
 from osp.benchmark.models import PRECISIONS, ModelSource, weights_dtype
 from osp.benchmark.settings import choices, sizes, whole_numbers
-from osp.denoiser import Denoiser, Stage, restage
+from osp.denoiser import Denoiser, Grid, Stage, restage
 from osp.denoiser.flops import denoiser_flops
 from osp.errors import UsageError
 from osp.weights.pretrained import open_pretrained
@@ -29,6 +30,7 @@ class DenoiserCase:
     """One row: what goes through a denoiser, and how.
 
     `direction` is "forward" or "train", `tokens` are the video's in one sample, and `flops` the nominal count.
+    `distance` is `attention_distance`; None where it cannot be counted, or tokens never hear of each other.
     """
 
     denoiser: ModelSource
@@ -43,6 +45,7 @@ class DenoiserCase:
     tokens: int
     flops: int
     note: str = ""
+    distance: float | None = None
 
     @property
     def about(self) -> dict[str, Any]:
@@ -74,6 +77,11 @@ class DenoiserCase:
     def work(self) -> dict[str, float]:
         """What is done in one run, to be given per second."""
         return {"tokens": self.batch * self.tokens}
+
+    @property
+    def counted(self) -> dict[str, float | None]:
+        """How far apart attention leaves the tokens."""
+        return {"attention_distance": self.distance}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,6 +158,7 @@ def cases(settings: Mapping[str, Any], source: ModelSource) -> tuple[list[Denois
     models = _by_schedule(model, sweep.schedules)
     rows = []
     what = product(sweep.precisions, sweep.compiled, sweep.latents, sweep.texts, sweep.batches)
+    distances: dict[tuple[str, tuple[int, ...]], float | None] = {}
     for number, how, latent, text, batch in what:
         tokens = math.prod(latent) // model.patch_size**2
         for direction, every, (schedule, one) in product(sweep.directions, sweep.recomputed, models.items()):
@@ -159,8 +168,19 @@ def cases(settings: Mapping[str, Any], source: ModelSource) -> tuple[list[Denois
             flops = counted.forward + (counted.backward if direction == "train" else 0)
             every = every if direction == "train" else 0
             about = (source, latent, text, batch, direction, schedule, number, how, every)
-            rows.append(DenoiserCase(*about, tokens=tokens, flops=flops))
+            if (schedule, latent) not in distances:
+                distances[schedule, latent] = _distance(one, latent)
+            rows.append(DenoiserCase(*about, tokens=tokens, flops=flops, distance=distances[schedule, latent]))
     return rows, source.title(model)
+
+
+def _distance(model: Denoiser, latent: tuple[int, ...]) -> float | None:
+    frames, height, width = latent
+    try:
+        found = attention_distance(model, Grid(frames, height // model.patch_size, width // model.patch_size))
+    except UsageError:  # it would take minutes to count
+        return None
+    return found if math.isfinite(found) else None
 
 
 def _by_schedule(model: Denoiser, schedules: list[str]) -> dict[str, Denoiser]:
@@ -227,6 +247,8 @@ DENOISER = Target(
         "of the schedule; its backward pass counts 2.5 times the forward, as a kernel that keeps no scores computes "
         "them again. What checkpointing computes again is not counted.",
         "Tokens are the video's, in all samples of the batch.",
+        "Attention distance is the average number of attentions from a token to another, by the sparse blocks alone "
+        "where there are any; - where it takes too long to count, or tokens never hear of each other.",
         "Memory taken is what comes on top of the process with its weights: the inputs, what is computed on the way, "
         "and in training the gradients, but no optimiser.",
         "Ratios are to dense attention in all blocks of the same model; the FLOP ratio is what the time ratio would be "

@@ -10,13 +10,14 @@ from osp.files import write_whole
 from osp.report.plots import Line, draw_panels, write_figure
 from osp.report.tables import csv_text, markdown_table
 
-# Columns of the table that are measured: heading, and what its numbers are divided by
+# Columns of the table that are measured or counted: heading, and what its numbers are divided by
 _MEASURED = {
     "seconds": ("seconds", 1),
     "frames_per_second": ("frames/s", 1),
     "megapixels_per_second": ("megapixels/s", 1),
     "tokens_per_second": ("tokens/s", 1),
     "flops": ("TFLOP", 1e12),
+    "attention_distance": ("attention distance", 1),
     "share_of_peak": ("% of peak", 0.01),
     "peak_bytes": ("peak MiB", 1 << 20),
     "taken_bytes": ("taken MiB", 1 << 20),
@@ -49,7 +50,7 @@ def table_rows(
 def _row(
     case: Case, measured: Mapping[str, Any], reference: Mapping[str, Any] | None, matmul_flops: float
 ) -> dict[str, Any]:
-    row = {**case.about, "flops": case.flops, "note": measured.get("note", "")}
+    row = {**case.about, "flops": case.flops, **case.counted, "note": measured.get("note", "")}
     if "seconds" not in measured:
         return row
     seconds, taken = min(measured["seconds"]), measured["taken_bytes"]
@@ -157,7 +158,7 @@ def _text(row: Mapping[str, Any], key: str) -> str:
         return "yes" if value else "no"
     if key not in _MEASURED:
         return str(value)
-    if key.endswith("ratio"):
+    if key.endswith(("ratio", "distance")):
         return f"{value:.2f}"
     value /= _MEASURED[key][1]
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from osp.benchmark.distance import attention_distance
 from osp.conditioning import TextEncoder
 from osp.data.sources import FeatureClips
 from osp.denoiser import Denoiser, Grid
 from osp.denoiser.flops import denoiser_flops
-from osp.denoiser.patterns import Dense, average_attention_distance
 from osp.devices import synchronize
 from osp.errors import UsageError
 
@@ -88,11 +88,9 @@ def costs(
     batch, latent, text = len(inputs["latent"]), inputs["latent"].shape[2:], inputs["text"].shape[1]
     for name, model in models.items():
         flops = denoiser_flops(model, latent, text, batch)
-        # One dense block would make every distance 1.
-        sparse = [pattern for pattern in model.schedule if pattern != Dense()] or model.schedule
         made[name] = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "attention_distance": average_attention_distance(sparse, grid),
+            "attention_distance": attention_distance(model, grid),
             "step_seconds": statistics.median(seconds[name]),
             "flops": flops.forward + flops.backward,
         }

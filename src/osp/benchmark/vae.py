@@ -73,6 +73,11 @@ class VAECase:
         return {"frames": self.frames, "megapixels": self.frames * self.height * self.width / 1e6}
 
     @property
+    def counted(self) -> dict[str, float | None]:
+        """No further columns."""
+        return {}
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the arithmetic is done in."""
         return PRECISIONS[self.precision]

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
-_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ("--", "v"), (":", "x"))
+_STYLES = (("-", "o", ""), ("--", "s", "//"), (":", "^", ".."), ("-.", "D", "xx"), ("--", "v", "--"), (":", "x", "++"))
+"""The line, the marker on it, and the hatch of a bar."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ def draw_panels(lines: Sequence[Line], x: str, quantities: Sequence[str], title:
     """A row of panels for each quantity, whose axis starts at 0; `x` names what all of them share.
 
     Lines of one colour, or one style, mean the same in every panel. The axis of x is logarithmic from a factor of 8 on.
+    Where all points have the same x, each line is a bar.
     """
     from matplotlib.figure import Figure  # takes its time to load
 
     panels = list(dict.fromkeys(line.panel for line in lines))
     colours, styles = (_looks(lines, *pair) for pair in (("colour", _COLOURS), ("style", _STYLES)))
+    values = sorted({point[0] for line in lines for points in line.points for point in points})
     figure = Figure(figsize=(2 + 4.5 * len(panels), 8), layout="constrained")
     grid = figure.subplots(len(quantities), len(panels), sharex=True, squeeze=False)
     for number, (row, quantity) in enumerate(zip(grid, quantities, strict=True)):
@@ -48,12 +51,12 @@ def draw_panels(lines: Sequence[Line], x: str, quantities: Sequence[str], title:
             axes.set_title(panel)
             axes.grid(alpha=0.3)
         for line in lines:
-            linestyle, marker = styles[line.style]
-            look = {"color": colours[line.colour], "linestyle": linestyle, "marker": marker, "label": line.label}
-            points = line.points[number]
-            row[panels.index(line.panel)].plot([x for x, _ in points], [y for _, y in points], **look)
-    _set_axes(grid, x, sorted({point[0] for line in lines for points in line.points for point in points}))
-    drawn = {str(line.get_label()): line for axes in grid[0] for line in axes.get_lines()}
+            draw = _draw_bar if len(values) == 1 else _draw_line
+            axes = row[panels.index(line.panel)]
+            draw(axes, line.points[number], line.label, colours[line.colour], styles[line.style])
+    _set_axes(grid, x, values)
+    handles = [pair for axes in grid[0] for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    drawn = {label: handle for handle, label in handles}
     names = (f"{colour} {style}".strip() for colour in colours for style in styles)
     legend = [name for name in names if name in drawn]
     figure.legend([drawn[name] for name in legend], legend, loc="outside lower center", ncols=3)
@@ -74,12 +77,31 @@ def _looks(lines: Sequence[Line], what: str, looks: Sequence[Any]) -> dict[str, 
     return {meaning: looks[number % len(looks)] for number, meaning in enumerate(meanings)}
 
 
+def _draw_line(
+    axes: Any, points: Sequence[tuple[float, float]], label: str, colour: str, style: tuple[str, str, str]
+) -> None:
+    look = {"color": colour, "linestyle": style[0], "marker": style[1], "label": label}
+    axes.plot([x for x, _ in points], [y for _, y in points], **look)
+
+
+def _draw_bar(
+    axes: Any, points: Sequence[tuple[float, float]], label: str, colour: str, style: tuple[str, str, str]
+) -> None:
+    """A bar to the right of those that are there; without points its place is empty."""
+    heights = [y for _, y in points] or [0.0]
+    places = range(len(axes.patches), len(axes.patches) + len(heights))
+    axes.bar(places, heights, color=colour, hatch=style[2], edgecolor="white", label=label)
+
+
 def _set_axes(grid: Any, x: str, values: Sequence[float]) -> None:
     for axes in grid.flat:
         if 0 < axes.dataLim.y1 < math.inf:  # what took no memory that shows, or where nobody can tell, has none
             axes.set_ylim(0, 1.1 * axes.dataLim.y1)
     for below in grid[-1]:
         below.set_xlabel(x)
+        if len(values) == 1:
+            below.set_xticks([(len(below.patches) - 1) / 2], [str(values[0])])
+            continue
         below.set_xscale("log" if values[-1] >= 8 * values[0] else "linear")
         below.set_xticks(values, [str(value) for value in values])
         below.set_xticks([], minor=True)
