@@ -53,8 +53,8 @@ def check_choice(key: str, value: Any, choices: Iterable[Any], error: type[OspEr
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity."""
-    if not values.is_floating_point() and not values.is_complex():
+    """Whether a tensor holds neither NaN nor infinity; one without memory does not."""
+    if values.is_meta or not (values.is_floating_point() or values.is_complex()):
         return True
     if values.dtype.itemsize == 1:  # of which torch has no sums
         values = values.float()

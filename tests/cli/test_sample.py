@@ -312,8 +312,9 @@ EARLY = [
 def test_mistakes_are_told_before_a_model_is_read(
     sample: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, message: str
 ) -> None:
-    def load(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model is read")
+    def load(cfg: Any, **more: Any) -> Any:
+        assert cfg["_target_"].endswith(".Limits"), "a model is read"
+        return instantiate(cfg, **more)
 
     monkeypatch.setattr("osp.cli.sample.instantiate", load)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')

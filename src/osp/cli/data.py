@@ -4,7 +4,6 @@ from omegaconf import DictConfig
 
 from osp.checks import check_choice
 from osp.cli.plain import instantiate
-from osp.data.datamodule import ClipDataModule
 from osp.data.sources import ClipSource
 from osp.errors import UsageError
 
@@ -22,7 +21,7 @@ def check_data(cfg: DictConfig) -> None:
 def build_source(cfg: DictConfig) -> ClipSource:
     """The source of clips that `data` and `split` choose. Raises UsageError for features, and for clips mirrored."""
     source = instantiate(cfg.data[cfg.split])
-    if isinstance(source, ClipDataModule) or not hasattr(source, "read"):
+    if not hasattr(source, "read"):
         raise UsageError(f"data.{cfg.split} is a {type(source).__name__}, which is no source of clips (ClipSource)")
     if source.made_with is not None:
         raise UsageError(f"data.{cfg.split} holds features, which are encoded already; give a source of videos")

@@ -36,7 +36,7 @@ Waiting = Callable[[], AbstractContextManager[None]]
 """What is entered where a loader waits for a batch."""
 
 _STEP = "global batch (batch_size x devices x accumulate)"
-_COUNTS = {"steps": 10**8, "batches": 10**12, "global_batch": 10**9}  # of a loader's state, and the most of each
+_COUNTS = {"steps": 10**12, "batches": 10**12, "global_batch": 10**9}  # of a loader's state, and the most of each
 _PLAIN = (float, str, bool, None)
 
 GIVE_UP_AFTER = 1000

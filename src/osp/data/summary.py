@@ -73,6 +73,11 @@ class Tally:
         """Count one more for a reason that is told in a `Summary` alone, not by `warn`."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
 
+    def take(self, other: "Tally") -> None:
+        """Take over what another one has counted of other reasons."""
+        self.counts |= other.counts
+        self._examples |= other._examples
+
     def warn(self, place: object) -> None:
         """Log one line a reason, such as "PLACE: 2 side-cars that cannot be read: a.json: is no JSON; b.txt: ..."."""
         for reason, shown in self._examples.items():

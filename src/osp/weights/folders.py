@@ -62,6 +62,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises WeightImportError naming the file if it holds anything else."""
     try:
         loaded = read_document(path)
+    except FileNotFoundError as error:
+        raise WeightImportError(f"{path}: No such file") from error
     except (DataError, OSError) as error:
         raise WeightImportError(f"{path}: not readable as JSON ({str(error).removeprefix(f'{path}: ')})") from error
     if not isinstance(loaded, dict):

@@ -193,8 +193,9 @@ def _shards_of(folder: Path, limits: Limits, tally: Tally) -> list[ClipEntry] | 
 def _without_tars(folder: Path, limits: Limits, tally: Tally) -> list[ClipEntry]:
     """The clips of a folder that holds no tars itself: plain files, or else the tars in the folders below."""
     tars, packed = tars_below(folder)
+    others = Tally()
     try:
-        files = media_files(folder, tally=tally)
+        files = media_files(folder, tally=others)
     except DataError as error:
         if packed and not tars:
             raise DataError(
@@ -208,6 +209,7 @@ def _without_tars(folder: Path, limits: Limits, tally: Tally) -> list[ClipEntry]
             tally.add("compressed tars, which are not read", tar.relative_to(folder))
         below = [_shards_of(part, limits, tally) for part in dict.fromkeys(tar.parent for tar in tars)]
         return [entry for entries in below for entry in entries or ()]
+    tally.take(others)
     for tar in tars + packed:
         tally.add("tars beside videos or images, which alone are read", tar.relative_to(folder))
     side_cars = SideCars(limits)
