@@ -169,7 +169,7 @@ class DenoiserModule(TrainingModule):
 
     @property
     def identity(self) -> LatentIdentity:
-        """What the latents of the prepared data are made with."""
+        """The identity of the latents of the prepared data."""
         assert self._identity is not None
         return self._identity
 
@@ -255,7 +255,7 @@ class DenoiserModule(TrainingModule):
         return self.codec.encode(to_float(batch["video"]), generators)
 
     def _condition(self, batch: Batch, generators: Sequence[torch.Generator], noise: bool) -> ConditionInputs | None:
-        """What the denoiser is given of the batch's videos, with noise on it or without."""
+        """The denoiser's inputs from frames of the batch's videos, with noise on them or without; None: no masks."""
         if self.masks is None or self.codec is None:
             return None
         return self.masks.draw_given(to_float(batch["video"]), generators, noise).encode(self.codec)

@@ -28,7 +28,7 @@ from osp.training.state import open_state
 log = logging.getLogger(__name__)
 
 _LEFT = ("checkpoints", "tensorboard", "csv")
-"""What a run that starts over drops of the one before, beside its result."""
+"""The folders that a run which starts over deletes, beside the result of the run before."""
 
 _EXPECTED_WARNINGS = (
     # The averaged twin of the model stays in eval mode on purpose.
@@ -197,7 +197,7 @@ def write_result(
     seconds: float,
     overrides: Sequence[str],
 ) -> dict[str, Any]:
-    """What a run has come to; also written to its folder."""
+    """The result of a run, which is also written to its folder."""
     score = next((one.score for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)), None)
     result = {
         "name": name,

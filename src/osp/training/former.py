@@ -18,7 +18,7 @@ _OF_VERBS = {("bench", "checkpoint_every"): "recompute_every"}
 
 
 def new_key(verb: str, key: str) -> str | None:
-    """What a former key of a verb's command line is called now, by family where these differ; None for another key."""
+    """Today's name of a former key of a verb's command line, for each family if they differ; None for another key."""
     part, _, name = key.rpartition(".")
     if part != "denoiser":
         return _OF_VERBS.get((verb, key))

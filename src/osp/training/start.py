@@ -24,8 +24,8 @@ _MAY_DIFFER = ("stages", "long_skips", "frame_channels", "position_scale")
 
 @dataclass(frozen=True)
 class StartWeights:
-    """What a run begins with: the denoiser's weights, the text encoder's if it brings some, and what it says of its
-    latents, if it says it."""
+    """The weights that a run begins with: the denoiser's, the text encoder's if there are any, and the identity of the
+    latents that they were trained on, if it is known."""
 
     denoiser: Mapping[str, Tensor]
     text: Mapping[str, Tensor] | None
