@@ -61,7 +61,7 @@ class DenoiserCase:
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """What rows to compare have in common."""
+        """The settings that rows share if they are compared with each other."""
         what = (self.latent, self.text_tokens, self.batch, self.direction)
         return (*what, self.precision, self.compiled, self.recompute_every)
 
@@ -72,12 +72,12 @@ class DenoiserCase:
 
     @property
     def work(self) -> dict[str, float]:
-        """What is done in one run, to be given per second."""
+        """The tokens of one run; the table gives them per second."""
         return {"tokens": self.batch * self.tokens}
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the arithmetic is done in."""
+        """The number format of the arithmetic."""
         return PRECISIONS[self.precision]
 
     def load(self, device: torch.device) -> Denoiser:

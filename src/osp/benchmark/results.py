@@ -1,4 +1,4 @@
-"""What `osp bench` leaves: one table, the same as files, and one plot."""
+"""The results of `osp bench`: one table, the same table as files, and one plot."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence

@@ -24,7 +24,7 @@ NAMES = ("2+1d", "dense", "skip_window_k2", "skiparse_k2", "skiparse_k4", "suv",
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained: the denoiser with other stages, and the variant that its costs are divided by."""
+    """A variant to train: the denoiser with stages of its own, and the variant that its costs are divided by."""
 
     name: str
     reference: str
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def training(self) -> TrainingRun:
-        """What `osp train` leaves of it."""
+        """The training run that `osp train` makes in the folder."""
         return TrainingRun(self.folder)
 
     def trained(self) -> bool:
@@ -89,7 +89,7 @@ class Run:
         return f"prompts={settings['prompts']}" in self.evaluation and f"input='{settings['input']}'" in self.evaluation
 
     def commands(self) -> list[list[str]]:
-        """What is still to be done."""
+        """The commands that are still to be run, as words of `osp`."""
         judged = [f"checkpoint='{self.training.last}'", f"output='{self.folder / 'eval'}'", *self.evaluation]
         train = [] if self.trained() else [["train", *self.overrides]]
         return train if not train and self.evaluated() else [*train, ["eval", "target=generation", *judged]]
@@ -116,7 +116,7 @@ def variants(blocks: int) -> dict[str, Variant]:
 
 
 def train_overrides(variant: Variant, features: Path) -> list[str]:
-    """What makes the variant."""
+    """The overrides of `osp train` that make the variant, trained on these features."""
     return [f"experiment={EXPERIMENT}", *variant.overrides, f"data.train.path='{features}'"]
 
 

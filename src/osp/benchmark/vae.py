@@ -59,7 +59,7 @@ class VAECase:
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """What rows to compare have in common."""
+        """The settings that rows share if they are compared with each other."""
         return (self.half, self.height, self.width, self.frames, self.precision, self.compiled)
 
     @property
@@ -69,12 +69,12 @@ class VAECase:
 
     @property
     def work(self) -> dict[str, float]:
-        """What is done in one run, to be given per second."""
+        """The frames and megapixels of one run; the table gives them per second."""
         return {"frames": self.frames, "megapixels": self.frames * self.height * self.width / 1e6}
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the arithmetic is done in."""
+        """The number format of the arithmetic."""
         return PRECISIONS[self.precision]
 
     def load(self, device: torch.device) -> VideoVAE:
