@@ -65,7 +65,7 @@ class WeightImportError(OspError):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a `.safetensors` or torch file holds, on the CPU. Nothing in the file is executed.
+    """The contents of a `.safetensors` or torch file, on the CPU. Nothing in the file is executed.
 
     Raises WeightImportError naming the file if it is missing, damaged, or holds more than tensors and plain values.
     """

@@ -1,4 +1,4 @@
-"""What may be made of the names in a torch file: numbers, arrays of numbers, tensors of what the file stores, settings.
+"""The values that names in a torch file may make: numbers, arrays of numbers, tensors of stored numbers, settings.
 
 Beside weights, training leaves the settings of its run, NumPy's numbers and arrays, and states of random numbers. Each
 function here stands in the place of one that such files name, and refuses arguments that plain values would not have.

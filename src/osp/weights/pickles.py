@@ -33,13 +33,13 @@ class RefusedError(ValueError):
 
 @dataclass(frozen=True)
 class Name:
-    """What a pickle calls a function or a class by; it is never looked up."""
+    """The name of a function or a class in a pickle; it is never looked up."""
 
     text: str
 
 
 class Maker:
-    """What functions of the table make values with; it keeps the sum of what they make to the size of the file."""
+    """The allowance that the table's functions make values with; it bounds their total size by the size of the file."""
 
     def __init__(self, size: int, stored: int) -> None:
         self._left, self._stored_left = 4 * size + _MORE, _TIMES_SHARED * stored + _MORE
@@ -59,7 +59,7 @@ class Maker:
 
 @dataclass(frozen=True)
 class Table:
-    """What names stand for: `constants`, `makers` by name, and `builders`, which fill what was made, by its type.
+    """The meanings of names: `constants`, `makers` by name, and `builders`, which fill made values, by their type.
 
     `persistent` gives what stands for a persistent id, which torch has for storages; `stored` is the bytes of these.
     """
@@ -226,7 +226,7 @@ def check_key(key: Any) -> Any:
 
 
 def inner_values(value: Any) -> tuple[Any, ...] | list[Any]:
-    """What a container holds; nothing of what is none."""
+    """The values in a container; none for a value that is no container."""
     if isinstance(value, dict):
         return list(value.values())
     if isinstance(value, Namespace):

@@ -33,7 +33,7 @@ _PROTOCOL = 1001
 
 
 class Content(Opened):
-    """What a file holds, or a mapping in it."""
+    """The contents of a file, or of a mapping in it."""
 
     def __init__(self, values: Mapping[Any, Any], stored: Callable[[View], Stored]) -> None:
         self._values, self._stored = values, stored
