@@ -20,7 +20,7 @@ from osp.errors import UsageError
 
 
 class BucketRule(Protocol):
-    """What gives clips their shape; a frozen dataclass, so that its `repr` tells two rules apart."""
+    """The rule that gives clips their shape; a frozen dataclass, so that its `repr` tells two rules apart."""
 
     def fit(self, clip: Shape) -> Shape | None:
         """The shape that a clip of this size is read in, None if there is none for it."""

@@ -86,7 +86,7 @@ class TrainPlan:
         return images if self._images == 1 else videos / float(1 - self._images)
 
     def attempts(self, batch: int) -> Iterator[list[Slot]]:
-        """What is read here for global batch `batch`; then, for where no clip of that group can be read, others'."""
+        """The slots to read here for global batch `batch`; then those of other groups, for when no clip can be read."""
         number, turn = self._locate(batch)
         yield self._slots(batch, number, turn)
         stream = next(stream for stream in self._streams if number in stream.numbers)

@@ -53,7 +53,7 @@ class CutSettings:
 
 @dataclass(frozen=True)
 class Examined:
-    """What a source gives: the one clip that it is, or the pieces to cut, or neither and the reason why.
+    """The clips of a source: the one clip that it is, or the pieces to cut, or neither and the reason why.
 
     With `unplanned` the pieces are found while it is decoded, by `cut_decoded`. `note` is what a user should know of a
     source that is stored.

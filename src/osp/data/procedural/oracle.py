@@ -48,7 +48,7 @@ _TEMPLATE_BLURS = (0.0, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Reading:
-    """What an object looks like; None where the pixels do not say."""
+    """The look of an object: colour, shape and motion, each None if the pixels do not show it."""
 
     colour: str | None
     shape: str | None
