@@ -63,7 +63,7 @@ def _main(verb: str, arguments: list[str]) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> list[OspError]:
-    """What the user can mend of the jobs that failed; in a multirun the others have run all the same."""
+    """The errors of failed jobs, which the user can mend; in a multirun the other jobs run all the same."""
     try:
         command = parsed(arguments)
         overrides = prepared(verb, command, config_folder())

@@ -1,4 +1,4 @@
-"""What a command prints: results on stdout, whole or not at all, and everything else on stderr, one line each."""
+"""The output of a command: results on stdout, whole or not at all, and everything else on stderr, one line each."""
 
 import json
 import math

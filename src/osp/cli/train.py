@@ -98,7 +98,7 @@ def _run(cfg: DictConfig, training: TrainingRun, endings: Endings, files: dict[s
 
 
 def _hydra_files(cfg: DictConfig) -> dict[str, str]:
-    """What Hydra would write before anything is checked: the configuration, its own, and the overrides."""
+    """The texts, by path, of files that Hydra would write too early: the configuration, Hydra's own, the overrides."""
     hydra: Any = HydraConfig.get()
     return {
         ".hydra/config.yaml": OmegaConf.to_yaml(cfg),
@@ -123,7 +123,7 @@ def _check(cfg: DictConfig) -> None:
 
 
 def _module(cfg: DictConfig, data: ClipDataModule) -> TrainingModule:
-    """What trains, with the codec of its clips if it works on latents; models get weights when training begins."""
+    """The module to train, with its clips' codec if it works on latents; models get weights when training begins."""
     if "denoiser" not in cfg.module:
         return instantiate(cfg.module, **_without_memory(cfg.module, "vae", "discriminator"))
     vae = None

@@ -1,4 +1,4 @@
-"""What of an exception a user is shown: one line, if it is theirs to mend."""
+"""The one line that a user is shown of an exception that the user can mend."""
 
 import errno
 import os
@@ -86,7 +86,7 @@ def _of_hydra(error: BaseException, verb: str) -> OspError | None:
 
 
 def _of_machine(error: BaseException) -> OspError | None:
-    """What a disk, a limit or too little memory has ended, whoever noticed it."""
+    """The error to show where a disk, a limit or too little memory ended a command; None for any other exception."""
     if isinstance(error, OSError):
         known = error.errno in _OF_MACHINES
         if error.filename is None and not known:
@@ -122,7 +122,7 @@ def _of_yaml(error: Exception) -> OspError:
 
 
 def _missing(key: str, verb: str) -> str:
-    """What to say of a setting that has to be given: with its meaning, if it has one."""
+    """The message for a setting that has to be given, with its meaning if it has one."""
     configs = config_folder()
     said = meanings(configs / f"{verb}.yaml")
     for group, names in groups_of(verb, configs).items():
