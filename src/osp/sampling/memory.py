@@ -22,9 +22,9 @@ _LATENTS = 5
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What is on the device, in bytes: `parts` by name, `phases` with all that is there at once, and what there is.
+    """The bytes on the device: `parts` by name, `phases` with all that is there at once, and the `available` memory.
 
-    `available` is what the device has free, and what the generator's weights hold of it already; None: not known.
+    `available` is the device's free memory plus the part that the generator's weights hold already; None: not known.
     """
 
     parts: Mapping[str, int]
@@ -45,7 +45,7 @@ class MemoryPlan:
 
     @property
     def advice(self) -> str:
-        """What to use where it does not fit."""
+        """The settings to change if it does not fit."""
         smaller = "a smaller clip" if self.batch == 1 else "a smaller batch_size or clip"
         return smaller if self.low_memory else f"memory=low, or {smaller}"
 
@@ -60,7 +60,7 @@ class MemoryPlan:
 def plan_memory(
     generator: VideoGenerator, frames: int, height: int, width: int, batch: int = 1, low_memory: bool = False
 ) -> MemoryPlan:
-    """What `generate` needs on the generator's device for a batch of such videos with guidance.
+    """The memory that `generate` needs on the generator's device for a batch of such videos with guidance.
 
     The tensors of one call of the denoiser and of the VAE are followed through a copy without memory, so that layers,
     patterns and types count as they are; attention is taken as fused, and autocast, which needs less, as if it were

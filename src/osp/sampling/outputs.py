@@ -120,7 +120,7 @@ class SampleFolder:
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """What a video of ours, or a folder of its frames, was made with; None if it does not say.
+    """The settings that a video of ours, or a folder of its frames, was made with; None if the files hold none.
 
     Raises DataError for a file that cannot be read.
     """

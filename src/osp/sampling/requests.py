@@ -1,4 +1,4 @@
-"""What a user asks for: prompts with what goes with each, from a file or a command, and the videos they become."""
+"""The requests of a user (prompts with their settings, from a file or a command), and the videos that they become."""
 
 import unicodedata
 from collections.abc import Callable, Sequence

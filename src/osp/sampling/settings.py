@@ -139,7 +139,7 @@ class Sampling:
 
 
 def setting_meanings() -> dict[str, str]:
-    """What each setting means, with its limits and what null is, by its whole name."""
+    """The meaning of each setting by its whole name, with its limits and the meaning of null."""
     return {name: _meaning(one.metadata) for name, one in _FIELDS.items() if "meaning" in one.metadata}
 
 
