@@ -1,4 +1,4 @@
-"""What a video is asked for by beside its prompt, and how that reaches the denoiser.
+"""The conditions that ask for a video beside its prompt, and how they reach the denoiser.
 
 A new kind of condition is one file here: a class with the methods of `Condition`. Neither the generator nor the
 training step knows more of it than these.
@@ -63,7 +63,7 @@ class Condition(Protocol):
         ...
 
     def encode(self, codec: LatentCodec) -> ConditionInputs:
-        """What the denoiser is given, on the codec's device."""
+        """The condition's inputs of the denoiser, on the codec's device."""
         ...
 
     def without(self) -> "Condition":

@@ -24,7 +24,7 @@ _UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, ImportError, 
 
 
 def read_settings(path: str | Path, model_types: Sequence[str]) -> dict[str, Any]:
-    """What `config.json` in the folder says.
+    """The settings in the folder's `config.json`.
 
     Raises UsageError for a folder that is missing, holds no model, one of a type that is not wanted, or pickles only.
     """

@@ -1,4 +1,4 @@
-"""What a user gives beside the prompt: an image, two, a clip to go on with, or any frames."""
+"""Frames that a user gives beside the prompt: one image, two images, a clip to go on with, or any frames."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

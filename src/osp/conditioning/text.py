@@ -109,7 +109,7 @@ class TextEncoder(Protocol):
         return {}
 
     def identities(self) -> tuple[TextIdentity | None, TextIdentity | None]:
-        """What made the text and the pooled text in features of this encoder; None for what features do not hold."""
+        """The identities of text and pooled text in features of this encoder; None for one that is not in features."""
         if self.trained:
             return None, None
         identity = TextIdentity(self.name, self.fingerprint(), self.channels)
@@ -117,7 +117,7 @@ class TextEncoder(Protocol):
 
 
 class LengthCheck:
-    """What happens to prompts that are longer than an encoder reads; it remembers whether it has said so."""
+    """The check of prompts for more tokens than an encoder reads; it warns once and remembers that."""
 
     def __init__(self, name: str, max_tokens: int) -> None:
         check_number(f"{name}: max_tokens", max_tokens, 2, whole=True)  # one word and the end

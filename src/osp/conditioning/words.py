@@ -71,7 +71,7 @@ class WordText(nn.Module):
 
     @property
     def settings(self) -> dict[str, int | None]:
-        """What builds the encoder again, as plain values."""
+        """The settings that build the encoder again, as plain values."""
         return {
             "channels": self.channels,
             "pooled_channels": self.pooled_channels,
