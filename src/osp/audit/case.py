@@ -53,7 +53,7 @@ class Case:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What the JSON file says. Raises DataError unless it is there and holds an object."""
+        """The object in the case's JSON file. Raises DataError if the file is missing or holds no object."""
         path = self.folder / f"{self.name}.json"
         try:
             settings = json.loads(path.read_text())

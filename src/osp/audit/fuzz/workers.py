@@ -23,7 +23,7 @@ _POLL = 0.5  # seconds
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one case may take: memory above that of the process it begins in, and seconds of computing."""
+    """The limits of one case: memory above that of the process it begins in, and seconds of computing."""
 
     mebibytes: int = 3072
     seconds: float = 20.0
