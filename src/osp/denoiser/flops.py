@@ -1,4 +1,4 @@
-"""What a denoiser computes, counted from its layers and the groups of its patterns: nothing is run."""
+"""The operations of a denoiser, counted from its layers and the groups of its patterns; nothing is run."""
 
 import re
 from collections.abc import Sequence
