@@ -81,7 +81,7 @@ def key_block_mask(keys: Tensor, queries: int) -> BlockMask:
 
 
 def _backend(q: Tensor, keys: int, padded: bool) -> Backend:
-    """What computes attention on q's device."""
+    """The function that computes attention on q's device."""
     if q.device.type == "cpu" and keys <= SHORT and torch.is_grad_enabled() and _computed_in(q) in HALF:
         return _explicit
     if q.device.type != "cuda":

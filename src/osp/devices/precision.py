@@ -10,7 +10,7 @@ AUTOCAST: Mapping[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": tor
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What one of AUTOCAST computes in; None for float32. Raises UsageError for another name."""
+    """The number format that a name in AUTOCAST computes in; None for float32. Raises UsageError for another name."""
     if precision not in AUTOCAST:  # what is auto has been decided by now
         check_choice("precision", precision, [*AUTOCAST, "auto"])
     return AUTOCAST[precision]
