@@ -1,4 +1,4 @@
-"""What all VAEs of the family share: encode and decode, whole, in pieces and in tiles, for any number of frames."""
+"""The base of all VAEs: encode and decode, whole, in pieces and in tiles, for any number of frames."""
 
 from abc import abstractmethod
 from typing import Any
