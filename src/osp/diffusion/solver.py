@@ -189,7 +189,7 @@ def solvers(objective: Objective) -> list[str]:
 
 
 def _discrete_settings(objective: Discrete, rescales: bool) -> dict[str, Any]:
-    """What the schedulers are told of an objective; each takes the settings that it knows."""
+    """The settings of the schedulers for an objective; each takes the settings that it knows."""
     settings: dict[str, Any] = {
         "num_train_timesteps": objective.steps,
         "prediction_type": "v_prediction" if isinstance(objective, Velocity) else "epsilon",
