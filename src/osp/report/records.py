@@ -1,4 +1,4 @@
-"""What a page reads of the folders that it shows: the forms of their records, and which files of theirs it may show."""
+"""The forms of the records in folders that a page shows, and the check of which files it may show."""
 
 from pathlib import Path
 from typing import Any
