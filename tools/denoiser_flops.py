@@ -1,4 +1,4 @@
-"""What the full-size denoisers compute in one forward pass, sparse and dense: `python tools/denoiser_flops.py`.
+"""The operations of the full-size denoisers in one forward pass, sparse and dense: `python tools/denoiser_flops.py`.
 
 The table is counted, not measured (`osp.denoiser.flops`). The speed-ups are those of the operations alone, at the same
 rate; `osp bench target=denoiser` measures. For orientation, the published ones of sparse against dense: v1.3, k=4, a
