@@ -51,7 +51,7 @@ class Clipping(nn.Module):
         learning = [parameter for parameter in parameters if parameter.grad is not None]
         total = nn.utils.get_total_norm([parameter.grad for parameter in learning if parameter.grad is not None])
         norm = float(total)
-        # Not the norm alone: the L1 distance sends no gradient where a reconstruction is NaN.
+        # The norm alone is not enough: the L1 distance sends no gradient where a reconstruction is NaN.
         if not math.isfinite(norm) or (loss is not None and not math.isfinite(float(loss))):
             self.not_finite += 1
             return Clipped(norm, dropped=True, diverged=self.not_finite >= self.patience)

@@ -37,9 +37,9 @@ _EXPECTED_WARNINGS = (
     # Steps are logged across epochs, however short these are.
     "The number of training batches .* is smaller than the logging interval",
     "Checkpoint directory .* exists and is not empty",
-    # What is logged of a validation is summed over the processes before.
+    # The logged values of a validation are summed over the processes before.
     r"It is recommended to use `self\.log\(.*sync_dist=True",
-    # Few loader workers are enough where clips are made on the fly, and a value of the user's choice.
+    # Few loader workers are enough if clips are made on the fly, and their number is the user's choice.
     r"The '\w+' does not have many workers",
 )
 

@@ -8,12 +8,12 @@ _TARGETS = {
     "osp.data.features.FeatureClips": "osp.data.sources.FeatureClips",
     "osp.data.synthetic.SyntheticClips": "osp.data.sources.SyntheticClips",
 }
-# By today's target, since one former name stood for different things; checkpoints have the same
+# Former keys by today's target, since one former name stood for different things; checkpoints hold the same keys.
 _KEYS = {
     "osp.denoiser.CrossTransformer": CrossTransformerConfig.former_names,
     "osp.denoiser.JointTransformer": JointTransformerConfig.former_names,
 }
-# Of a verb's command line alone
+# Former keys of a verb's command line alone.
 _OF_VERBS = {("bench", "checkpoint_every"): "recompute_every"}
 
 

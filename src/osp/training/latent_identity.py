@@ -25,7 +25,7 @@ class LatentIdentity:
 
     @classmethod
     def of(cls, data: ClipDataModule, codec: LatentCodec | None) -> "LatentIdentity":
-        """That of the training clips."""
+        """The identity of the training clips' latents."""
         latent = _made_with(data.train_source, codec)
         clips = first_clips(data.val_source) or first_clips(data.train_source)
         if not clips:

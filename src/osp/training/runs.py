@@ -17,24 +17,24 @@ RESULT = "result.json"
 CONFIG = "config.yaml"
 _LOCK = ".lock"
 
-# What a run cannot change half-way. Parts that others refer to come first, so that the key is named which was given.
+# Settings that a run cannot change half-way. Those that others refer to come first, so that the given key is named.
 _FIXED = (
     *("seed", "clip", "vae", "denoiser", "text", "objective", "perceptual", "clipping", "buckets", "latent"),
     *("data", "module"),
 )
-# What of it may: the loader itself refuses another order of the clips, and a denoiser another VAE.
+# Settings among these that may change: the loader refuses another order of the clips, and a denoiser another VAE.
 _FREE = {
     *("data.workers", "data.batch_size", "data.batch_tokens", "data.val_batch_size", "data.devices"),
     *("vae.path", "module.vae.path", "latent.vae.path"),
     "module.recompute_every",
 }
-_LIMITS = ".limits."  # of files may change as well: the loader compares the list of clips
-# What may be other from some step on.
+_LIMITS = ".limits."  # limits of files may change as well: the loader compares the list of clips
+# Settings that may change from some step on.
 _RATES = {
     *("module.lr", "module.discriminator_lr", "module.weight_decay", "module.betas", "module.gradient_clip"),
     *("module.warmup_steps", "module.decay_until", "module.ema_decay", "module.accumulate"),
 }
-_TOLD = ("trainer", "global_batch", "checkpoint_every")  # what is free beside these, and said when it changes
+_TOLD = ("trainer", "global_batch", "checkpoint_every")  # these may change as well, and a change is logged
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from osp.weights import load_pretrained
 
 log = logging.getLogger(__name__)
 
-# What leaves the weights as they are, or adds some that start without effect (`osp.denoiser.restage`).
+# Settings that leave the weights as they are, or add weights that start without effect (`osp.denoiser.restage`).
 _MAY_DIFFER = ("stages", "long_skips", "frame_channels", "position_scale")
 
 

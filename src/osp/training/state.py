@@ -66,7 +66,7 @@ class FileCheckpoint:
         """See `TrainingCheckpoint.weights`."""
         inner = self.content.get("state_dict")
         stored = Weights.of(inner if isinstance(inner, Mapping) else {})
-        # Copied: they lie in the file, which may be replaced.
+        # The tensors are copied: they lie in the file, which may be replaced.
         return {key.removeprefix(prefix): stored[key].clone() for key in stored if key.startswith(prefix)}
 
 
