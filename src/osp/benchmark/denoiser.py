@@ -128,7 +128,7 @@ class DenoiserSweep:
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> "DenoiserSweep":
-        """Of plain values. Raises UsageError for those that make no sense."""
+        """The sweep that plain values ask for. Raises UsageError for values that make no sense."""
         return cls(
             latents=sizes(settings, "latents", "FRAMESxHEIGHTxWIDTH", "8x64x64"),
             texts=whole_numbers(settings, "text_tokens"),

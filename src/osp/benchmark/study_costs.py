@@ -34,7 +34,7 @@ def random_batch(source: FeatureClips, text: TextEncoder, size: int) -> dict[str
 
 
 def grid_of(models: Mapping[str, Denoiser], inputs: Mapping[str, Tensor]) -> Grid:
-    """That of the tokens, which all variants have in common."""
+    """The grid of the tokens, which all variants have in common."""
     frames, height, width = inputs["latent"].shape[2:]
     patch = next(iter(models.values())).patch_size
     return Grid(frames, height // patch, width // patch)

@@ -33,7 +33,7 @@ class Variant:
 
     @property
     def overrides(self) -> list[str]:
-        """Of the command line of `osp train`."""
+        """The overrides of `osp train` that set the variant's denoiser."""
         stages = ",".join(
             "{" + ",".join(f"{key}:{value!r}" for key, value in asdict(stage).items()) + "}" for stage in self.stages
         )
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As messages say it."""
+        """The run's name in messages."""
         return f"{self.variant}, seed {self.seed}"
 
     @property
@@ -109,7 +109,7 @@ def variants(blocks: int) -> dict[str, Variant]:
         "skiparse_k2": (dense, Stage(blocks - 2, "skiparse", 2), dense),
         "skiparse_k4": (dense, Stage(blocks - 2, "skiparse", 4), dense),
     }
-    # Stages of the dense one are as many, so that it has the same long skips.
+    # The dense variant has as many stages, so that it has the same long skips.
     skipping = {"suv": u, "dense_u": tuple(Stage(stage.blocks) for stage in u)}
     made = {name: Variant(name, "dense", stages, long_skips=False) for name, stages in straight.items()}
     return made | {name: Variant(name, "dense_u", stages, long_skips=True) for name, stages in skipping.items()}

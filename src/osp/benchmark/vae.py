@@ -119,7 +119,7 @@ class VAECase:
             pass
 
     def _lengths(self, vae: VideoVAE) -> list[int]:
-        """Of a stream's pieces; the first has one latent frame more, which is that of the clip's first frame."""
+        """The lengths of a stream's pieces; the first has one latent frame more, that of the clip's first frame."""
         chunk = vae.piece(_HALVES[self.half])
         if self.chunk_frames is not None:
             chunk = self.chunk_frames * (vae.time_stride if self.half == "encode" else 1)
@@ -146,7 +146,7 @@ class VAESweep:
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> "VAESweep":
-        """Of plain values. Raises UsageError for those that make no sense."""
+        """The sweep that plain values ask for. Raises UsageError for values that make no sense."""
         return cls(
             halves=choices(settings, "half", tuple(_HALVES)),
             modes=choices(settings, "mode", _MODES),
@@ -209,7 +209,7 @@ def _build(source: ModelSource) -> VideoVAE:
 
 
 def nominal_flops(vae: VideoVAE, half: str, frames: int, height: int, width: int) -> int:
-    """For a whole clip, with what fills up the last stride of its frames. On the meta device nothing is computed."""
+    """The operations for a whole clip whose last stride is filled up. On the meta device nothing is computed."""
     if half == "encode":
         return count_flops(vae.encode_moments, vae.pad_frames(torch.empty(1, 3, frames, height, width, device="meta")))
     size = vae.strides.latent(frames, height, width)
