@@ -100,7 +100,7 @@ def _check(value: Any, hint: Any, place: str) -> None:
 
 
 def _check_any(value: Any, hints: Sequence[Any], place: str) -> None:
-    """As `_check` with the hint that fits the value's kind; the error is that of the first."""
+    """Check the value as `_check` does, with whichever hint fits it; the error is that of the first hint."""
     first: DataError | None = None
     for hint in hints:
         try:

@@ -24,7 +24,7 @@ _ITERATION = re.compile(r"iter_(\d+)")
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _AVERAGED, _PLAIN = "ema_model", "model"
 
-# The dimension along which tensor-parallel ranks split a tensor: the output of what widens, the input of what narrows.
+# The dimension along which tensor-parallel ranks split a tensor: the output of widening layers, the input of others.
 _SPLIT = (
     (0, re.compile(r"transformer_blocks\..+\.(to_[qkv]|add_[qkv]_proj|ff(_enc)?\.net\.0\.proj)\.(weight|bias)")),
     (1, re.compile(r"transformer_blocks\..+\.(to_out\.0|to_add_out|ff(_enc)?\.net\.2)\.weight")),

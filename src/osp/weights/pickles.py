@@ -21,7 +21,7 @@ _DEEPEST = 64  # levels of containers; what training leaves has about ten
 _TIMES_SHARED = 8  # how often a stored number may appear in tensors; tied weights make it two or three times
 _MORE = 1 << 20  # bytes and values that may be made beyond what the pickle's size bears out
 _SCALARS = (str, bytes, int, float, type(None))
-# What torch writes in names of Python 2
+# Modules that torch writes by their names of Python 2.
 _MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 Make = Callable[["Maker", tuple[Any, ...]], Any]
@@ -115,7 +115,7 @@ class _Machine:
         self.stack = []
 
     def tuple_of(self, count: int) -> None:
-        # Of what is not there a negative slice would give less.
+        # A negative slice of a stack that is too short would give fewer values without an error.
         if len(self.stack) < count:
             raise IndexError("the stack is too short")
         self.stack[-count:] = [tuple(self.stack[-count:])]
