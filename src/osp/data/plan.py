@@ -145,7 +145,7 @@ class _Stream:
         """The group of batch `batch` of this stream, and how many batches of that group are before it."""
         if len(self.numbers) == 1:
             return self.numbers[0], batch
-        # After e passes between e * rate - groups and e * rate batches are over.
+        # After e passes the number of finished batches lies between e * rate - groups and e * rate.
         low = max(0, int(batch / self.rate) - 2)
         high = int((batch + 1 + len(self.numbers)) / self.rate) + 2
         epoch = bisect.bisect_right(range(high + 1), batch, lo=low, key=lambda e: sum(self._over(e))) - 1

@@ -45,7 +45,7 @@ def _zipped(file: Path, key: str | None, limits: Limits) -> tuple[Window, tuple[
     with zipfile.ZipFile(file) as archive:
         sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
         name = _chosen([*sizes], key)
-        # What the file unpacks to is bounded before anything is unpacked.
+        # The unpacked size is checked before anything is unpacked.
         if sizes[name] > limits.member_bytes:
             raise ValueError(f"{name} unpacks to {sizes[name]} bytes, more than limits.member_bytes")
         with archive.open(f"{name}.npy") as member:
@@ -112,4 +112,4 @@ _READERS: dict[str, Callable[[Path, str | None, Limits], tuple[Window, tuple[int
 }
 
 ARRAY_SUFFIXES = tuple(_READERS)
-"""Of the files that `open_array` reads."""
+"""The suffixes of the files that `open_array` reads."""
