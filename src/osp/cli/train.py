@@ -35,7 +35,7 @@ from osp.training.records import Record
 from osp.training.runs import TrainingRun
 from osp.training.saving import AtomicCheckpointIO
 
-# What the Trainer is given by other settings.
+# Keys of `trainer` whose values other settings decide, and what to do instead.
 _TRAINER_KEYS = {
     "logger": "choose loggers by their group, logger=NAME or logger=[NAME,NAME]; one of your own is added to ours by "
     "+logger.NAME._target_=CLASS",
@@ -142,7 +142,7 @@ def _module(cfg: DictConfig, data: ClipDataModule) -> TrainingModule:
 
 
 def _without_memory(cfg: DictConfig, *parts: str) -> dict[str, Any]:
-    """Those parts of a module whose weights are drawn, built without any; what reads weights from files is left out."""
+    """The parts of a module whose weights are drawn, built without weights; parts that read files are left out."""
     drawn = [part for part in parts if cfg[part] is not None and is_drawn(get_object(cfg[part]._target_))]
     with torch.device("meta"):
         return {part: instantiate(cfg[part]) for part in drawn}
