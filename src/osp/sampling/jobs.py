@@ -82,7 +82,7 @@ class Plan:
         return self.sampling.memory == "low"
 
     def unlike_training(self) -> str:
-        """In what the videos differ from the clips of training, as far as these are known; empty if in nothing."""
+        """The differences of the videos from the clips of training, as far as these are known; empty without any."""
         trained = dict(self.generator.clip or {})
         differs = []
         for key in Shape._fields:

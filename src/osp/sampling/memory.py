@@ -16,7 +16,7 @@ from osp.sampling.offload import BLOCKS_ON_DEVICE
 from osp.vae.memory import LiveBytes, working_bytes
 
 _GIB = 2**30
-# The solver's state, what the model gets and gives, twice with guidance.
+# The solver's state, and the model's input and output, each of them twice with guidance.
 _LATENTS = 5
 
 
@@ -35,7 +35,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """That of the phase which needs most."""
+        """The bytes of the phase that needs most."""
         return max(self.phases.values())
 
     @property
@@ -50,7 +50,7 @@ class MemoryPlan:
         return smaller if self.low_memory else f"memory=low, or {smaller}"
 
     def lines(self) -> list[str]:
-        """For a user to read, in GiB."""
+        """The plan in lines for a user to read, in GiB."""
         rows = [f"{name}: {size / _GIB:.2f} GiB" for name, size in self.parts.items()]
         phases = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in self.phases.items())
         there = "" if self.available is None else f" of {self.available / _GIB:.2f} GiB free"

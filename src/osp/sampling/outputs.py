@@ -175,7 +175,7 @@ def _line(name: str, settings: Mapping[str, Any]) -> str:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """The settings as JSON gives them back."""
     return json.loads(json.dumps(settings))
 
 
