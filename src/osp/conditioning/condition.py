@@ -33,7 +33,7 @@ class ConditionInputs:
     known: Tensor | None = None
 
     def expanded(self, videos: int) -> "ConditionInputs":
-        """Those of one video for so many; those of as many videos as they are."""
+        """The inputs of one video repeated for so many videos; inputs of so many videos stay as they are."""
 
         def each(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.expand(videos, *value.shape[1:])

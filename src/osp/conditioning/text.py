@@ -46,12 +46,12 @@ class EncodedText:
         return EncodedText(self.text.to(device, dtype), self.mask.to(device), pooled)
 
     def padded(self, length: int) -> "EncodedText":
-        """With padding up to `length` tokens, if there are fewer."""
+        """The same text with padding up to `length` tokens, if there are fewer."""
         more = max(0, length - self.text.shape[1])
         return EncodedText(F.pad(self.text, (0, 0, 0, more)), F.pad(self.mask, (0, more)), self.pooled)
 
     def replaced(self, rows: Tensor, other: "EncodedText") -> "EncodedText":
-        """With the prompts where `rows` (bool, `B`) is True from `other`, which holds `B` prompts or one for all."""
+        """The same text with prompts of `other` (`B`, or one for all) where `rows` (bool, `B`) is True."""
         length = max(self.text.shape[1], other.text.shape[1])
         mine, other = self.padded(length), other.padded(length)
         rows = rows.to(self.text.device)
