@@ -80,7 +80,7 @@ class Case:
         return self.tensors[key]
 
     def below(self, prefix: str) -> dict[str, Tensor]:
-        """Those whose key begins so, by the rest of it."""
+        """The tensors whose keys begin with `prefix`, by the rest of their keys."""
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
     def setting(self, *keys: str) -> Any:

@@ -93,7 +93,7 @@ def _manifest(path: Path) -> list[Comparison]:
 def _files(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    # Its own name may be that of a kind.
+    # The path is resolved, since the folder's own name may be that of a kind.
     return (path for path in sorted(folder.resolve().rglob("*")) if path.is_file())
 
 

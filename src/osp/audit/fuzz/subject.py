@@ -73,7 +73,7 @@ class Subject:
     weight: int = 1
 
     def files(self, folder: Path) -> list[Path]:
-        """Those that may be changed."""
+        """The files that may be changed."""
         found = {path for pattern in self.changed for path in folder.glob(pattern)}
         return sorted(path for path in found if path.is_file() and path.stat().st_size)
 

@@ -60,7 +60,7 @@ class _Worker:
         theirs.close()
 
     def outcome(self, number: int) -> Outcome:
-        """Of one case."""
+        """The outcome of one case."""
         before, begun = _computed(self.process.pid), time.monotonic()
         self.log.write_bytes(b"")
         with contextlib.suppress(BrokenPipeError):  # told below
