@@ -27,12 +27,12 @@ class DenoiserConfig(Protocol):
 
     @property
     def channels(self) -> int:
-        """Of the latent."""
+        """The channels of the latent."""
         ...
 
     @property
     def out_channels(self) -> int:
-        """Of the prediction."""
+        """The channels of the prediction."""
         ...
 
     @property
