@@ -100,7 +100,7 @@ class _HighWaterMark:
 
 
 class _Samples:
-    """For systems whose record cannot be reset: the resident set, looked at every millisecond."""
+    """The resident set, looked at every millisecond, for systems whose record cannot be reset."""
 
     how = "the resident set of the process, sampled every millisecond"
 

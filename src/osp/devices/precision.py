@@ -28,6 +28,6 @@ def fast_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     if device.type == "cpu":
-        # Not `get_capabilities`, which torch 2.9 may not have.
+        # `get_capabilities` is not used, since torch 2.9 may not have it.
         return "bf16-mixed" if torch.cpu._is_amx_tile_supported() else "32-true"
     return "bf16-mixed"
