@@ -154,5 +154,5 @@ def measure_scaling(vae: VideoVAE, videos: Iterable[Tensor]) -> tuple[list[float
         raise UsageError("the latents' scale cannot be measured without clips")
     shift = total / count
     spread = (squares / count - shift.square()).clamp(min=1e-12).sqrt()
-    # Rounded, so that they read well and are the same however the sums were taken.
+    # The values are rounded, so that they read well and are the same however the sums were taken.
     return [round(v, 6) for v in shift.tolist()], [float(f"{1 / v:.6g}") for v in spread.tolist()]
