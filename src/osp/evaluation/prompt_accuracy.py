@@ -40,7 +40,7 @@ class Rate:
         return float(low), float(high)
 
     def plain(self) -> dict[str, float]:
-        """As plain values: `rate`, `low`, `high`, `right`, `count`."""
+        """The rate as plain values: `rate`, `low`, `high`, `right`, `count`."""
         low, high = self.interval
         return {"rate": self.rate, "low": low, "high": high, **asdict(self)}
 
