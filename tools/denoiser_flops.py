@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def count(name: str, latent: tuple[int, int, int], text: int) -> tuple[DenoiserFlops, DenoiserFlops]:
-    """Of a configuration, and of the same model with dense attention in all blocks."""
+    """The operations of a configuration's model, and of the same model with dense attention in all blocks."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"), torch.device("meta"):
         model = instantiate(compose("bench", ["bench/target=denoiser", f"denoiser={name}"]).denoiser)
         dense = type(model)(**(model.settings | {"stages": [Stage(stage.blocks) for stage in model.stages]}))
