@@ -1,6 +1,7 @@
 """The house: small functions, thin faces, rooms with a purpose, and hardware named in one place."""
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,16 @@ def test_no_function_is_long() -> None:
         and (lines := (node.end_lineno or 0) - node.lineno + 1) > LONGEST_FUNCTION
     ]
     assert not long
+
+
+def test_docstrings_open_with_what_comes_out() -> None:
+    riddling = [
+        f"{path}:{node.body[0].lineno}"
+        for path, node in parsed([*FILES, *TOOLS])
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and re.match(r"What\b", ast.get_docstring(node) or "")
+    ]
+    assert not riddling
 
 
 def test_the_command_line_holds_no_logic() -> None:

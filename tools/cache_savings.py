@@ -1,4 +1,4 @@
-"""What training on features saves against encoding every clip in every step: `python tools/cache_savings.py`.
+"""The savings of training on features, against encoding every clip in every step: `python tools/cache_savings.py`.
 
 Measures one training step of a denoiser of v1.3 (forward and backward pass in bfloat16, AdamW in float32) twice, each
 in a process of its own: on raw clips, which a frozen VAE and a frozen T5 encode in the step, and on what they would
@@ -39,7 +39,7 @@ CASES = ("raw clips", "features")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured."""
+    """The sizes that are measured."""
 
     device: str
     batch: int

@@ -1,4 +1,4 @@
-"""What the full-size denoisers compute in one forward pass, sparse and dense: `python tools/denoiser_flops.py`.
+"""The operations of the full-size denoisers in one forward pass, sparse and dense: `python tools/denoiser_flops.py`.
 
 The table is counted, not measured (`osp.denoiser.flops`). The speed-ups are those of the operations alone, at the same
 rate; `osp bench target=denoiser` measures. For orientation, the published ones of sparse against dense: v1.3, k=4, a
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def count(name: str, latent: tuple[int, int, int], text: int) -> tuple[DenoiserFlops, DenoiserFlops]:
-    """Of a configuration, and of the same model with dense attention in all blocks."""
+    """The operations of a configuration's model, and of the same model with dense attention in all blocks."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"), torch.device("meta"):
         model = instantiate(compose("bench", ["bench/target=denoiser", f"denoiser={name}"]).denoiser)
         dense = type(model)(**(model.settings | {"stages": [Stage(stage.blocks) for stage in model.stages]}))

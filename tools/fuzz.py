@@ -72,7 +72,7 @@ class _Tags(HTMLParser):
 
 
 def make_page_folders(folder: Path) -> None:
-    """What runs leave for a page."""
+    """Write the folders of runs that a page shows."""
     for name in ("samples", "vae", "generation", "reconstruction/reconstructions"):
         (folder / name).mkdir(parents=True)
     make_samples(folder / "samples")
@@ -113,7 +113,7 @@ def read_choices(folder: Path, reading: Reading) -> None:
 
 
 def _command(*arguments: str) -> str:
-    """What a command prints. Raises DataError with the line that it ends with, Unsafe if that is no one line."""
+    """The output of a command. Raises DataError with the line that it ends with, Unsafe if it ends in another way."""
     out, errors, before = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["osp", *arguments]
     try:

@@ -62,7 +62,7 @@ class Command:
 
 @dataclass
 class Tally:
-    """What came of the runs of a command."""
+    """The outcomes of the runs of a command."""
 
     kills: int = 0
     stops: int = 0

@@ -35,7 +35,7 @@ def check_number(
         (above, lambda: value > above),
         (below, lambda: value < below),
     )
-    # Whole numbers are finite, and may be too large to be asked.
+    # Whole numbers are finite; `isfinite` would fail on very large ones.
     is_number = isinstance(value, int) or (not whole and isinstance(value, float) and math.isfinite(value))
     fits = is_number and not isinstance(value, bool)
     if not fits or not all(within() for limit, within in limits if limit is not None):
@@ -56,7 +56,7 @@ def is_finite(values: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity; one without memory does not."""
     if values.is_meta or not (values.is_floating_point() or values.is_complex()):
         return True
-    if values.dtype.itemsize == 1:  # of which torch has no sums
+    if values.dtype.itemsize == 1:  # torch has no sums of these
         values = values.float()
     # The sum of numbers that are finite is finite, unless it is too large; it needs no memory.
     total = values.sum(dtype=values.dtype if values.dtype.itemsize >= 4 else torch.float32)

@@ -2,13 +2,13 @@
 
 
 class OspError(Exception):
-    """What went wrong with the user's files or machine; the command ends with exit code 1."""
+    """An error in the user's files or machine; the command ends with exit code 1."""
 
     exit_code = 1
 
 
 class UsageError(OspError):
-    """What went wrong with the user's command or configuration; the command ends with exit code 2."""
+    """An error in the user's command or configuration; the command ends with exit code 2."""
 
     exit_code = 2
 

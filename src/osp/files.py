@@ -100,7 +100,7 @@ def exact_digest(about: str, labelled: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def no_weights(path: Path) -> str | None:
-    """What a file is that stands in the place of weights, and how to get these; None if it may be weights."""
+    """The kind of a file that stands in the place of weights, and how to get the weights; None if it may be weights."""
     with open(path, "rb") as file:
         start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith((b"version https://git-lfs.github.com/spec/", b"version https://hawser.")):

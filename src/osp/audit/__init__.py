@@ -1,1 +1,1 @@
-"""What this code claims, checked: recorded numbers of the published code."""
+"""Checks of what this code claims: its results against the recorded results of the published code."""

@@ -53,7 +53,7 @@ class Case:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What the JSON file says. Raises DataError unless it is there and holds an object."""
+        """The object in the case's JSON file. Raises DataError if the file is missing or holds no object."""
         path = self.folder / f"{self.name}.json"
         try:
             settings = json.loads(path.read_text())
@@ -80,7 +80,7 @@ class Case:
         return self.tensors[key]
 
     def below(self, prefix: str) -> dict[str, Tensor]:
-        """Those whose key begins so, by the rest of it."""
+        """The tensors whose keys begin with `prefix`, by the rest of their keys."""
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
     def setting(self, *keys: str) -> Any:

@@ -26,7 +26,7 @@ _CASE = (".json", ".safetensors")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case, or of all cases of an unknown kind; `detail` is the figures, or the reason."""
+    """The outcome of a case, or of all cases of an unknown kind; `detail` is the figures, or the reason."""
 
     state: State
     name: str
@@ -52,7 +52,7 @@ def find_cases(folder: Path, kind: str) -> list[Case]:
 
 @torch.no_grad()
 def compare(case: Case) -> list[Comparison]:
-    """What we make against all that is recorded of a case.
+    """Our results compared with all that is recorded of a case.
 
     Raises Unsupported for settings that we do not build, DataError for a damaged case, and whatever running it raises.
     """
@@ -93,7 +93,7 @@ def _manifest(path: Path) -> list[Comparison]:
 def _files(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    # Its own name may be that of a kind.
+    # The path is resolved, since the folder's own name may be that of a kind.
     return (path for path in sorted(folder.resolve().rglob("*")) if path.is_file())
 
 

@@ -111,7 +111,7 @@ def run_manifest(path: Path) -> Comparison:
     if fits:
         misfits, name = min(fits)
         return Comparison(f"keys and shapes of the family {name}", misfits, 0)
-    # A manifest does not say which kind it is of; those of released checkpoints are named after it.
+    # A manifest does not say its kind; manifests of released checkpoints are named after it.
     if named := [name for name in refused if path.name.startswith(name)]:
         raise Unsupported(refused[named[0]])
     raise Unknown("its settings and keys are those of no kind that is known here")
@@ -153,7 +153,7 @@ def _with_blocks(model: Denoiser, given: Mapping[str, Tensor]) -> tuple[Tensor, 
 
 
 def _block_output(model: Denoiser, outputs: list[Any], place: str) -> Tensor:
-    """That of block "N", or of block "STAGE_N_vis" or "STAGE_N_txt" where blocks are counted by stage."""
+    """The output of block "N", or of block "STAGE_N_vis" or "STAGE_N_txt" where blocks are counted by stage."""
     first, *rest = place.split("_")
     if not rest:
         return outputs[int(first)]

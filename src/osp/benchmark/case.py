@@ -1,4 +1,4 @@
-"""What `osp bench` measures: a target gives cases, and each of them is a row of the table."""
+"""The cases that `osp bench` measures: a target gives them, and each is a row of the table."""
 
 import multiprocessing
 import sys
@@ -28,7 +28,7 @@ class Case(Protocol):
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """What the rows to compare with each other have in common."""
+        """The settings that rows share if they are compared with each other."""
 
     @property
     def is_reference(self) -> bool:
@@ -36,7 +36,7 @@ class Case(Protocol):
 
     @property
     def work(self) -> Mapping[str, float]:
-        """What one run does, to be given per second."""
+        """The amounts of work of one run, by unit; the table gives each per second."""
 
     @property
     def flops(self) -> int:
@@ -48,17 +48,17 @@ class Case(Protocol):
 
     @property
     def precision(self) -> str:
-        """What the settings call `dtype`."""
+        """The name that the settings give to `dtype`."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the arithmetic is done in."""
+        """The number format of the arithmetic."""
 
     def load(self, device: torch.device) -> Any:
         """The model, ready to run."""
 
     def inputs(self, model: Any) -> Any:
-        """What goes in; it counts as memory of the run."""
+        """The inputs of a run; they count as its memory."""
 
     def run(self, model: Any, inputs: Any) -> None:
         """One run."""
@@ -82,9 +82,9 @@ class Target:
 
 
 def measure(case: Case, device_name: str, repeats: int, threads: int) -> dict[str, Any]:
-    """What the runs of a case cost: `seconds` of each after the first, `first_seconds`, `peak_bytes`, `taken_bytes`.
+    """The costs of a case's runs: `first_seconds`, `seconds` of each later run, `peak_bytes`, `taken_bytes`.
 
-    Or a `note` that says why they came to nothing.
+    If the runs fail, there is only a `note` that says why.
     """
     torch.set_num_threads(threads)
     device = choose_device(device_name)
@@ -135,7 +135,7 @@ def _seconds(case: Case, model: Any, inputs: Any, device: torch.device) -> float
 
 
 def _note(error: Exception) -> str | None:
-    """What the table says of an error that belongs there; None for a bug."""
+    """The note in the table for an error that belongs there; None for a bug."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
         return "out of memory"
     compiler = sys.modules.get("torch._dynamo.exc")  # loaded if anything was compiled

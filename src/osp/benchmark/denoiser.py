@@ -64,7 +64,7 @@ class DenoiserCase:
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """What rows to compare have in common."""
+        """The settings that rows share if they are compared with each other."""
         what = (self.latent, self.text_tokens, self.batch, self.direction)
         return (*what, self.precision, self.compiled, self.recompute_every)
 
@@ -75,7 +75,7 @@ class DenoiserCase:
 
     @property
     def work(self) -> dict[str, float]:
-        """What is done in one run, to be given per second."""
+        """The tokens of one run; the table gives them per second."""
         return {"tokens": self.batch * self.tokens}
 
     @property
@@ -85,7 +85,7 @@ class DenoiserCase:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the arithmetic is done in."""
+        """The number format of the arithmetic."""
         return PRECISIONS[self.precision]
 
     def load(self, device: torch.device) -> Denoiser:
@@ -136,7 +136,7 @@ class DenoiserSweep:
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> "DenoiserSweep":
-        """Of plain values. Raises UsageError for those that make no sense."""
+        """The sweep that plain values ask for. Raises UsageError for values that make no sense."""
         return cls(
             latents=sizes(settings, "latents", "FRAMESxHEIGHTxWIDTH", "8x64x64"),
             texts=whole_numbers(settings, "text_tokens"),

@@ -1,4 +1,4 @@
-"""What a benchmark measures: a model's configuration, from which each process builds it."""
+"""The model that a benchmark measures, as the configuration from which each process builds it."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
-"""What the arithmetic of each precision is done in."""
+"""The number format of the arithmetic, by the name of the precision."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ModelSource:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `config` says."""
+        """The values in `config`."""
         settings: dict[str, Any] = json.loads(self.config)
         return settings
 
@@ -43,12 +43,12 @@ class ModelSource:
         return self.build(self.settings | changed)
 
     def title(self, model: nn.Module) -> str:
-        """What the model is."""
+        """The model's title: its kind or name, where its weights come from, and its number of parameters."""
         named = f"{self.settings.get('kind', type(model).__name__)} of {self.origin}"
         name = named if self.origin else f"{self.name} with random weights"
         return f"{name}, {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
 
 
 def weights_dtype(precision: str) -> torch.dtype:
-    """What the weights are stored in."""
+    """The number format that the weights are stored in."""
     return PRECISIONS[precision] if precision.endswith("true") else torch.float32

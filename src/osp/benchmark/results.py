@@ -1,4 +1,4 @@
-"""What `osp bench` leaves: one table, the same as files, and one plot."""
+"""The results of `osp bench`: one table, the same table as files, and one plot."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -125,7 +125,7 @@ def plot(output: Path, results: Mapping[str, Any], target: Target) -> None:
 def _coloured(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], target: Target) -> list[str]:
     """The columns that a line's colour stands for."""
     others = [key for key in columns if key != target.x]
-    # What goes with the length, as a size that is another way to say it, needs no colour.
+    # A column that changes only with the length, such as another way to say the size, needs no colour.
     alike = [[row for row in rows if row[target.x] == length] for length in {row[target.x] for row in rows}]
     found = [key for key in others if any(_differs(some, key) for some in alike)]
     return found or [key for key in others[:1] if not _differs(rows, key)]

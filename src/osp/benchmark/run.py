@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all cases are measured under.
+    """The conditions that all cases are measured under.
 
     Args:
         threads: on the CPU; None: torch's choice.
@@ -46,7 +46,7 @@ class Conditions:
 def run_benchmark(
     target: Target, about: Mapping[str, Any], cases: Sequence[Case], conditions: Conditions, output: Path
 ) -> dict[str, Any]:
-    """What came of the cases: `about`, the conditions, the peak rates (`matmul_flops`) and `rows`.
+    """The results of the cases: `about`, the conditions, the peak rates (`matmul_flops`) and `rows`.
 
     Files in `output`, each replaced as a whole, the first three after every row: `table.md`, `results.json` (the same
     as numbers, with all runs of a row), `results.csv` (the rows), and `plot.png` (speed and memory over length).

@@ -28,7 +28,7 @@ from osp.devices import autocast_dtype, choose_device, choose_precision, describ
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked of a study.
+    """The settings of a study.
 
     Args:
         features: cached features to train on; `heldout_features` to validate on.

@@ -1,4 +1,4 @@
-"""What one training step of a denoiser takes, for variants that are compared: time, operations, distances."""
+"""The costs of one training step of denoisers that are compared: time, operations, distances of attention."""
 
 import math
 import statistics
@@ -34,7 +34,7 @@ def random_batch(source: FeatureClips, text: TextEncoder, size: int) -> dict[str
 
 
 def grid_of(models: Mapping[str, Denoiser], inputs: Mapping[str, Tensor]) -> Grid:
-    """That of the tokens, which all variants have in common."""
+    """The grid of the tokens, which all variants have in common."""
     frames, height, width = inputs["latent"].shape[2:]
     patch = next(iter(models.values())).patch_size
     return Grid(frames, height // patch, width // patch)
@@ -83,7 +83,7 @@ def time_steps(
 def costs(
     models: Mapping[str, Denoiser], inputs: Mapping[str, Tensor], seconds: Mapping[str, Sequence[float]]
 ) -> dict[str, dict[str, float]]:
-    """What each model is and takes: `parameters`, `attention_distance`, `step_seconds` (median), `flops` (a step)."""
+    """Size and costs of each model: `parameters`, `attention_distance`, `step_seconds` (median), `flops` (a step)."""
     grid, made = grid_of(models, inputs), {}
     batch, latent, text = len(inputs["latent"]), inputs["latent"].shape[2:], inputs["text"].shape[1]
     for name, model in models.items():

@@ -1,4 +1,4 @@
-"""What finished runs of the study came to: one table of its variants, the same as files, and one plot."""
+"""The results of the study's finished runs: one table of its variants, the same table as files, and one plot."""
 
 import json
 import statistics
@@ -35,7 +35,7 @@ COLUMNS = {
 
 
 def collect(folders: Mapping[str, Sequence[Path]]) -> dict[str, list[dict[str, Any]]]:
-    """What the finished runs of each variant came to: `val_loss`, `accuracy` (all three right) and `prompts`.
+    """The results of each variant's finished runs: `val_loss`, `accuracy` (all three right) and `prompts`.
 
     With them come the accuracies of `chance` and of the VAE's `reconstructions` of the prompts' real clips.
 

@@ -24,7 +24,7 @@ NAMES = ("2+1d", "dense", "skip_window_k2", "skiparse_k2", "skiparse_k4", "suv",
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained: the denoiser with other stages, and the variant that its costs are divided by."""
+    """A variant to train: the denoiser with stages of its own, and the variant that its costs are divided by."""
 
     name: str
     reference: str
@@ -33,7 +33,7 @@ class Variant:
 
     @property
     def overrides(self) -> list[str]:
-        """Of the command line of `osp train`."""
+        """The overrides of `osp train` that set the variant's denoiser."""
         stages = ",".join(
             "{" + ",".join(f"{key}:{value!r}" for key, value in asdict(stage).items()) + "}" for stage in self.stages
         )
@@ -54,12 +54,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As messages say it."""
+        """The run's name in messages."""
         return f"{self.variant}, seed {self.seed}"
 
     @property
     def training(self) -> TrainingRun:
-        """What `osp train` leaves of it."""
+        """The training run that `osp train` makes in the folder."""
         return TrainingRun(self.folder)
 
     def trained(self) -> bool:
@@ -89,7 +89,7 @@ class Run:
         return f"prompts={settings['prompts']}" in self.evaluation and f"input='{settings['input']}'" in self.evaluation
 
     def commands(self) -> list[list[str]]:
-        """What is still to be done."""
+        """The commands that are still to be run, as words of `osp`."""
         judged = [f"checkpoint='{self.training.last}'", f"output='{self.folder / 'eval'}'", *self.evaluation]
         train = [] if self.trained() else [["train", *self.overrides]]
         return train if not train and self.evaluated() else [*train, ["eval", "target=generation", *judged]]
@@ -109,14 +109,14 @@ def variants(blocks: int) -> dict[str, Variant]:
         "skiparse_k2": (dense, Stage(blocks - 2, "skiparse", 2), dense),
         "skiparse_k4": (dense, Stage(blocks - 2, "skiparse", 4), dense),
     }
-    # Stages of the dense one are as many, so that it has the same long skips.
+    # The dense variant has as many stages, so that it has the same long skips.
     skipping = {"suv": u, "dense_u": tuple(Stage(stage.blocks) for stage in u)}
     made = {name: Variant(name, "dense", stages, long_skips=False) for name, stages in straight.items()}
     return made | {name: Variant(name, "dense_u", stages, long_skips=True) for name, stages in skipping.items()}
 
 
 def train_overrides(variant: Variant, features: Path) -> list[str]:
-    """What makes the variant."""
+    """The overrides of `osp train` that make the variant, trained on these features."""
     return [f"experiment={EXPERIMENT}", *variant.overrides, f"data.train.path='{features}'"]
 
 

@@ -59,7 +59,7 @@ class VAECase:
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """What rows to compare have in common."""
+        """The settings that rows share if they are compared with each other."""
         return (self.half, self.height, self.width, self.frames, self.precision, self.compiled)
 
     @property
@@ -69,7 +69,7 @@ class VAECase:
 
     @property
     def work(self) -> dict[str, float]:
-        """What is done in one run, to be given per second."""
+        """The frames and megapixels of one run; the table gives them per second."""
         return {"frames": self.frames, "megapixels": self.frames * self.height * self.width / 1e6}
 
     @property
@@ -79,7 +79,7 @@ class VAECase:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the arithmetic is done in."""
+        """The number format of the arithmetic."""
         return PRECISIONS[self.precision]
 
     def load(self, device: torch.device) -> VideoVAE:
@@ -124,7 +124,7 @@ class VAECase:
             pass
 
     def _lengths(self, vae: VideoVAE) -> list[int]:
-        """Of a stream's pieces; the first has one latent frame more, which is that of the clip's first frame."""
+        """The lengths of a stream's pieces; the first has one latent frame more, that of the clip's first frame."""
         chunk = vae.piece(_HALVES[self.half])
         if self.chunk_frames is not None:
             chunk = self.chunk_frames * (vae.time_stride if self.half == "encode" else 1)
@@ -151,7 +151,7 @@ class VAESweep:
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> "VAESweep":
-        """Of plain values. Raises UsageError for those that make no sense."""
+        """The sweep that plain values ask for. Raises UsageError for values that make no sense."""
         return cls(
             halves=choices(settings, "half", tuple(_HALVES)),
             modes=choices(settings, "mode", _MODES),
@@ -214,7 +214,7 @@ def _build(source: ModelSource) -> VideoVAE:
 
 
 def nominal_flops(vae: VideoVAE, half: str, frames: int, height: int, width: int) -> int:
-    """For a whole clip, with what fills up the last stride of its frames. On the meta device nothing is computed."""
+    """The operations for a whole clip whose last stride is filled up. On the meta device nothing is computed."""
     if half == "encode":
         return count_flops(vae.encode_moments, vae.pad_frames(torch.empty(1, 3, frames, height, width, device="meta")))
     size = vae.strides.latent(frames, height, width)

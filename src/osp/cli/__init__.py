@@ -63,7 +63,7 @@ def _main(verb: str, arguments: list[str]) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> list[OspError]:
-    """What the user can mend of the jobs that failed; in a multirun the others have run all the same."""
+    """The errors of failed jobs, which the user can mend; in a multirun the other jobs run all the same."""
     try:
         command = parsed(arguments)
         overrides = prepared(verb, command, config_folder())
@@ -123,7 +123,7 @@ def _composed(verb: str, command: Command, overrides: list[str]) -> list[OspErro
     except Exception as error:
         if begun or not command.has("--config-dir") or user_error(error, verb) is not None:
             raise
-        # Of what stands in a user's own files Hydra raises all kinds of errors before it gives a configuration.
+        # Hydra raises all kinds of errors about a user's own files before it gives a configuration.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UsageError(f"the configurations of --config-dir cannot be composed ({reason})") from error
     finally:

@@ -19,7 +19,7 @@ from osp.devices import choose_device
 from osp.errors import UsageError
 
 TARGETS: dict[str, Target] = {"vae": VAE, "denoiser": DENOISER}  # conf/bench/target has the settings of each
-# What says where weights are, the choice of model that reads it, and what it is
+# The key that says where weights are, the choice of a model that reads it, and the kind of its value.
 _SOURCES = (("checkpoint", "trained", "FILE of `osp train`"), ("path", "pretrained", "FOLDER"))
 
 

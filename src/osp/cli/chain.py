@@ -58,7 +58,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _stages(cfg: DictConfig) -> list[Stage]:
-    """What the configuration says, with the commands that follow from it. Raises UsageError as `run`."""
+    """The stages of the configuration, with the overrides of each stage's command. Raises UsageError as `run`."""
     if not cfg.stages:
         choices = sorted(path.stem for path in (config_folder() / "chain").glob("*.yaml"))
         raise UsageError(f"choose chain=NAME: {', '.join(choices)}")

@@ -1,4 +1,4 @@
-"""What a verb checks of its settings and its model before anything else happens."""
+"""Checks of a verb's settings and model, made before anything else happens."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What Hydra has composed of a command: whether all of it is read, and what there is to set."""
+"""Whether all settings that Hydra composed of a command are read, and the help that lists a verb's settings."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -51,7 +51,7 @@ def help_of(verb: str, command: Command) -> str:
 
 
 def fields_of(verb: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """What settings mean that stand in the code: those of sampling, where the verb has them."""
+    """The meanings of settings that the code declares: those of sampling, if the verb has them."""
     if verb != "sample" and config.get("target") != "generation":
         return {}
     from osp.sampling.settings import setting_meanings  # here: other verbs start without it
@@ -60,7 +60,7 @@ def fields_of(verb: str, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _names(verb: str, config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What is chosen of each group; of one that takes several choices Hydra says them in the configuration only."""
+    """The choices of each group; Hydra names the choices of a group that takes several in the configuration only."""
     names = {str(group): [] if choice is None else [str(choice)] for group, choice in choices.items()}
     for group, known in groups_of(verb, config_folder()).items():
         if group not in choices and group in config:

@@ -71,7 +71,7 @@ def _to_judge(cfg: DictConfig) -> ToJudge:
 
 
 def _settings(cfg: DictConfig, videos: ToJudge) -> dict[str, Any]:
-    """What was used: sizes and solver as they are known now, and of a folder nothing about how it was made."""
+    """The settings that were used, with the sizes and the solver known now; without those of sampling for a folder."""
     settings = plain(cfg)
     settings["clip"] = {**settings["clip"], **videos.real.shape._asdict()}
     if videos.solver is not None:

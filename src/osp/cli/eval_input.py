@@ -52,7 +52,7 @@ def _tell_part(tell: Callable[[float, float], None], index: int, count: int, par
 
 
 def model_name(cfg: DictConfig) -> str:
-    """What the results call the model: the run that trained it, or the file it came from."""
+    """The model's name in results: the run that trained it and the checkpoint, or the kind and file of a VAE."""
     if cfg.checkpoint is None:
         origin = cfg.vae.get("path") or cfg.vae.get("source") or ""
         return f"{cfg.vae.get('kind', 'VAE')} {Path(str(origin)).name}".strip()

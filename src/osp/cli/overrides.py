@@ -101,7 +101,7 @@ def _path(key: str, value: str) -> str:
         raise UsageError(f"{key}=: is empty; give a path")
     if value.startswith("~") and not _is_there(value):
         value = os.path.expanduser(value)
-    # What stands for "has to be given" is another name of the same file in this way.
+    # "???" would mean "has to be given", so the file of that name gets another spelling.
     return quoted(f"./{value}" if value == "???" else value)
 
 

@@ -1,4 +1,4 @@
-"""What the rooms below the command line are given in place of a configuration."""
+"""Plain values and built objects, which the rooms below the command line get in place of a configuration."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def configuration(values: Any) -> DictConfig:
 
 
 def instantiate(config: Any, **arguments: Any) -> Any:
-    """What a configuration builds, as Hydra does it; a text in which `${` stands for itself is kept too."""
+    """The object that Hydra builds of a configuration; a text in which `${` stands for itself is kept too."""
     try:
         values = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
     except OmegaConfBaseException:  # Hydra says what is wrong, unless an argument takes its place

@@ -1,4 +1,4 @@
-"""What a command prints: results on stdout, whole or not at all, and everything else on stderr, one line each."""
+"""The output of a command: results on stdout, whole or not at all, and everything else on stderr, one line each."""
 
 import json
 import math
@@ -16,7 +16,7 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        # What is in the buffer is lost, and Python must not try again at its end.
+        # The text in the buffer is lost, and Python must not try to write it again when it ends.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise DataError(f"stdout: {error.strerror}; what was to be printed is lost") from error

@@ -9,5 +9,5 @@ from osp.sampling.settings import Sampling
 
 
 def read_sampling(cfg: DictConfig) -> Sampling:
-    """Those that the configuration has, the others as by default. Raises UsageError for one out of its limits."""
+    """The settings of sampling in a configuration, others by default. Raises UsageError for one out of its limits."""
     return Sampling.read(plain(OmegaConf.masked_copy(cfg, [one.name for one in fields(Sampling) if one.name in cfg])))

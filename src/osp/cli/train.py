@@ -35,7 +35,7 @@ from osp.training.records import Record
 from osp.training.runs import TrainingRun
 from osp.training.saving import AtomicCheckpointIO
 
-# What the Trainer is given by other settings.
+# Keys of `trainer` whose values other settings decide, and what to do instead.
 _TRAINER_KEYS = {
     "logger": "choose loggers by their group, logger=NAME or logger=[NAME,NAME]; one of your own is added to ours by "
     "+logger.NAME._target_=CLASS",
@@ -98,7 +98,7 @@ def _run(cfg: DictConfig, training: TrainingRun, endings: Endings, files: dict[s
 
 
 def _hydra_files(cfg: DictConfig) -> dict[str, str]:
-    """What Hydra would write before anything is checked: the configuration, its own, and the overrides."""
+    """The texts, by path, of files that Hydra would write too early: the configuration, Hydra's own, the overrides."""
     hydra: Any = HydraConfig.get()
     return {
         ".hydra/config.yaml": OmegaConf.to_yaml(cfg),
@@ -123,7 +123,7 @@ def _check(cfg: DictConfig) -> None:
 
 
 def _module(cfg: DictConfig, data: ClipDataModule) -> TrainingModule:
-    """What trains, with the codec of its clips if it works on latents; models get weights when training begins."""
+    """The module to train, with its clips' codec if it works on latents; models get weights when training begins."""
     if "denoiser" not in cfg.module:
         return instantiate(cfg.module, **_without_memory(cfg.module, "vae", "discriminator"))
     vae = None
@@ -142,7 +142,7 @@ def _module(cfg: DictConfig, data: ClipDataModule) -> TrainingModule:
 
 
 def _without_memory(cfg: DictConfig, *parts: str) -> dict[str, Any]:
-    """Those parts of a module whose weights are drawn, built without any; what reads weights from files is left out."""
+    """The parts of a module whose weights are drawn, built without weights; parts that read files are left out."""
     drawn = [part for part in parts if cfg[part] is not None and is_drawn(get_object(cfg[part]._target_))]
     with torch.device("meta"):
         return {part: instantiate(cfg[part]) for part in drawn}

@@ -1,4 +1,4 @@
-"""What of an exception a user is shown: one line, if it is theirs to mend."""
+"""The one line that a user is shown of an exception that the user can mend."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from osp.configs.meanings import choice_meanings, meanings
 from osp.configs.mistakes import unknown_key
 from osp.errors import DataError, OspError, UsageError
 
-# What a machine or a disk may say without naming the file, and what can be done.
+# Errors of a machine or a disk that may come without the file's name, and what the user can do.
 _OF_MACHINES = {
     errno.ENOSPC: "make room on the disk of output; the same command goes on",
     errno.EDQUOT: "make room within the quota; the same command goes on",
@@ -65,7 +65,7 @@ def _of_hydra(error: BaseException, verb: str) -> OspError | None:
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        # What a constructor raises about its arguments; anything else is a bug in it.
+        # A constructor raises these about its arguments; anything else is a bug in it.
         about_arguments = (TypeError, ValueError, ImportError)
         return user_error(error.__cause__, verb) or (
             UsageError(_one_line(error, verb)) if isinstance(error.__cause__, about_arguments) else None
@@ -86,7 +86,7 @@ def _of_hydra(error: BaseException, verb: str) -> OspError | None:
 
 
 def _of_machine(error: BaseException) -> OspError | None:
-    """What a disk, a limit or too little memory has ended, whoever noticed it."""
+    """The error to show where a disk, a limit or too little memory ended a command; None for any other exception."""
     if isinstance(error, OSError):
         known = error.errno in _OF_MACHINES
         if error.filename is None and not known:
@@ -122,7 +122,7 @@ def _of_yaml(error: Exception) -> OspError:
 
 
 def _missing(key: str, verb: str) -> str:
-    """What to say of a setting that has to be given: with its meaning, if it has one."""
+    """The message for a setting that has to be given, with its meaning if it has one."""
     configs = config_folder()
     said = meanings(configs / f"{verb}.yaml")
     for group, names in groups_of(verb, configs).items():
@@ -135,7 +135,7 @@ def _missing(key: str, verb: str) -> str:
 
 def _one_line(error: BaseException, verb: str) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
-    # A setting that is not there would have no effect if it were appended.
+    # Hydra's hint to append a setting that does not exist is hidden: it would have no effect.
     hidden: tuple[str, ...] = ("Config search path", "provider=")
     hidden += ("full_key:", "object_type=", "reference_type=", "See https", "To append to your", "set HYDRA_FULL_ERROR")
     shown = [line.rstrip(".") for line in lines if line and not line.startswith(hidden)]
@@ -147,5 +147,5 @@ def _one_line(error: BaseException, verb: str) -> str:
             if (now := new_key(verb, key)) is not None:
                 return f"{key} is now called {now}"
         return unknown_key(verb, key, config_folder())
-    # A group in the folder of its verb is given without that.
+    # A user gives a group in its verb's folder without the folder's name.
     return "; ".join(shown).replace(":;", ":").replace(f"{verb}/target", "target")

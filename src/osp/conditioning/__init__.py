@@ -1,4 +1,4 @@
-"""What a video is asked for by: text encoders, and conditions beside the text, such as given frames."""
+"""The inputs that ask for a video: text encoders, and conditions beside the text, such as given frames."""
 
 from osp.conditioning.condition import (
     Condition,

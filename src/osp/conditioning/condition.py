@@ -1,4 +1,4 @@
-"""What a video is asked for by beside its prompt, and how that reaches the denoiser.
+"""The conditions that ask for a video beside its prompt, and how they reach the denoiser.
 
 A new kind of condition is one file here: a class with the methods of `Condition`. Neither the generator nor the
 training step knows more of it than these.
@@ -33,7 +33,7 @@ class ConditionInputs:
     known: Tensor | None = None
 
     def expanded(self, videos: int) -> "ConditionInputs":
-        """Those of one video for so many; those of as many videos as they are."""
+        """The inputs of one video repeated for so many videos; inputs of so many videos stay as they are."""
 
         def each(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.expand(videos, *value.shape[1:])
@@ -63,7 +63,7 @@ class Condition(Protocol):
         ...
 
     def encode(self, codec: LatentCodec) -> ConditionInputs:
-        """What the denoiser is given, on the codec's device."""
+        """The condition's inputs of the denoiser, on the codec's device."""
         ...
 
     def without(self) -> "Condition":

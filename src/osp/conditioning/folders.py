@@ -19,12 +19,12 @@ _WORDS = ("red", "left", "it")  # that any vocabulary tells apart
 _SMALL = ("*.json", "*.txt", "*.model")
 _FORM = {"d_model?": int, "projection_dim?": int, "text_config?": ({"projection_dim?": int}, None)}
 _PROBES, _PROBE = 64, 4096  # pieces of a weight file that go into its fingerprint, and their bytes
-# What transformers, tokenizers and safetensors raise at folders that are incomplete, damaged or of something else.
+# The errors of transformers, tokenizers and safetensors for folders that are incomplete, damaged or of another kind.
 _UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError)
 
 
 def read_settings(path: str | Path, model_types: Sequence[str]) -> dict[str, Any]:
-    """What `config.json` in the folder says.
+    """The settings in the folder's `config.json`.
 
     Raises UsageError for a folder that is missing, holds no model, one of a type that is not wanted, or pickles only.
     """
@@ -111,7 +111,7 @@ def load_tokenizer(path: str | Path) -> Any:
             tokens = [tuple(ids) for ids in tokenizer(list(_WORDS)).input_ids]
     except _UNREADABLE as error:
         raise DataError(f"{path}: its tokenizer cannot be read ({_first_line(error)})") from error
-    # Where its files are missing, transformers makes one without a vocabulary, to which all words are the same.
+    # If its files are missing, transformers makes a tokenizer without a vocabulary, which takes all words for the same.
     if len(set(tokens)) < len(_WORDS):
         raise DataError(f"{path}: its tokenizer has no vocabulary; add its files, or give their folder as tokenizer")
     return tokenizer

@@ -20,7 +20,7 @@ def spread(mask: Tensor, height: int, width: int) -> Tensor:
 
 
 def masked_video(video: Tensor, mask: Tensor) -> Tensor:
-    """What is kept of a video `B C T H W`, by its mask `B T H W` (1: to be generated); 0, mid-grey, elsewhere.
+    """The video `B C T H W` with 0, mid-grey, wherever its mask `B T H W` is 1 (to be generated).
 
     Raises UsageError if the mask has another size.
     """

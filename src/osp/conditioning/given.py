@@ -1,4 +1,4 @@
-"""What a user gives beside the prompt: an image, two, a clip to go on with, or any frames."""
+"""Frames that a user gives beside the prompt: one image, two images, a clip to go on with, or any frames."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class GivenFrames:
         return False
 
     def channels(self, codec: LatentCodec) -> int:
-        """Those of the kept video's latent, and one a frame of the time stride for the mask."""
+        """The channels of the kept video's latent, and one a frame of the time stride for the mask."""
         return sum(frame_channels(codec))
 
     def check(self, size: Shape, videos: int) -> None:
@@ -69,7 +69,7 @@ class GivenFrames:
 
 
 def joined(given: Sequence[GivenFrames]) -> GivenFrames:
-    """Those of several videos of one size as one batch."""
+    """The given frames of several videos of one size, as one batch."""
     return GivenFrames(torch.cat([each.mask for each in given]), torch.cat([each.video for each in given]))
 
 

@@ -84,7 +84,7 @@ class FrozenText:
         return [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
 
     def fingerprint(self) -> str:
-        """Of the folder's content and the settings; where the folder lies does not matter."""
+        """A fingerprint of the folder's content and the settings, whatever its path."""
         return f"{self.name} {self._content}"
 
     def tokenized(self, prompts: Sequence[str], strict: bool) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ class T5Text(FrozenText, TextEncoder):
     pooled_channels = None
 
     def width(self, settings: dict[str, Any]) -> int:
-        """That of the encoder's states."""
+        """The width of the encoder's states."""
         return int(settings.get("d_model", 512))
 
     def model_class(self, settings: dict[str, Any]) -> Any:
@@ -142,7 +142,7 @@ class CLIPPooled(FrozenText):
     published_tokens = 77
 
     def width(self, settings: dict[str, Any]) -> int:
-        """That of the projection."""
+        """The width of the projection."""
         inner = settings.get("text_config") or {}
         return int(settings.get("projection_dim") or inner.get("projection_dim") or 512)
 
@@ -191,7 +191,7 @@ class Pair(TextEncoder):
         return self.tokens.count_tokens(prompts)
 
     def fingerprint(self) -> str:
-        """Of both."""
+        """The fingerprints of both encoders."""
         return f"{self.tokens.fingerprint()} + {self.pooled.fingerprint()}"
 
     def networks(self) -> Sequence[nn.Module]:

@@ -46,12 +46,12 @@ class EncodedText:
         return EncodedText(self.text.to(device, dtype), self.mask.to(device), pooled)
 
     def padded(self, length: int) -> "EncodedText":
-        """With padding up to `length` tokens, if there are fewer."""
+        """The same text with padding up to `length` tokens, if there are fewer."""
         more = max(0, length - self.text.shape[1])
         return EncodedText(F.pad(self.text, (0, 0, 0, more)), F.pad(self.mask, (0, more)), self.pooled)
 
     def replaced(self, rows: Tensor, other: "EncodedText") -> "EncodedText":
-        """With the prompts where `rows` (bool, `B`) is True from `other`, which holds `B` prompts or one for all."""
+        """The same text with prompts of `other` (`B`, or one for all) where `rows` (bool, `B`) is True."""
         length = max(self.text.shape[1], other.text.shape[1])
         mine, other = self.padded(length), other.padded(length)
         rows = rows.to(self.text.device)
@@ -109,7 +109,7 @@ class TextEncoder(Protocol):
         return {}
 
     def identities(self) -> tuple[TextIdentity | None, TextIdentity | None]:
-        """What made the text and the pooled text in features of this encoder; None for what features do not hold."""
+        """The identities of text and pooled text in features of this encoder; None for one that is not in features."""
         if self.trained:
             return None, None
         identity = TextIdentity(self.name, self.fingerprint(), self.channels)
@@ -117,7 +117,7 @@ class TextEncoder(Protocol):
 
 
 class LengthCheck:
-    """What happens to prompts that are longer than an encoder reads; it remembers whether it has said so."""
+    """The check of prompts for more tokens than an encoder reads; it warns once and remembers that."""
 
     def __init__(self, name: str, max_tokens: int) -> None:
         check_number(f"{name}: max_tokens", max_tokens, 2, whole=True)  # one word and the end

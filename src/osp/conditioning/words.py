@@ -71,7 +71,7 @@ class WordText(nn.Module):
 
     @property
     def settings(self) -> dict[str, int | None]:
-        """What builds the encoder again, as plain values."""
+        """The settings that build the encoder again, as plain values."""
         return {
             "channels": self.channels,
             "pooled_channels": self.pooled_channels,
@@ -104,7 +104,7 @@ class WordText(nn.Module):
         return [len(_spelled(prompt)) for prompt in prompts]
 
     def fingerprint(self) -> str:
-        """Of its settings and its weights as they are now; it stands in videos, so it stays as it was."""
+        """A fingerprint of the settings and the present weights; videos hold it, so its form must not change."""
         weights = [(f"{key} {value.dtype} {tuple(value.shape)}", value) for key, value in self.state_dict().items()]
         return f"{self.name} {exact_digest(f'{self.name} {self.max_tokens} {self.heads}', weights)}"
 

@@ -1,1 +1,1 @@
-"""What stands in the folder of configurations: groups, meanings, and who reads what; plain values, without Hydra."""
+"""The contents of the folder of configurations as plain values, without Hydra: groups, meanings, and who reads what."""

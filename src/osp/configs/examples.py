@@ -94,4 +94,4 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, Sequence[str]]]] = {
         ("a trained VAE", ["source=outputs/tuned/checkpoints/best.ckpt", "output=weights/for_published_code"]),
     ),
 }
-"""For each verb what an example does, and its arguments."""
+"""The examples of each verb: what an example does, and its arguments."""

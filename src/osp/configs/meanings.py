@@ -1,4 +1,4 @@
-"""What settings mean: the comments in the files of configurations."""
+"""The meanings of settings, which are the comments in the files of configurations."""
 
 import re
 from collections.abc import Iterator

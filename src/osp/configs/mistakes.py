@@ -1,4 +1,4 @@
-"""What is wrong with a command before anything is composed of it: verbs, options, words and choices there are not."""
+"""Mistakes in a command, found before anything is composed of it: unknown verbs, options, words and choices."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -77,12 +77,12 @@ def check_words(verb: str, command: Command, configs: Path) -> None:
 
 
 def unknown_verb(verb: str, verbs: Collection[str]) -> str:
-    """What to say of a verb that there is not."""
+    """The message for an unknown verb."""
     return f"there is no verb {verb!r}{_or(verb, verbs)}; choose {', '.join(verbs)}"
 
 
 def unknown_key(verb: str, key: str, configs: Path) -> str:
-    """What to say of a setting that a verb does not have."""
+    """The message for a setting that a verb does not have."""
     close = nearly(verb, key, configs)
     by_target = ", which depend on target=..." if verb in ("bench", "eval") else ""
     hint = f"did you mean {' or '.join(close)}?" if close else f"`osp {verb} --help` lists all{by_target}"

@@ -42,7 +42,7 @@ _CHOSEN_CLIPS = dict.fromkeys((f"data.{key}" for key in _LOADING), Where("osp tr
     "data.train": Where("split=train", lambda config: config.get("split") == "train"),
     "data.val": Where("split=val", lambda config: config.get("split") != "train"),
 }
-"""Of `data` other verbs than training read the clips that `split` chooses."""
+"""The clips in `data` that other verbs than training read; `split` chooses them."""
 
 SOMETIMES: Mapping[str, Mapping[str, Where]] = {
     "shards": {"synthetic": _DRAWN}

@@ -31,7 +31,7 @@ def references(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def value_at(config: Any, path: str) -> Any:
-    """What stands at a path; a reference on the way there is followed no further."""
+    """The value at a path, or the reference on the way there that would have to be followed."""
     for key in path.split("."):
         if isinstance(config, list) and key.isdigit() and int(key) < len(config):
             config = config[int(key)]

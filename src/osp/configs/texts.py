@@ -17,7 +17,7 @@ def quoted(value: object) -> str:
 
 def in_quotes(text: str) -> str:
     """A text in the quotes of an override."""
-    # In quotes a backslash is itself, except before a quote and at the end.
+    # A backslash in quotes stands for itself, except before a quote and at the end.
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), escaped(text)) + "'"
 
 

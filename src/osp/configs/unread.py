@@ -1,4 +1,4 @@
-"""What a command sets and nothing reads: a setting without effect is a mistake of the one who gives it."""
+"""The settings that a command gives and nothing reads: a setting without effect is the user's mistake."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from osp.configs.reads import BY_REFERENCE, SOMETIMES, Config
 from osp.configs.references import reached_from, references, related, value_at
 
 Choices = Mapping[str, Sequence[str]]
-"""What is chosen of each group: nothing, one, or several."""
+"""The choices of each group: none, one, or several."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a command says of a key or a group: `key` with dots, and whether it may be one that there was not before."""
+    """A setting as a command gives it (`said`), its `key` with dots, and whether the key may be a new one."""
 
     said: str
     key: str
@@ -24,7 +24,7 @@ class Given:
 
 
 def unread(verb: str, config: Config, given: Sequence[Given], choices: Choices, configs: Path) -> dict[str, str]:
-    """What of the given has no effect, as it was said, and for each what would read it (empty: nothing does).
+    """The given settings without effect, as they were said, each with what would read it (empty: nothing would).
 
     `config` is a verb's configuration with its references as they stand, `configs` is the folder of all.
     """

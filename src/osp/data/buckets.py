@@ -20,7 +20,7 @@ from osp.errors import UsageError
 
 
 class BucketRule(Protocol):
-    """What gives clips their shape; a frozen dataclass, so that its `repr` tells two rules apart."""
+    """The rule that gives clips their shape; a frozen dataclass, so that its `repr` tells two rules apart."""
 
     def fit(self, clip: Shape) -> Shape | None:
         """The shape that a clip of this size is read in, None if there is none for it."""
@@ -33,7 +33,7 @@ class BucketRule(Protocol):
 
 @dataclass(frozen=True)
 class Patching:
-    """From pixels to tokens: the strides of a VAE, and the patches of a transformer.
+    """The way from pixels to tokens: the strides of a VAE, and the patches of a transformer.
 
     Args:
         time_stride, space_stride: the VAE's: 4 and 8 for v1.3, 8 and 8 for v1.5.
@@ -46,7 +46,7 @@ class Patching:
 
     @property
     def token_strides(self) -> Strides:
-        """From pixels to tokens."""
+        """The strides from pixels to tokens."""
         return Strides(self.time_stride, self.space_stride).patched(self.patch_size)
 
     def tokens(self, shape: Shape) -> int:

@@ -33,7 +33,7 @@ from osp.errors import DataError, OspError, UsageError
 log = logging.getLogger(__name__)
 
 Waiting = Callable[[], AbstractContextManager[None]]
-"""What is entered where a loader waits for a batch."""
+"""Gives the context that a loader enters while it waits for a batch."""
 
 _STEP = "global batch (batch_size x devices x accumulate)"
 _COUNTS = {"steps": 10**12, "batches": 10**12, "global_batch": 10**9}  # of a loader's state, and the most of each
@@ -44,7 +44,7 @@ GIVE_UP_AFTER = 1000
 
 
 class Batch(TypedDict):
-    """What both loaders give of sources that read videos; B is the batch size of one device.
+    """A batch, as both loaders give it for sources that read videos; B is the batch size of one device.
 
     Other sources decide by `collate` what stands in the place of the first four (`osp.data.features.format`).
     """

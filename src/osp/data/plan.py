@@ -86,7 +86,7 @@ class TrainPlan:
         return images if self._images == 1 else videos / float(1 - self._images)
 
     def attempts(self, batch: int) -> Iterator[list[Slot]]:
-        """What is read here for global batch `batch`; then, for where no clip of that group can be read, others'."""
+        """The slots to read here for global batch `batch`; then those of other groups, for when no clip can be read."""
         number, turn = self._locate(batch)
         yield self._slots(batch, number, turn)
         stream = next(stream for stream in self._streams if number in stream.numbers)
@@ -145,7 +145,7 @@ class _Stream:
         """The group of batch `batch` of this stream, and how many batches of that group are before it."""
         if len(self.numbers) == 1:
             return self.numbers[0], batch
-        # After e passes between e * rate - groups and e * rate batches are over.
+        # After e passes the number of finished batches lies between e * rate - groups and e * rate.
         low = max(0, int(batch / self.rate) - 2)
         high = int((batch + 1 + len(self.numbers)) / self.rate) + 2
         epoch = bisect.bisect_right(range(high + 1), batch, lo=low, key=lambda e: sum(self._over(e))) - 1

@@ -1,4 +1,4 @@
-"""What became of many files: how many clips are taken, what is left out and why, and which clips have a caption.
+"""Summaries of many files: the clips that are taken, those left out and why, and how many have a caption.
 
 Every verb that reads a folder ends with the `Summary` of what it read, so that nothing is left out in silence.
 """
@@ -18,7 +18,7 @@ _LONGEST = 300  # characters of an example
 
 @dataclass(frozen=True)
 class Summary:
-    """What was read of one place.
+    """The counts of what was read of one place.
 
     Args:
         place: the folder, or what else the clips come from.

@@ -1,4 +1,4 @@
-"""What the two transformers share: their inputs, checked, and the way through their blocks."""
+"""The part that both transformers share: the checks of their inputs, and the way through their blocks."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -27,12 +27,12 @@ class DenoiserConfig(Protocol):
 
     @property
     def channels(self) -> int:
-        """Of the latent."""
+        """The channels of the latent."""
         ...
 
     @property
     def out_channels(self) -> int:
-        """Of the prediction."""
+        """The channels of the prediction."""
         ...
 
     @property
@@ -56,7 +56,7 @@ Config = TypeVar("Config", bound=DenoiserConfig)
 
 @dataclass(frozen=True)
 class LinearLayers:
-    """What a family says of its linear layers, so that their operations can be counted (`osp.denoiser.flops`).
+    """A family's linear layers, described so that their operations can be counted (`osp.denoiser.flops`).
 
     `rows` says for each, by its name with `*` for a number, which rows of a sample it sees: the "video" tokens, the
     "text" tokens, or one row ("once"). `inputs` are those that see an input of the model itself. `joint_text`: text
@@ -97,7 +97,7 @@ class Denoiser(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What builds the model again, as plain values."""
+        """The settings that build the model again, as plain values."""
         settings = asdict(self.config)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 

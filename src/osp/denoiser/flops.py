@@ -1,4 +1,4 @@
-"""What a denoiser computes, counted from its layers and the groups of its patterns: nothing is run."""
+"""The operations of a denoiser, counted from its layers and the groups of its patterns; nothing is run."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from osp.denoiser.patterns import Pattern
 from osp.errors import UsageError
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-# What torch's counter counts and `LinearLayers` has no word for.
+# Layers that torch's counter counts, but that `LinearLayers` cannot describe.
 _UNCOUNTED = (nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
 
 
@@ -66,7 +66,7 @@ def denoiser_flops(model: Denoiser, latent: Sequence[int], text: int, batch: int
     products = {name: rows[model.linear_layers.rows[name]] * weights for name, weights in layers.items()}
     embedding = sum(products.get(name, 0) for name in model.linear_layers.inputs)
     pairs = {pattern: _pairs(pattern, grid, text if joint else 0) for pattern in dict.fromkeys(model.schedule)}
-    # Queries times keys, and probabilities times values, in all heads.
+    # The products are queries times keys, and probabilities times values, in all heads.
     attention = 2 * heads_width * sum(pairs[pattern] for pattern in model.schedule)
     text_attention = 0 if joint else 2 * heads_width * len(model.schedule) * grid.tokens * text
     parts = embedding, sum(products.values()) - embedding, attention, text_attention
@@ -74,7 +74,7 @@ def denoiser_flops(model: Denoiser, latent: Sequence[int], text: int, batch: int
 
 
 def _grid(model: Denoiser, latent: Sequence[int], text: int, batch: int) -> Grid:
-    """As the model checks and counts it."""
+    """The grid of tokens, as the model checks and counts it."""
     with torch.device("meta"):
         pooled = None if model.pooled_channels is None else torch.empty(batch, model.pooled_channels)
         video = torch.empty(batch, model.latent_channels, *latent)

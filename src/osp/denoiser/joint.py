@@ -179,7 +179,7 @@ class LongSkip(nn.Module):
 
 
 class Branch(nn.Module):
-    """What a block has for each of video and text; `goes_on` is False where nothing reads the result."""
+    """The layers of a block that video and text each have; `goes_on` is False if nothing reads the result."""
 
     def __init__(self, config: JointTransformerConfig, goes_on: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What both transformers are made of."""
+"""The layers that both transformers are made of."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What hardware there is, how to choose it, and how fast it is and how much memory it takes."""
+"""The hardware: the choice of a device, its speed and its memory."""
 
 from osp.devices.attention import attention
 from osp.devices.device import accelerator_device, choose_device, describe_device, free_unused, synchronize

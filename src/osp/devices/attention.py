@@ -47,8 +47,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
     if q.shape[1] == 0 or k.shape[1] == 0:
         return _sdpa(q, k, v, None)  # which gives zeros without keys; FlexAttention refuses them
     if key_padding is not None:
-        # A sample of padding only would divide zero by zero: it sees everything instead, as it does where padding is
-        # a large negative number that is added to the scores.
+        # A sample of padding only would divide zero by zero: it sees everything instead, as it would if padding were
+        # a large negative number added to the scores.
         key_padding = key_padding | ~key_padding.any(-1, keepdim=True)
     return _backend(q, k.shape[1], key_padding is not None)(q, k, v, key_padding)
 
@@ -81,7 +81,7 @@ def key_block_mask(keys: Tensor, queries: int) -> BlockMask:
 
 
 def _backend(q: Tensor, keys: int, padded: bool) -> Backend:
-    """What computes attention on q's device."""
+    """The function that computes attention on q's device."""
     if q.device.type == "cpu" and keys <= SHORT and torch.is_grad_enabled() and _computed_in(q) in HALF:
         return _explicit
     if q.device.type != "cuda":
@@ -101,7 +101,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
-    """With the matrix, in half precision but for the softmax's sums."""
+    """Attention computed with the matrix of scores, in half precision except for the softmax's sums."""
     dtype = _computed_in(q)
     q, k, v = (_heads_first(x).to(dtype) for x in (q * q.shape[3] ** -0.5, k, v))
     scores = q @ k.transpose(2, 3)
@@ -111,7 +111,7 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, keys: None) -> Tensor:
-    """By cuDNN if it has a kernel for these inputs (in half precision), else by the next that has."""
+    """Attention by cuDNN if it has a kernel for these inputs (in half precision), else by the next that has one."""
     with sdpa_kernel(CUDNN_FIRST, set_priority=True):
         return _sdpa(q, k, v, keys)
 
@@ -125,7 +125,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
 
 @cache
 def _compiled_flex() -> Backend:
-    """For calls outside a compiled model: uncompiled, FlexAttention makes the whole matrix.
+    """FlexAttention, compiled for calls outside a compiled model: uncompiled, it makes the whole matrix.
 
     It is compiled anew for self-attention or not, one sample or several, with or without gradients, and so on. Past a
     limit torch would go on uncompiled without a word; so here the limit is high, and reaching it is an error.

@@ -1,4 +1,4 @@
-"""What a computation costs: operations, memory, and the best rate of the device to compare its speed with."""
+"""The costs of a computation: operations, memory, and the device's best rate to compare its speed with."""
 
 import math
 import os
@@ -50,7 +50,7 @@ class PeakMemory:
 
     @property
     def taken(self) -> int | None:
-        """What the block took on top of what was there, in bytes; None where that is not known."""
+        """The bytes that the block took beyond those in use before it; None if that is not known."""
         return None if self.before is None else max(0, self.peak - self.before)
 
 
@@ -100,7 +100,7 @@ class _HighWaterMark:
 
 
 class _Samples:
-    """For systems whose record cannot be reset: the resident set, looked at every millisecond."""
+    """The resident set, looked at every millisecond, for systems whose record cannot be reset."""
 
     how = "the resident set of the process, sampled every millisecond"
 

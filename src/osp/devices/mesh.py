@@ -10,7 +10,7 @@ from osp.checks import check_number
 
 
 class Processes(Protocol):
-    """What a Trainer says of the processes of its run."""
+    """The processes of a run, as its Trainer describes them."""
 
     @property
     def global_rank(self) -> int: ...

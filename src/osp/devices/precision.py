@@ -10,7 +10,7 @@ AUTOCAST: Mapping[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": tor
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What one of AUTOCAST computes in; None for float32. Raises UsageError for another name."""
+    """The number format that a name in AUTOCAST computes in; None for float32. Raises UsageError for another name."""
     if precision not in AUTOCAST:  # what is auto has been decided by now
         check_choice("precision", precision, [*AUTOCAST, "auto"])
     return AUTOCAST[precision]
@@ -28,6 +28,6 @@ def fast_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     if device.type == "cpu":
-        # Not `get_capabilities`, which torch 2.9 may not have.
+        # `get_capabilities` is not used, since torch 2.9 may not have it.
         return "bf16-mixed" if torch.cpu._is_amx_tile_supported() else "32-true"
     return "bf16-mixed"

@@ -1,4 +1,4 @@
-"""What a denoiser predicts and how predictions are integrated: objectives, solvers, guidance."""
+"""Objectives, which say what a denoiser predicts, and solvers and guidance, which integrate its predictions."""
 
 from osp.diffusion.discrete import Epsilon, Velocity
 from osp.diffusion.flow import Flow

@@ -13,7 +13,7 @@ from osp.diffusion.noise import Generators, draw_normal
 from osp.diffusion.objective import Objective
 from osp.errors import UsageError
 
-# Given to the model is sigma times this.
+# The model is given sigma times this.
 TIME_SCALE = 1000.0
 Sigma = TypeVar("Sigma", Tensor, np.ndarray)
 
@@ -56,7 +56,7 @@ class Flow(Objective):
 
     def sample_time(self, batch: int, generators: Generators = None, tokens: int | None = None) -> Tensor:
         """1000 times the shifted sigma, `B` (float32)."""
-        # In float64, because one value and several take different paths through float32's exponential.
+        # This is computed in float64: float32's exponential takes different paths for one value and for several.
         drawn = draw_normal((batch,), generators).double()
         sigma = shifted(torch.sigmoid(self.mean + self.std * drawn), self.shift_at(tokens))
         return (TIME_SCALE * sigma).float()
@@ -77,7 +77,7 @@ class Flow(Objective):
         return (x - sigma * v).to(noisy.dtype), (x + alpha * v).to(noisy.dtype)
 
     def sigmas(self, steps: int, shift: float) -> np.ndarray:
-        """Those that a sampler goes through, evenly spaced from 1 to 0 and shifted, `steps + 1` (float64)."""
+        """The `steps + 1` sigmas that a sampler goes through, evenly spaced from 1 to 0 and shifted (float64)."""
         return shifted(np.linspace(1, 0, steps + 1), shift)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from osp.errors import UsageError
 
-# One for the whole batch, one for each sample, or none: then torch's own state decides.
+# One generator for the whole batch, one for each sample, or None: then torch's own state is used.
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 

@@ -44,10 +44,10 @@ class Objective(ABC):
 
     @abstractmethod
     def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """What the model should predict."""
+        """The target of the model's prediction."""
 
     def toward(self, clean: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """What to predict at a noisy latent that is to become `clean`; not where there is no noise."""
+        """The target at a noisy latent that is to become `clean`; the noise level must not be 0."""
         alpha, sigma = self.along(time, noisy)
         return self.target(clean, (noisy.float() - alpha * clean.float()) / sigma, time)
 

@@ -41,11 +41,11 @@ _FLOW_SOLVERS: dict[str, Entry] = {
     "dpm++_sde": ("DPMSolverMultistepScheduler", _FLOW | _SDE),
     "unipc": ("UniPCMultistepScheduler", _FLOW),
 }
-# What the classes of diffusers differ in, beside their options. Those that work with log(signal / noise):
+# The classes of diffusers differ beside their options. These work with log(signal / noise):
 _LOG_SNR = {"DPMSolverMultistepScheduler", "UniPCMultistepScheduler"}
-# Those that step by whole numbers of the objective's steps, and keep no list of noise levels:
+# These step by whole numbers of the objective's steps, and keep no list of noise levels:
 _WHOLE_STEPS = {"DDPMScheduler", "DDIMScheduler"}
-# Those for flows alone, whose state is what the model is given, and noise as it is drawn at first:
+# These are for flows alone; their state is the model's input, and begins as the drawn noise:
 _UNSCALED = {"FlowMatchEulerDiscreteScheduler", "LTXEulerAncestralRFScheduler", "FlowMatchHeunDiscreteScheduler"}
 # Options that the objective decides; for a flow also all that shape its times.
 _OWNED = {"prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"}
@@ -95,7 +95,7 @@ class Solver:
         """
         table = _FLOW_SOLVERS if isinstance(self.objective, Flow) else _DISCRETE_SOLVERS
         name, options = table[self.name]
-        # Importing diffusers takes seconds, so only who samples does.
+        # Importing diffusers takes seconds, so it is imported only for sampling.
         kind = getattr(importlib.import_module("diffusers"), name)
         known = inspect.signature(kind.__init__).parameters.keys() - {"self"}
         settings = options | dict(self.options)
@@ -189,7 +189,7 @@ def solvers(objective: Objective) -> list[str]:
 
 
 def _discrete_settings(objective: Discrete, rescales: bool) -> dict[str, Any]:
-    """What the schedulers are told of an objective; each takes the settings that it knows."""
+    """The settings of the schedulers for an objective; each takes the settings that it knows."""
     settings: dict[str, Any] = {
         "num_train_timesteps": objective.steps,
         "prediction_type": "v_prediction" if isinstance(objective, Velocity) else "epsilon",

@@ -81,7 +81,7 @@ class _Judged:
 
 @dataclass(frozen=True)
 class _Networks:
-    """What videos are looked at with, and which of their frames were given."""
+    """The networks that videos are judged with, and the numbers of the frames that were given."""
 
     features: VideoFeatures
     vae: VideoAutoencoder | None

@@ -23,7 +23,7 @@ from osp.weights.files import WeightImportError, load_exactly, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# What torchvision's `pretrained=True` fetches for the two trunks of the package
+# The files that torchvision's `pretrained=True` fetches for the two trunks of the package.
 TRUNK_URLS = {
     "alex": torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url,
     "vgg": torchvision.models.VGG16_Weights.IMAGENET1K_V1.url,

@@ -40,14 +40,14 @@ class Rate:
         return float(low), float(high)
 
     def plain(self) -> dict[str, float]:
-        """As plain values: `rate`, `low`, `high`, `right`, `count`."""
+        """The rate as plain values: `rate`, `low`, `high`, `right`, `count`."""
         low, high = self.interval
         return {"rate": self.rate, "low": low, "high": high, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a prompt asks for and what the oracle sees."""
+    """A prompt, the look that it asks for (`truth`), and the look that the oracle sees (`seen`)."""
 
     prompt: str
     truth: Reading
@@ -60,7 +60,7 @@ class Judgement:
 
 
 def truth(prompt: str) -> Reading:
-    """What a video of this prompt must read as. Raises UsageError as `osp.data.procedural.scene.read_caption`."""
+    """The look that this prompt asks for. Raises UsageError as `osp.data.procedural.scene.read_caption`."""
     asked = read_caption(prompt)
     return Reading(asked.colour, asked.shape, asked.motion)
 

@@ -374,7 +374,7 @@ def _table(results: Mapping[str, Any]) -> str:
     return csv_text([*about, *metrics, *baselines], rows)
 
 
-# How metrics are called on the contact sheet, where that is not their key
+# The names of metrics on the contact sheet, if they are not their keys.
 TITLES = {"psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "rfvd": "rFVD"}
 
 

@@ -1,4 +1,4 @@
-"""What a training run left in its TensorBoard log."""
+"""The curves of a training run, read from its TensorBoard log."""
 
 import logging
 from pathlib import Path

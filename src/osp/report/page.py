@@ -27,7 +27,7 @@ Metrics = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Content:
-    """What a page shows, in this order: values as the files hold them, and paths of videos.
+    """The contents of a page, in this order: values as the files hold them, and paths of videos.
 
     Args:
         generations: folders of `osp eval target=generation`, and their metrics.

@@ -28,7 +28,7 @@ class Line:
 
     @property
     def label(self) -> str:
-        """As the legend names it."""
+        """The line's name in the legend."""
         return f"{self.colour} {self.style}".strip()
 
 
@@ -95,7 +95,7 @@ def _draw_bar(
 
 def _set_axes(grid: Any, x: str, values: Sequence[float]) -> None:
     for axes in grid.flat:
-        if 0 < axes.dataLim.y1 < math.inf:  # what took no memory that shows, or where nobody can tell, has none
+        if 0 < axes.dataLim.y1 < math.inf:  # memory may be 0 or unknown in all rows
             axes.set_ylim(0, 1.1 * axes.dataLim.y1)
     for below in grid[-1]:
         below.set_xlabel(x)

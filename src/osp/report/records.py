@@ -1,4 +1,4 @@
-"""What a page reads of the folders that it shows: the forms of their records, and which files of theirs it may show."""
+"""The forms of the records in folders that a page shows, and the check of which files it may show."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ GENERATION = {
     "counts": {"generated": int},
     "clips": [{"prompt": str, "file?": str, "read": {...: (str, None)}, "right": {"all": bool}}],
 }
-"""Of `metrics.json` of `osp eval target=generation`."""
+"""The form of `metrics.json` of `osp eval target=generation`."""
 
 RECONSTRUCTION = {
     "counts": {"clips": int},
@@ -30,13 +30,13 @@ RECONSTRUCTION = {
     "psnr_gain": {...: float},
     "clips": [{"key": str, "caption?": (str, None)}],
 }
-"""Of `metrics.json` of `osp eval target=reconstruction`."""
+"""The form of `metrics.json` of `osp eval target=reconstruction`."""
 
 RESULT = {"name": (str, float), "steps": int, "parameters": int, "seconds": float}
-"""Of `result.json` of `osp train`."""
+"""The form of `result.json` of `osp train`."""
 
 SAMPLE = {"prompt": str, "seed?": (int, None), "fps?": (float, None)}
-"""Of a line of `samples.jsonl`."""
+"""The form of a line of `samples.jsonl`."""
 
 
 def read_record(path: Path, form: Any, hint: str) -> Any:

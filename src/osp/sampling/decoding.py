@@ -11,7 +11,7 @@ from osp.vae.streaming import PieceProgress
 
 @torch.no_grad()
 def decode_in_pieces(codec: LatentCodec, latent: Tensor, frames: int, tell: PieceProgress) -> Tensor:
-    """As `codec.decode`, one video after another and each in pieces that leave the device: float32, on the CPU.
+    """Videos as by `codec.decode`, decoded one by one, in pieces that leave the device: float32, on the CPU.
 
     Before the first piece and after each one `tell` is given how many frames of all videos are done, of how many.
 

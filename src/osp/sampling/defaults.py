@@ -1,4 +1,4 @@
-"""What to sample with where nobody says: few steps of a solver that does well with them."""
+"""The solvers that sampling uses by default: few steps of a solver that does well with them."""
 
 from osp.diffusion import Flow, Objective, Solver
 from osp.errors import UsageError

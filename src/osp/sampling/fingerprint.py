@@ -19,7 +19,7 @@ def denoiser_fingerprint(denoiser: Denoiser) -> str:
 
 
 def generator_identity(generator: VideoGenerator) -> dict[str, Any]:
-    """What a generator is made of, as plain values without paths."""
+    """The names and fingerprints of a generator's parts, as plain values without paths."""
     return {
         "denoiser": type(generator.denoiser).__name__,
         "denoiser_fingerprint": denoiser_fingerprint(generator.denoiser),

@@ -36,7 +36,7 @@ MOST_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Encoded:
-    """What videos are made of, encoded, on the generator's device.
+    """The encoded inputs that videos are made from, on the generator's device.
 
     `text` and `condition` are what is asked for, a row a video; `without_text` and `without_condition` are what
     guidance leads away from, as many rows of the same length. Conditions are None where the denoiser takes none.
@@ -50,7 +50,7 @@ class Encoded:
 
 
 class VideoGenerator:
-    """What makes videos of prompts: a denoiser, and all that it was trained with.
+    """A generator of videos from prompts: a denoiser, and all that it was trained with.
 
     Args:
         denoiser: with frame channels it is an inpainting model, which frames may be given to.

@@ -49,7 +49,7 @@ class Job:
 
     @property
     def negative_prompt(self) -> str:
-        """What guidance leads away from."""
+        """The prompt that guidance leads away from."""
         return self.settings["negative_prompt"]
 
 
@@ -63,7 +63,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done, all of it checked, and how many videos are there already."""
+    """The checked batches that are to be made, and how many videos exist already."""
 
     generator: VideoGenerator
     sampling: Sampling
@@ -82,7 +82,7 @@ class Plan:
         return self.sampling.memory == "low"
 
     def unlike_training(self) -> str:
-        """In what the videos differ from the clips of training, as far as these are known; empty if in nothing."""
+        """The differences of the videos from the clips of training, as far as these are known; empty without any."""
         trained = dict(self.generator.clip or {})
         differs = []
         for key in Shape._fields:
@@ -95,7 +95,7 @@ class Plan:
         return "; ".join(differs)
 
     def memory(self) -> MemoryPlan | None:
-        """What the largest batch needs; None if there is nothing to be done."""
+        """The memory that the largest batch needs; None if there is nothing to make."""
         sizes = [(batch.jobs[0].size, len(batch.jobs)) for batch in self.batches]
         if not sizes:
             return None
@@ -182,7 +182,7 @@ def generate_batch(
 
 
 def _arguments(generator: VideoGenerator, sampling: Sampling, batch: Sequence[Job]) -> dict[str, Any]:
-    """What `check` and `generate` are given for a batch of one size; given videos are read at the generator's fps."""
+    """The arguments of `check` and `generate` for a batch of one size; given videos are read at the generator's fps."""
     with_pictures = batch if any(job.pictures.files for job in batch) else []
     given = [job.pictures.read(*job.size, generator.fps) for job in with_pictures]
     return {

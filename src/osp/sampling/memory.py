@@ -16,15 +16,15 @@ from osp.sampling.offload import BLOCKS_ON_DEVICE
 from osp.vae.memory import LiveBytes, working_bytes
 
 _GIB = 2**30
-# The solver's state, what the model gets and gives, twice with guidance.
+# The solver's state, and the model's input and output, each of them twice with guidance.
 _LATENTS = 5
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What is on the device, in bytes: `parts` by name, `phases` with all that is there at once, and what there is.
+    """The bytes on the device: `parts` by name, `phases` with all that is there at once, and the `available` memory.
 
-    `available` is what the device has free, and what the generator's weights hold of it already; None: not known.
+    `available` is the device's free memory plus the part that the generator's weights hold already; None: not known.
     """
 
     parts: Mapping[str, int]
@@ -35,7 +35,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """That of the phase which needs most."""
+        """The bytes of the phase that needs most."""
         return max(self.phases.values())
 
     @property
@@ -45,12 +45,12 @@ class MemoryPlan:
 
     @property
     def advice(self) -> str:
-        """What to use where it does not fit."""
+        """The settings to change if it does not fit."""
         smaller = "a smaller clip" if self.batch == 1 else "a smaller batch_size or clip"
         return smaller if self.low_memory else f"memory=low, or {smaller}"
 
     def lines(self) -> list[str]:
-        """For a user to read, in GiB."""
+        """The plan in lines for a user to read, in GiB."""
         rows = [f"{name}: {size / _GIB:.2f} GiB" for name, size in self.parts.items()]
         phases = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in self.phases.items())
         there = "" if self.available is None else f" of {self.available / _GIB:.2f} GiB free"
@@ -60,7 +60,7 @@ class MemoryPlan:
 def plan_memory(
     generator: VideoGenerator, frames: int, height: int, width: int, batch: int = 1, low_memory: bool = False
 ) -> MemoryPlan:
-    """What `generate` needs on the generator's device for a batch of such videos with guidance.
+    """The memory that `generate` needs on the generator's device for a batch of such videos with guidance.
 
     The tensors of one call of the denoiser and of the VAE are followed through a copy without memory, so that layers,
     patterns and types count as they are; attention is taken as fused, and autocast, which needs less, as if it were

@@ -64,7 +64,7 @@ class _Blocks:
 
     def before(self, index: int) -> None:
         """Have a block's weights ready, and those of the next one on their way."""
-        # Python is ahead of the device, and would fill it with the weights of blocks that are not due yet.
+        # Python runs ahead of the device, and would fill it with weights of blocks that are not due yet.
         while len(self.done) >= BLOCKS_ON_DEVICE - 1:
             self.done.pop(0).synchronize()
         if index not in self.here:

@@ -120,7 +120,7 @@ class SampleFolder:
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """What a video of ours, or a folder of its frames, was made with; None if it does not say.
+    """The settings that a video of ours, or a folder of its frames, was made with; None if the files hold none.
 
     Raises DataError for a file that cannot be read.
     """
@@ -175,7 +175,7 @@ def _line(name: str, settings: Mapping[str, Any]) -> str:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """The settings as JSON gives them back."""
     return json.loads(json.dumps(settings))
 
 

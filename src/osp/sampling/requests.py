@@ -1,4 +1,4 @@
-"""What a user asks for: prompts with what goes with each, from a file or a command, and the videos they become."""
+"""The requests of a user (prompts with their settings, from a file or a command), and the videos that they become."""
 
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ class Request:
 
     @property
     def size(self) -> dict[str, int]:
-        """Of frames, height and width those that it says itself."""
+        """The request's own frames, height and width, as far as it gives them."""
         sizes = {"frames": self.frames, "height": self.height, "width": self.width}
         return {key: size for key, size in sizes.items() if size is not None}
 

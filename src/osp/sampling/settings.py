@@ -39,7 +39,7 @@ class ClipSize:
     width: int | None = setting(None, "width in pixels", least=1, whole=True, null="that of the training clips")
 
     def filled(self, known: Mapping[str, Any] | None) -> Shape:
-        """With what is null as it is known of the model. Raises UsageError naming what is not."""
+        """The size, with the model's own values in place of null. Raises UsageError naming one that is not known."""
         sizes: dict[str, int] = {}
         for key in Shape._fields:
             own = getattr(self, key)
@@ -119,7 +119,7 @@ class Sampling:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
-        """Of plain values by name, `clip` and `solver` as mappings; what is not there is as by default.
+        """The settings in plain values by name, `clip` and `solver` as mappings; missing ones are as by default.
 
         Names that are no setting are passed over, so that a whole configuration may be given, also those of `clip` (of
         an evaluation it says how clips are read too). Raises UsageError for one of `solver`.
@@ -139,7 +139,7 @@ class Sampling:
 
 
 def setting_meanings() -> dict[str, str]:
-    """What each setting means, with its limits and what null is, by its whole name."""
+    """The meaning of each setting by its whole name, with its limits and the meaning of null."""
     return {name: _meaning(one.metadata) for name, one in _FIELDS.items() if "meaning" in one.metadata}
 
 

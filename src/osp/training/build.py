@@ -15,7 +15,7 @@ from osp.vae import VideoVAE
 Model = TypeVar("Model", bound=nn.Module)
 
 REBUILT = (Denoiser, VideoVAE, WordText, PatchDiscriminator3d)
-"""What its `settings`, plain values, build again."""
+"""The classes of models that their own `settings`, plain values, build again."""
 
 
 def is_drawn(make: object) -> bool:

@@ -1,4 +1,4 @@
-"""What a training run shows of itself."""
+"""The callbacks that show a training run: clips of its validations, log lines, and the bar of its steps."""
 
 import logging
 import sys

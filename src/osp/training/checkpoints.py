@@ -37,7 +37,7 @@ _GENERATOR = {
     "fps": float,
     "clip": ({"frames": int, "height": int, "width": int}, None),
 }
-"""What a denoiser's checkpoint says of its generator (`DenoiserModule.on_save_checkpoint`)."""
+"""The form of a denoiser's checkpoint's entry on its generator (`DenoiserModule.on_save_checkpoint`)."""
 
 _MOST_FPS = 1000
 
@@ -125,7 +125,7 @@ def averaged_text(state: TrainingCheckpoint) -> WordText | None:
 def load_trained_generator(
     path: str | Path, vae: VideoVAE | None = None, text: TextEncoder | None = None
 ) -> VideoGenerator:
-    """What makes videos by a denoiser's training checkpoint, with averaged weights.
+    """The generator of a denoiser's training checkpoint, with averaged weights.
 
     `vae=None` reads the VAE from where it was read in training; `text=None` needs a text encoder that was trained
     along. Raises UsageError for a VAE or text encoder that is gone or is another than the one in training, and errors

@@ -1,4 +1,4 @@
-"""What is done with a step's gradient before the optimiser takes it: the two published schemes, and the plain one.
+"""The clipping of a step's gradient before the optimiser takes it: the two published schemes, and the plain one.
 
 Every process decides alike, because all see the norm of the gradient after its synchronisation. A gradient (or loss)
 that is not finite never reaches the weights.
@@ -22,7 +22,7 @@ class DivergedError(OspError):
 
 @dataclass(frozen=True)
 class Clipped:
-    """What became of a gradient: its norm before, and whether the step is to be taken, dropped, or the run is over."""
+    """The outcome for a gradient: its norm before clipping, whether its step is dropped, whether the run is over."""
 
     norm: float
     dropped: bool = False
@@ -51,7 +51,7 @@ class Clipping(nn.Module):
         learning = [parameter for parameter in parameters if parameter.grad is not None]
         total = nn.utils.get_total_norm([parameter.grad for parameter in learning if parameter.grad is not None])
         norm = float(total)
-        # Not the norm alone: the L1 distance sends no gradient where a reconstruction is NaN.
+        # The norm alone is not enough: the L1 distance sends no gradient where a reconstruction is NaN.
         if not math.isfinite(norm) or (loss is not None and not math.isfinite(float(loss))):
             self.not_finite += 1
             return Clipped(norm, dropped=True, diverged=self.not_finite >= self.patience)
@@ -85,7 +85,7 @@ class NormClipping(Clipping):
 
 
 class MovingAverage(Clipping):
-    """What both published schemes share: mean m and variance v of the norms so far, and the threshold m + 3 sqrt(v).
+    """The base of both published schemes: mean m and variance v of the norms so far, and the threshold m + 3 sqrt(v).
 
     A norm up to the threshold moves both: m <- d m + (1 - d) norm, then v <- d v + (1 - d) (m - norm)^2 (report v1.5,
     adaptive clipping). Larger ones leave them.

@@ -1,4 +1,4 @@
-"""What a run encodes videos with, or shows those of features with."""
+"""The codec that a run encodes its videos with, or shows the videos of features with."""
 
 import logging
 from collections.abc import Callable

@@ -85,7 +85,7 @@ def check_data(
 
 
 def _encoders(source: ClipSource) -> tuple[Any, ...]:
-    """Those of features; none of videos."""
+    """The fingerprints and settings of the encoders that made features; none for videos."""
     made = source.made_with
     return () if made is None else (made.vae_fingerprint, made.shift, made.scale, made.text, made.pooled_text)
 

@@ -169,7 +169,7 @@ class DenoiserModule(TrainingModule):
 
     @property
     def identity(self) -> LatentIdentity:
-        """What the latents of the prepared data are made with."""
+        """The identity of the latents of the prepared data."""
         assert self._identity is not None
         return self._identity
 
@@ -187,7 +187,7 @@ class DenoiserModule(TrainingModule):
             self.prepare(data)
         self._place()
         if self.scaling_clips and self.codec is not None:
-            # By one process, so that all have the same to the last digit.
+            # One process does it, so that all have the same to the last digit.
             scaling: Any = None
             if self.trainer.is_global_zero:
                 vae = self.codec.vae
@@ -227,7 +227,7 @@ class DenoiserModule(TrainingModule):
             with self._unsynchronised() if number < len(batches) - 1 else nullcontext():
                 sample = self._noised(batch, latent, own)
                 errors, counted = sample.error(self.denoiser, self.objective)
-                # The mean over all processes is taken, where a sum over different clips is meant.
+                # The mean over all processes is taken, although a sum over different clips is meant.
                 self.manual_backward(errors.sum() * (self.mesh.data / values))
             found.add(sample.times, errors, counted)
         loss, by_time = mean_errors(self.summed(found.sums))
@@ -255,7 +255,7 @@ class DenoiserModule(TrainingModule):
         return self.codec.encode(to_float(batch["video"]), generators)
 
     def _condition(self, batch: Batch, generators: Sequence[torch.Generator], noise: bool) -> ConditionInputs | None:
-        """What the denoiser is given of the batch's videos, with noise on it or without."""
+        """The denoiser's inputs from frames of the batch's videos, with noise on them or without; None: no masks."""
         if self.masks is None or self.codec is None:
             return None
         return self.masks.draw_given(to_float(batch["video"]), generators, noise).encode(self.codec)
@@ -291,7 +291,7 @@ class DenoiserModule(TrainingModule):
         if not (chosen := readable[:clips]):
             return None
         generator = VideoGenerator(denoiser_of(self.ema.model), text, self.objective, self.codec)
-        # One by one: what trains leaves little memory.
+        # Clips are made one by one, since the model in training leaves little memory.
         pairs = [self._shown(generator, batch, index) for index in chosen]
         if not self._encodes:
             self.codec.to("cpu")  # it is not needed until the next validation

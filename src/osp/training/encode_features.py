@@ -98,7 +98,7 @@ class FeatureEncoder:
         return next(iter(self._texts([""])), {})
 
     def _texts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """For each prompt `text` (`L D`, without padding) and, if there is one, `pooled_text` (`P`)."""
+        """The `text` of each prompt (`L D`, without padding) and its `pooled_text` (`P`), if there is one."""
         if self.text is None or not prompts:
             return [{}] * len(prompts)
         encoded = self.text(prompts)

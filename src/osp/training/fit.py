@@ -28,7 +28,7 @@ from osp.training.state import open_state
 log = logging.getLogger(__name__)
 
 _LEFT = ("checkpoints", "tensorboard", "csv")
-"""What a run that starts over drops of the one before, beside its result."""
+"""The folders that a run which starts over deletes, beside the result of the run before."""
 
 _EXPECTED_WARNINGS = (
     # The averaged twin of the model stays in eval mode on purpose.
@@ -37,9 +37,9 @@ _EXPECTED_WARNINGS = (
     # Steps are logged across epochs, however short these are.
     "The number of training batches .* is smaller than the logging interval",
     "Checkpoint directory .* exists and is not empty",
-    # What is logged of a validation is summed over the processes before.
+    # The logged values of a validation are summed over the processes before.
     r"It is recommended to use `self\.log\(.*sync_dist=True",
-    # Few loader workers are enough where clips are made on the fly, and a value of the user's choice.
+    # Few loader workers are enough if clips are made on the fly, and their number is the user's choice.
     r"The '\w+' does not have many workers",
 )
 
@@ -197,7 +197,7 @@ def write_result(
     seconds: float,
     overrides: Sequence[str],
 ) -> dict[str, Any]:
-    """What a run has come to; also written to its folder."""
+    """The result of a run, which is also written to its folder."""
     score = next((one.score for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)), None)
     result = {
         "name": name,

@@ -8,17 +8,17 @@ _TARGETS = {
     "osp.data.features.FeatureClips": "osp.data.sources.FeatureClips",
     "osp.data.synthetic.SyntheticClips": "osp.data.sources.SyntheticClips",
 }
-# By today's target, since one former name stood for different things; checkpoints have the same
+# Former keys by today's target, since one former name stood for different things; checkpoints hold the same keys.
 _KEYS = {
     "osp.denoiser.CrossTransformer": CrossTransformerConfig.former_names,
     "osp.denoiser.JointTransformer": JointTransformerConfig.former_names,
 }
-# Of a verb's command line alone
+# Former keys of a verb's command line alone.
 _OF_VERBS = {("bench", "checkpoint_every"): "recompute_every"}
 
 
 def new_key(verb: str, key: str) -> str | None:
-    """What a former key of a verb's command line is called now, by family where these differ; None for another key."""
+    """Today's name of a former key of a verb's command line, for each family if they differ; None for another key."""
     part, _, name = key.rpartition(".")
     if part != "denoiser":
         return _OF_VERBS.get((verb, key))

@@ -1,4 +1,4 @@
-"""What a denoiser's latents are made with and its clips are like, as checkpoints say it."""
+"""The identity of a denoiser's latents, and the size and rate of its clips, as checkpoints hold them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class LatentIdentity:
 
     @classmethod
     def of(cls, data: ClipDataModule, codec: LatentCodec | None) -> "LatentIdentity":
-        """That of the training clips."""
+        """The identity of the training clips' latents."""
         latent = _made_with(data.train_source, codec)
         clips = first_clips(data.val_source) or first_clips(data.train_source)
         if not clips:
@@ -53,7 +53,7 @@ class LatentIdentity:
 
 
 def _made_with(source: ClipSource, codec: LatentCodec | None) -> dict[str, Any]:
-    """What latents are made with, as plain values: the codec's identity, and where its VAE was read from."""
+    """The identity of the codec that makes the latents, and the `origin` of its VAE's weights, as plain values."""
     if source.made_with is not None:
         held = source.made_with.as_json()
         names = ("vae", "vae_fingerprint", "time_stride", "space_stride", "latent_channels", "shift", "scale")

@@ -68,7 +68,7 @@ Show = Callable[[Any, str, Tensor, float, int], None]
 
 
 def shower(logger: Logger) -> Show | None:
-    """What shows clips in a logger of this kind; None if it has no place for pictures."""
+    """The function that shows clips in a logger of this kind; None if it has no place for pictures."""
     return next((show for kind, show in _SHOW.items() if isinstance(logger, kind)), None)
 
 

@@ -1,4 +1,4 @@
-"""What a video VAE is trained to minimise, besides fooling a discriminator."""
+"""The losses that a video VAE is trained to minimise, without that of the discriminator."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""What the LightningModules here have in common: settings, steps made by hand, averaged weights, validation means."""
+"""The base of the LightningModules here: settings, steps made by hand, averaged weights, validation means."""
 
 import time
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ class TrainingModule(lightning.LightningModule):
 
     @property
     def learned(self) -> nn.Module:
-        """What is trained, averaged and counted."""
+        """The module whose weights are trained, averaged and counted."""
         raise NotImplementedError
 
     def build(self) -> None:
@@ -89,7 +89,7 @@ class TrainingModule(lightning.LightningModule):
         )
 
     def shown_clips(self, batch: Batch, outputs: Any, clips: int) -> Tensor | None:
-        """What to show of a validation's first batch, `N 3 T H W` in [-1, 1], N up to `clips`; None: nothing."""
+        """The clips to show of a validation's first batch, `N 3 T H W` in [-1, 1], N up to `clips`; None: no clips."""
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run's folder says of how it was made: settings, command, versions, and each time that it went on."""
+"""The record in a run's folder of how it was made: settings, command, versions, and each time that it went on."""
 
 import json
 import os

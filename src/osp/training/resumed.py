@@ -1,4 +1,4 @@
-"""Of a checkpoint, the parts that a run goes on with, checked one by one.
+"""The parts of a checkpoint that a run goes on with, checked one by one.
 
 A run's folder may come from somebody else. So nothing in it is acted upon but numbers: weights and states of optimisers
 of the sizes that the models have, counts, and the best score. Texts, paths among them, stay in the file; settings of

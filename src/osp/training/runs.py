@@ -17,24 +17,24 @@ RESULT = "result.json"
 CONFIG = "config.yaml"
 _LOCK = ".lock"
 
-# What a run cannot change half-way. Parts that others refer to come first, so that the key is named which was given.
+# Settings that a run cannot change half-way. Those that others refer to come first, so that the given key is named.
 _FIXED = (
     *("seed", "clip", "vae", "denoiser", "text", "objective", "perceptual", "clipping", "buckets", "latent"),
     *("data", "module"),
 )
-# What of it may: the loader itself refuses another order of the clips, and a denoiser another VAE.
+# Settings among these that may change: the loader refuses another order of the clips, and a denoiser another VAE.
 _FREE = {
     *("data.workers", "data.batch_size", "data.batch_tokens", "data.val_batch_size", "data.devices"),
     *("vae.path", "module.vae.path", "latent.vae.path"),
     "module.recompute_every",
 }
-_LIMITS = ".limits."  # of files may change as well: the loader compares the list of clips
-# What may be other from some step on.
+_LIMITS = ".limits."  # limits of files may change as well: the loader compares the list of clips
+# Settings that may change from some step on.
 _RATES = {
     *("module.lr", "module.discriminator_lr", "module.weight_decay", "module.betas", "module.gradient_clip"),
     *("module.warmup_steps", "module.decay_until", "module.ema_decay", "module.accumulate"),
 }
-_TOLD = ("trainer", "global_batch", "checkpoint_every")  # what is free beside these, and said when it changes
+_TOLD = ("trainer", "global_batch", "checkpoint_every")  # these may change as well, and a change is logged
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TrainingRun:
 
     @property
     def result_file(self) -> Path:
-        """What it writes at the end."""
+        """The file that it writes at the end."""
         return self.folder / RESULT
 
     @property
@@ -83,12 +83,12 @@ class TrainingRun:
         return {str(key): value for key, value in renamed(config).items()}
 
     def name(self) -> str | None:
-        """What its settings call it; None if the folder does not say."""
+        """The run's name in its settings; None if the folder does not say."""
         name = (self.config() or {}).get("name")
         return None if name is None else str(name)
 
     def result(self) -> dict[str, Any] | None:
-        """What it has come to at its end, perhaps with fewer steps than are asked for now; None if there is no result.
+        """The result at the run's end, perhaps with fewer steps than are asked for now; None if there is no result.
 
         Raises DataError for a file that is no result.
         """
@@ -124,7 +124,7 @@ class TrainingRun:
         return next((f"{key}={old}, not {new}" for key, old, new in found if not may_change(key, old, new)), None)
 
     def changes(self, settings: Mapping[str, Any]) -> list[str]:
-        """What is other than before in settings that it can go on with: "KEY=NOW (was BEFORE)". Raises as `config`."""
+        """The changed settings among those that it can go on with, as "KEY=NOW (was BEFORE)". Raises as `config`."""
         before = self.config() or settings
         return [f"{key}={new} (was {old})" for key, old, new in _differences(before, settings, (*_FIXED, *_TOLD))]
 

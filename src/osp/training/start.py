@@ -18,14 +18,14 @@ from osp.weights import load_pretrained
 
 log = logging.getLogger(__name__)
 
-# What leaves the weights as they are, or adds some that start without effect (`osp.denoiser.restage`).
+# Settings that leave the weights as they are, or add weights that start without effect (`osp.denoiser.restage`).
 _MAY_DIFFER = ("stages", "long_skips", "frame_channels", "position_scale")
 
 
 @dataclass(frozen=True)
 class StartWeights:
-    """What a run begins with: the denoiser's weights, the text encoder's if it brings some, and what it says of its
-    latents, if it says it."""
+    """The weights that a run begins with: the denoiser's, the text encoder's if there are any, and the identity of the
+    latents that they were trained on, if it is known."""
 
     denoiser: Mapping[str, Tensor]
     text: Mapping[str, Tensor] | None

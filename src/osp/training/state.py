@@ -22,7 +22,7 @@ _AVERAGED = "ema.model."
 
 
 class TrainingCheckpoint(Protocol):
-    """What is read of a run's state; nothing is read before it is asked for."""
+    """A run's saved state; nothing in it is read before it is asked for."""
 
     @property
     def path(self) -> Path:
@@ -35,7 +35,7 @@ class TrainingCheckpoint(Protocol):
         ...
 
     def entry(self, name: str) -> Any:
-        """What a module has written of itself under this name, as plain values; None if there is nothing."""
+        """The plain values that a module has written under this name; None if there are none."""
         ...
 
     def weights(self, prefix: str) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ class FileCheckpoint:
         """See `TrainingCheckpoint.weights`."""
         inner = self.content.get("state_dict")
         stored = Weights.of(inner if isinstance(inner, Mapping) else {})
-        # Copied: they lie in the file, which may be replaced.
+        # The tensors are copied: they lie in the file, which may be replaced.
         return {key.removeprefix(prefix): stored[key].clone() for key in stored if key.startswith(prefix)}
 
 

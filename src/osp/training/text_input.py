@@ -72,7 +72,7 @@ class TextInput:
         return encoder(captions if dropped is None else drop_prompts(captions, dropped))
 
     def entry(self, trained: Any) -> dict[str, Any]:
-        """What a checkpoint says of the text, as plain values: the encoder that learned along, or what made it."""
+        """A checkpoint's entry on its text, as plain values: the encoder that learned along, or what made the text."""
         if self.is_trained:
             assert isinstance(trained, nn.Module)
             return {"encoder": type(trained).__name__, "settings": trained.settings}

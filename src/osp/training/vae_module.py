@@ -129,7 +129,7 @@ class VAEModule(TrainingModule):
         taken = self.take_step([vae_optimizer], loss, logs)
 
         if self.discriminating(step):
-            # Its gradients of the VAE's backward pass are not its own. Lightning would count its step as another
+            # The VAE's backward pass left gradients in it that must go. Lightning would count its step as another
             # global step, so it is taken on the optimiser itself.
             others[0].zero_grad()
             for batch in batches[self.accumulate :]:

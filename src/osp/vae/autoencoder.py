@@ -1,4 +1,4 @@
-"""What all VAEs of the family share: encode and decode, whole, in pieces and in tiles, for any number of frames."""
+"""The base of all VAEs: encode and decode, whole, in pieces and in tiles, for any number of frames."""
 
 from abc import abstractmethod
 from typing import Any
@@ -169,7 +169,7 @@ class VideoVAE(nn.Module):
                 whole = network(tile, None)
                 tell(frames)
                 return whole
-            # Of small frames as many as make up a piece of large ones: calls have their cost, too.
+            # A piece holds more of small frames, up to the area of a piece of large ones, since each call has its cost.
             area = tile.shape[3] * tile.shape[4] * pixels["pixel_in"] ** 2
             piece = self.piece(half) * (max(1, _LARGE // area) if chunk_frames is None else 1)
             return run_clip(network, tile, lengths, frames, piece, tell)

@@ -85,7 +85,7 @@ class CausalVAEConfig:
                     )
                 for level in levels:
                     check_choice(name, level, choices)
-        # What comes from YAML or JSON is a list; equal settings must compare as equal.
+        # Values from YAML or JSON are lists; equal settings must compare as equal.
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), Sequence) and not isinstance(value, str):
                 object.__setattr__(self, field.name, tuple(value))
@@ -96,7 +96,7 @@ class CausalVAEConfig:
             )
 
     def strides(self, half: Literal["encoder", "decoder"]) -> tuple[int, int]:
-        """By how much one half changes time and space."""
+        """The factors by which one half changes time and space."""
         resizes, times = getattr(self, f"{half}_resize"), getattr(self, f"{half}_time")
         doublings = sum(times) + sum(resize == "space_time" for resize in resizes)
         return 2**doublings, 2 ** sum(resize != "none" for resize in resizes)

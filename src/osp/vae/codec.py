@@ -106,7 +106,7 @@ class LatentCodec:
         return self.pixels(video)
 
     def pixels(self, video: Tensor) -> Tensor:
-        """What the VAE gives -> within [-1, 1], float32. Raises NotFiniteError for numbers that are not finite."""
+        """Pixels as float32 in [-1, 1], of the VAE's output. Raises NotFiniteError for numbers that are not finite."""
         check_finite(f"the pixels that the VAE ({self.name}) gives", video)
         return video.float().clamp(-1.0, 1.0)
 
@@ -120,7 +120,7 @@ class LatentCodec:
         return weights_digest(repr(sorted(self.vae.settings.items())), self.vae.state_dict())
 
     def identity(self) -> dict[str, Any]:
-        """What latents are made with, as plain values: `vae`, `vae_fingerprint`, strides, channels, shift, scale."""
+        """The identity of the latents as plain values: `vae`, `vae_fingerprint`, strides, channels, shift, scale."""
         return {
             "vae": self.name,
             "vae_fingerprint": self.fingerprint(),
@@ -154,5 +154,5 @@ def measure_scaling(vae: VideoVAE, videos: Iterable[Tensor]) -> tuple[list[float
         raise UsageError("the latents' scale cannot be measured without clips")
     shift = total / count
     spread = (squares / count - shift.square()).clamp(min=1e-12).sqrt()
-    # Rounded, so that they read well and are the same however the sums were taken.
+    # The values are rounded, so that they read well and are the same however the sums were taken.
     return [round(v, 6) for v in shift.tolist()], [float(f"{1 / v:.6g}") for v in spread.tolist()]

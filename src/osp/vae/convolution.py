@@ -91,6 +91,6 @@ def _frame(x: Tensor, index: int, each: Each | None) -> Tensor:
 
 
 def _room(frame: Tensor, frames: int, channels: int) -> Tensor:
-    """For `B D T H W`, with the channels last in memory, where a frame is `B C H W`."""
+    """An empty `B D T H W`, with the channels last in memory, for frames `B C H W`."""
     batch, _, height, width = frame.shape
     return frame.new_empty(batch, frames, height, width, channels).movedim(-1, 1)

@@ -20,7 +20,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 
 HALVES: tuple[Half, ...] = get_args(Half)
 
-# Beyond the tensors: an allocator's unused parts, and the work space of convolutions.
+# Memory beyond the tensors: an allocator's unused parts, and the work space of convolutions.
 _HEADROOM = 1.2
 
 

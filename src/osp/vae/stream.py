@@ -1,4 +1,4 @@
-"""What a stream keeps between two chunks.
+"""The frames that a stream keeps between two chunks.
 
 A layer takes `(x, state)`. With `state=None` the chunk is the whole clip. With a `StreamState` it is the next piece of
 a longer clip, and the layer finds in the state just the frames that it still needs. Layers keep nothing on themselves,
@@ -28,7 +28,7 @@ class StreamState:
         self._kept: dict[nn.Module, tuple[Tensor, ...]] = {}
 
     def take(self, layer: nn.Module) -> tuple[Tensor, ...] | None:
-        """What `layer` kept at the chunk before, or None at its first chunk."""
+        """The frames that `layer` kept at the chunk before, or None at its first chunk."""
         return self._kept.get(layer)
 
     def keep(self, layer: nn.Module, *frames: Tensor) -> None:

@@ -48,7 +48,7 @@ def count_tiles(tiling: Tiling | None, height: int, width: int) -> int:
 def in_tiles(
     x: Tensor, tiling: Tiling | None, run: Callable[[Tensor, Corner], Tensor], *, pixel_in: int, pixel_out: int
 ) -> Tensor:
-    """What `run` makes of the tiles of `B C T H W`, put together; it is also told where a tile's top left corner is.
+    """The results of `run` on the tiles of `B C T H W`, put together; `run` also gets each tile's top left corner.
 
     `pixel_in` and `pixel_out` are the sizes of a pixel of `x` and of the result, in pixels of the video: 1, or for a
     latent the VAE's space stride. Without a tiling, or if a tile holds whole frames, `run` gets all of x at once.

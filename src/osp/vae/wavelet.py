@@ -53,7 +53,7 @@ class HaarTransform(nn.Module):
     def __init__(self, filters: Tensor) -> None:
         super().__init__()
         if filters.shape[1] == 2:
-            # Never trained, yet a parameter: the published parameter counts include the 3D analysis filters, and
+            # A parameter that is never trained: the published parameter counts include the 3D analysis filters, and
             # neither the 2D ones nor those of the synthesis.
             self.filters = nn.Parameter(filters.clone(), requires_grad=False)
         else:

@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         h = self.up2(h[:, : -self.flow_channels], state)
         l1 = self.flow_l1(h[:, -self.flow_channels :], state)
         l1 = _add_to_lowest_band(*self.join_l1(l1, self.wavelet_l2(l2, state), state))
-        # One run to the end, as what lies between is the largest by far.
+        # These layers run in one go, since the tensors between them are the largest by far.
         layers = (*self.up1, *self.head, partial(activated, self.norm_out, self.conv_out))
         h = run(layers, h[:, : -self.flow_channels], state)
         h = _add_to_lowest_band(*self.join_out(h, self.wavelet_l1(l1, state), state))
@@ -240,7 +240,7 @@ def _mid(inputs: int, width: int, outputs: int, config: WFVAEConfig) -> Chain:
 
 
 def _flow(channels: int, outputs: int, config: WFVAEConfig) -> Chain:
-    """From the energy flow's share of the main path to the coefficients of one level."""
+    """The layers from the energy flow's share of the main path to the coefficients of one level."""
     blocks = (
         ResidualBlock(channels, channels, norm=config.norm, dropout=config.dropout) for _ in range(config.flow_blocks)
     )

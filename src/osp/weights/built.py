@@ -35,7 +35,7 @@ def build_empty(
     error: type[OspError] = DataError,
     told: str = "its settings build no",
 ) -> Built:
-    """What `make` builds of settings, plain values from a file with so many tensors, on the meta device.
+    """The object that `make` builds on the meta device from settings, plain values of a file with so many tensors.
 
     Raises an `error` of one line, which begins with `place` and `told`, for settings that are none, that hold other
     types than those of the model's configuration, or that make a model of many more tensors than the file has.
@@ -100,7 +100,7 @@ def _check(value: Any, hint: Any, place: str) -> None:
 
 
 def _check_any(value: Any, hints: Sequence[Any], place: str) -> None:
-    """As `_check` with the hint that fits the value's kind; the error is that of the first."""
+    """Check the value as `_check` does, with whichever hint fits it; the error is that of the first hint."""
     first: DataError | None = None
     for hint in hints:
         try:

@@ -72,9 +72,9 @@ _SAME_IN_ALL: dict[str, Any] = {
 _NOT_SHAPING = ("resolution", "lr", "use_tiling")
 _NOT_SHAPING_BEGIN = ("_", "loss_")
 
-# What the published class does where its config is silent is what our defaults are (v1.0 and v1.1).
+# Our defaults are those of the published class for settings that its config lacks (v1.0 and v1.1).
 DEFAULTS: dict[str, Any] = {}
-# What the full-size models have beyond them: v1.0 and v1.1 nothing, v1.2 the rest.
+# The settings of the full-size models beyond the defaults: none for v1.0 and v1.1, the second entry for v1.2.
 FULL_SIZES: tuple[dict[str, Any], ...] = (
     {},
     {
@@ -109,7 +109,7 @@ def build(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | No
     settings = settings_from_published(_SETTINGS, c)
     levels = settings.get("multipliers", CausalVAEConfig.multipliers)
     if len(levels) < len(CausalVAEConfig.multipliers):
-        # The published lists of levels have four entries where a config is silent, of which a smaller model uses fewer.
+        # The published defaults have four entries in each list of levels; a smaller model uses the first of them.
         lists = {f.name: f.default for f in fields(CausalVAEConfig) if isinstance(f.default, tuple)}
         settings = {name: default[: len(levels)] for name, default in lists.items()} | settings
     return CausalVideoVAE(**settings)

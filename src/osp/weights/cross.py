@@ -92,7 +92,7 @@ def build(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | No
 
 
 def build_inpaint(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> CrossTransformer:
-    """As `build`, of the inpainting transformer."""
+    """The inpainting transformer, built as by `build`."""
     known = {*DEFAULTS_INPAINT, *_NOT_SHAPING}
     check_settings("inpainting denoiser of v1.3", published_settings, known, _SAME_IN_ALL)
     return _build(published_settings)

@@ -44,7 +44,7 @@ _DTYPES = {
 }
 """The dtypes of safetensors files by their names there."""
 
-# What the readers raise at files that were cut off or altered, as tried with some thousand of them.
+# The errors of the readers for files that were cut off or altered, as found with some thousand such files.
 _DAMAGED = (
     RuntimeError,
     EOFError,
@@ -65,7 +65,7 @@ class WeightImportError(OspError):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a `.safetensors` or torch file holds, on the CPU. Nothing in the file is executed.
+    """The contents of a `.safetensors` or torch file, on the CPU. Nothing in the file is executed.
 
     Raises WeightImportError naming the file if it is missing, damaged, or holds more than tensors and plain values.
     """
@@ -74,7 +74,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def open_checkpoint(path: str | Path) -> Mapping[str, Any]:
-    """As `read_checkpoint`, but tensors stay in the file until they are used, where its format lets them.
+    """The contents as by `read_checkpoint`, but tensors stay in the file until they are used, if its format lets them.
 
     A safetensors file gives Weights. Tensors of a torch file lie in its mapping: whoever keeps one copies it.
     """
@@ -100,7 +100,7 @@ def save_weights(path: Path, weights: Weights) -> dict[str, str]:
     Raises WeightImportError for weights that are not finite.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
-    # The widest first, so that all are aligned
+    # The widest dtypes come first, so that all tensors are aligned.
     ordered = dict(sorted(weights.stored.items(), key=lambda item: -item[1].dtype.itemsize))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

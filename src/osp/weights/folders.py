@@ -44,7 +44,7 @@ def read_weights(source: str | Path, num_layers: Any = None) -> Weights:
 
 
 def read_config(source: str | Path) -> dict[str, Any] | None:
-    """What the `config.json` in a folder, or beside a file, says; None if there is none.
+    """The settings in the `config.json` of a folder, or beside a file; None if there is no such file.
 
     Raises WeightImportError if it is not a JSON object.
     """

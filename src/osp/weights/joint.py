@@ -140,7 +140,7 @@ def key_pairs(model: JointTransformer) -> Iterator[KeyPair]:
 
 
 def dead_keys(model: JointTransformer) -> dict[str, tuple[int, ...]]:
-    """What checkpoints that were merged from several ranks have for the text that leaves the last block."""
+    """Keys and shapes that checkpoints merged from several ranks hold for the text that leaves the last block."""
     c = model.config
     last = f"transformer_blocks.{len(c.stages) - 1}.{c.stages[-1].blocks - 1}"
     return {

@@ -1,4 +1,4 @@
-"""What is known of a model family: its class, how the published code writes it, and its published models."""
+"""The description of a model family: its class, how the published code writes it, and its published models."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

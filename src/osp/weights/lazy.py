@@ -13,7 +13,7 @@ from osp.checks import check_choice
 # Where a training checkpoint keeps its weights; the averaged ones come first.
 _WRAPPERS = ("ema_state_dict", "ema_model", "state_dict", "gen_model", "model")
 
-# What they are kept in
+# The dtypes that weights are kept in, by name.
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,7 +31,7 @@ class Opened(Mapping[str, Any]):
 
     @abstractmethod
     def peek(self, key: Any) -> Any:
-        """As indexing, but a Stored for a tensor that has not been read."""
+        """The value of a key as by indexing, but a Stored for a tensor that has not been read."""
 
     def __getitem__(self, key: str) -> Any:
         value = self.peek(key)

@@ -24,7 +24,7 @@ _ITERATION = re.compile(r"iter_(\d+)")
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _AVERAGED, _PLAIN = "ema_model", "model"
 
-# The dimension along which tensor-parallel ranks split a tensor: the output of what widens, the input of what narrows.
+# The dimension along which tensor-parallel ranks split a tensor: the output of widening layers, the input of others.
 _SPLIT = (
     (0, re.compile(r"transformer_blocks\..+\.(to_[qkv]|add_[qkv]_proj|ff(_enc)?\.net\.0\.proj)\.(weight|bias)")),
     (1, re.compile(r"transformer_blocks\..+\.(to_out\.0|to_add_out|ff(_enc)?\.net\.2)\.weight")),
@@ -90,13 +90,13 @@ def _ranks(folder: Path) -> dict[tuple[int, int], Path]:
 
 
 def _name(rank: tuple[int, int], folders: Mapping[Any, Path]) -> str:
-    """What the folder of a rank is called beside these."""
+    """The name of a rank's folder, spelled as these are."""
     has_stage = any(path.name.count("_") > 2 for path in folders.values())
     return f"mp_rank_{rank[0]:02d}" + (f"_{rank[1]:03d}" if has_stage else "")
 
 
 def _parts(files: Mapping[tuple[int, int], Path]) -> dict[tuple[int, int], Weights]:
-    """What each rank holds; averaged weights if there are any, which then all ranks must have."""
+    """The weights of each rank; averaged weights if any rank has them, and then all ranks must."""
     loaded = {rank: open_checkpoint(file) for rank, file in files.items()}
     averaged = {rank: holds_tensors(checkpoint.get(_AVERAGED)) for rank, checkpoint in loaded.items()}
     entry = _AVERAGED if any(averaged.values()) else _PLAIN

@@ -1,4 +1,4 @@
-"""What may be made of the names in a torch file: numbers, arrays of numbers, tensors of what the file stores, settings.
+"""The values that names in a torch file may make: numbers, arrays of numbers, tensors of stored numbers, settings.
 
 Beside weights, training leaves the settings of its run, NumPy's numbers and arrays, and states of random numbers. Each
 function here stands in the place of one that such files name, and refuses arguments that plain values would not have.
@@ -93,7 +93,7 @@ def _tensor(maker: Maker, arguments: tuple[Any, ...]) -> View:
 
 
 def _typed_tensor(maker: Maker, arguments: tuple[Any, ...]) -> View:
-    """As `_tensor`, with the type as the seventh argument: of types that have no storage of their own."""
+    """A tensor of a type without a storage of its own; the type is the seventh argument, the others are `_tensor`'s."""
     storage, offset, shape, stride, _learns, _hooks, dtype, *_rest = arguments
     if not isinstance(dtype, torch.dtype):
         raise RefusedError("a tensor of something else than numbers")
@@ -140,7 +140,7 @@ def _encoded(maker: Maker, arguments: tuple[Any, ...]) -> bytes:
 
 
 def _byte_array(maker: Maker, arguments: tuple[Any, ...]) -> bytearray:
-    # With a number for its argument, Python's makes so many bytes.
+    # Python's `bytearray` of a number would make so many bytes.
     if len(arguments) == 2:
         arguments = (_encoded(maker, arguments),)
     if len(arguments) > 1 or not all(isinstance(part, bytes) for part in arguments):

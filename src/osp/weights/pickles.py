@@ -21,7 +21,7 @@ _DEEPEST = 64  # levels of containers; what training leaves has about ten
 _TIMES_SHARED = 8  # how often a stored number may appear in tensors; tied weights make it two or three times
 _MORE = 1 << 20  # bytes and values that may be made beyond what the pickle's size bears out
 _SCALARS = (str, bytes, int, float, type(None))
-# What torch writes in names of Python 2
+# Modules that torch writes by their names of Python 2.
 _MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 Make = Callable[["Maker", tuple[Any, ...]], Any]
@@ -33,13 +33,13 @@ class RefusedError(ValueError):
 
 @dataclass(frozen=True)
 class Name:
-    """What a pickle calls a function or a class by; it is never looked up."""
+    """The name of a function or a class in a pickle; it is never looked up."""
 
     text: str
 
 
 class Maker:
-    """What functions of the table make values with; it keeps the sum of what they make to the size of the file."""
+    """The allowance that the table's functions make values with; it bounds their total size by the size of the file."""
 
     def __init__(self, size: int, stored: int) -> None:
         self._left, self._stored_left = 4 * size + _MORE, _TIMES_SHARED * stored + _MORE
@@ -59,7 +59,7 @@ class Maker:
 
 @dataclass(frozen=True)
 class Table:
-    """What names stand for: `constants`, `makers` by name, and `builders`, which fill what was made, by its type.
+    """The meanings of names: `constants`, `makers` by name, and `builders`, which fill made values, by their type.
 
     `persistent` gives what stands for a persistent id, which torch has for storages; `stored` is the bytes of these.
     """
@@ -115,7 +115,7 @@ class _Machine:
         self.stack = []
 
     def tuple_of(self, count: int) -> None:
-        # Of what is not there a negative slice would give less.
+        # A negative slice of a stack that is too short would give fewer values without an error.
         if len(self.stack) < count:
             raise IndexError("the stack is too short")
         self.stack[-count:] = [tuple(self.stack[-count:])]
@@ -226,7 +226,7 @@ def check_key(key: Any) -> Any:
 
 
 def inner_values(value: Any) -> tuple[Any, ...] | list[Any]:
-    """What a container holds; nothing of what is none."""
+    """The values in a container; none for a value that is no container."""
     if isinstance(value, dict):
         return list(value.values())
     if isinstance(value, Namespace):

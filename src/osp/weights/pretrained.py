@@ -96,7 +96,7 @@ def _as_written(stored: Weights, config: Mapping[str, Any], folder: Path) -> Wei
 
 
 def published_part(path: str | Path) -> dict[str, Any]:
-    """What `save_pretrained` was told of the published configuration. Raises WeightImportError as `load_pretrained`."""
+    """The published configuration that `save_pretrained` was given. Raises WeightImportError as `load_pretrained`."""
     config = _config(path)
     check_seal(config, str(Path(path) / CONFIG))
     published: dict[str, Any] = config.get("published", {})

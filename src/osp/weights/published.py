@@ -78,7 +78,7 @@ def open_published(
     config: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = torch.float32,
 ) -> Opened:
-    """As `load_published`, before anything but the keys is read."""
+    """The model that `load_published` makes, without its weights, of which only the keys are read yet."""
     dtype = parse_dtype(dtype)
     family, found = find_kind(kind)
     origin, name = "config", "the checkpoint"

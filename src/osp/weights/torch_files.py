@@ -33,7 +33,7 @@ _PROTOCOL = 1001
 
 
 class Content(Opened):
-    """What a file holds, or a mapping in it."""
+    """The contents of a file, or of a mapping in it."""
 
     def __init__(self, values: Mapping[Any, Any], stored: Callable[[View], Stored]) -> None:
         self._values, self._stored = values, stored
@@ -58,7 +58,7 @@ def open_torch(path: Path) -> "TorchFile":
     """The file, with everything read but its storages. Raises errors of many kinds for a file that is damaged."""
     with open(path, "rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
-        # Copied on writing: what changes a tensor changes neither the file nor what others see of it.
+        # The mapping copies on writing: a change to a tensor reaches neither the file nor other processes.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return Archive(path, mapped) if is_archive else Stream(mapped)
 

@@ -78,7 +78,7 @@ _SHIFT_V15 = [
     -2.1094, 1.0391, 1.1797, -1.2422, -0.2988, -0.9570,
 ]
 # fmt: on
-# What the full-size models have beyond the defaults.
+# The settings of the full-size models beyond the defaults.
 FULL_SIZES_V13: tuple[dict[str, Any], ...] = ({}, {"latent_dim": 4}, {"latent_dim": 16, "base_channels": 192})
 FULL_SIZES_V15: tuple[dict[str, Any], ...] = (
     {"vae_scale_factor": [8, 8, 8], "scale": _SCALE_V15, "shift": _SHIFT_V15},

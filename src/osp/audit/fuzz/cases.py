@@ -28,7 +28,7 @@ FAULTS = frozenset({"traceback", "crash", "hang"})
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case: one of STATES, what was changed, and the reason."""
+    """The outcome of a case: its state (one of STATES), the file that was changed, and the reason."""
 
     state: str
     what: str
@@ -111,7 +111,7 @@ class Originals:
         return outcome
 
     def judged(self, subject: Subject, place: Path, what: str) -> Outcome:
-        """What comes of reading files that were changed."""
+        """The outcome of reading files that were changed."""
         self._log.broken = ""
         root = logging.getLogger()
         root.addHandler(self._log)

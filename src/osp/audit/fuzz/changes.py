@@ -18,7 +18,7 @@ HOSTILE_NUMBERS = (
     *(0, 1, -1, 2, 255, 2**31 - 1, 2**31, -(2**31), 2**53 + 1, 2**63, -(2**63), 2**64, 10**30, 10**400),
     *(0.5, -0.0, 1e-320, 1e308, math.nan, math.inf, -math.inf),
 )
-# What no value of `json` gives when it is written.
+# Texts that `json` writes for no value.
 _RAW = ("NaN", "-Infinity", "1e400", "-0", "1" * 6000, "[" * 100_000, '{"a":' * 2000, '"\\ud800"', "{", "[1,]", "tru")
 
 

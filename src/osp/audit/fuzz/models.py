@@ -61,7 +61,8 @@ def new_denoiser() -> Denoiser:
     """A denoiser of two blocks, always the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        return find_class("cross", Denoiser)(stages=[{"blocks": 2}], **_DENOISER)
+        settings: dict[str, Any] = {"stages": [{"blocks": 2}], **_DENOISER}
+        return find_class("cross", Denoiser)(**settings)
 
 
 def trained(folder: Path, is_denoiser: bool, steps: int = 1) -> nn.Module:

@@ -30,7 +30,7 @@ class Tally:
 
 
 def reason(outcome: Outcome) -> tuple[str, str]:
-    """Of a fault: its state with the place in our code and the kind of error, and the message."""
+    """The state of a fault with the place in our code and the kind of error, and its message."""
     lines = outcome.detail.strip().splitlines() or [""]
     places = [line.split('"')[1:3] for line in lines if line.lstrip().startswith('File "')]
     ours = [f"{path.rpartition('/osp/')[2]}:{line.strip(', ')}" for path, line in places if "/osp/" in path]

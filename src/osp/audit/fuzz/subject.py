@@ -31,7 +31,7 @@ def told_of(error: BaseException) -> OspError | None:
 
 @dataclass
 class Reading:
-    """What has been read of the files of a subject: a digest of each part, and what was refused.
+    """The result of reading a subject's files: a digest of each part, and the text of each refusal.
 
     Everything that is neither a value nor an error to tell is raised.
     """
@@ -41,7 +41,7 @@ class Reading:
     refused: list[str] = field(default_factory=list)
 
     def __call__(self, call: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
-        """What the call gives, which becomes a part; None, and one more refusal, if it ends with an error to tell."""
+        """The value of the call, noted as a part; None, noted as a refusal, if the call ends with an error to tell."""
         try:
             value = call(*arguments, **settings)
         except Exception as error:
@@ -73,7 +73,7 @@ class Subject:
     weight: int = 1
 
     def files(self, folder: Path) -> list[Path]:
-        """Those that may be changed."""
+        """The files that may be changed."""
         found = {path for pattern in self.changed for path in folder.glob(pattern)}
         return sorted(path for path in found if path.is_file() and path.stat().st_size)
 

@@ -63,7 +63,7 @@ def make_prompts(name: str, folder: Path) -> None:
 
 
 def make_run(folder: Path) -> None:
-    """What a run of training leaves beside its checkpoints."""
+    """Write the files that a training run leaves beside its checkpoints."""
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
     (folder / "result.json").write_text(json.dumps(_RESULT))
 
@@ -101,7 +101,7 @@ def read_prompts(name: str, folder: Path, reading: Reading) -> None:
 
 
 def read_run(folder: Path, reading: Reading) -> None:
-    """What a run's folder says, and whether a run of the same settings can go on."""
+    """Read the settings, name and result in a run's folder, and whether a run of the same settings can go on."""
     run = TrainingRun(folder)
     for told in (run.config, run.name, run.result):
         reading(told)
@@ -110,7 +110,7 @@ def read_run(folder: Path, reading: Reading) -> None:
 
 
 def read_samples(folder: Path, reading: Reading) -> None:
-    """What is listed of made videos, and the list written anew."""
+    """Read the list of made videos, then write the list anew and read its bytes."""
     made = reading(SampleFolder, folder, "png")
     if made is not None:
         reading(lambda: made.listed)

@@ -23,7 +23,7 @@ _POLL = 0.5  # seconds
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one case may take: memory above that of the process it begins in, and seconds of computing."""
+    """The limits of one case: memory above that of the process it begins in, and seconds of computing."""
 
     mebibytes: int = 3072
     seconds: float = 20.0
@@ -60,7 +60,7 @@ class _Worker:
         theirs.close()
 
     def outcome(self, number: int) -> Outcome:
-        """Of one case."""
+        """The outcome of one case."""
         before, begun = _computed(self.process.pid), time.monotonic()
         self.log.write_bytes(b"")
         with contextlib.suppress(BrokenPipeError):  # told below

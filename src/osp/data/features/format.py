@@ -150,7 +150,7 @@ class FeatureIdentity:
 
     @property
     def strides(self) -> Strides:
-        """Those of the VAE."""
+        """The strides of the VAE."""
         return Strides(self.time_stride, self.space_stride)
 
     def latent_shape(self, size: Shape) -> tuple[int, int, int, int]:

@@ -262,5 +262,5 @@ def _embeddings(identity: FeatureIdentity, given: Mapping[str, Tensor]) -> dict[
 
 
 def _stored(identity: FeatureIdentity, tensor: Tensor) -> Tensor:
-    # A copy of its own: safetensors refuses tensors that share memory.
+    # Each tensor is copied: safetensors refuses tensors that share memory.
     return tensor.detach().to("cpu", DTYPES[identity.dtype]).clone(memory_format=torch.contiguous_format)

@@ -26,7 +26,7 @@ from osp.data.media.stills import open_still
 from osp.data.media.video import VideoInfo, is_still, probe
 from osp.files import file_digest
 
-# What PyAV and libav raise on files that nobody should have made; a programming error (TypeError, ...) is not among it.
+# The errors of PyAV and libav for broken files; a programming error (TypeError, ...) is not among them.
 BAD_FILE = (ClipError, av.FFmpegError, OSError, ValueError, ArithmeticError, RuntimeError, MemoryError)
 
 _IMAGE_SUFFIX: Mapping[str, str] = {"jpeg": "jpg", "mpo": "jpg", "png": "png", "webp": "webp"}
@@ -53,7 +53,7 @@ class CutSettings:
 
 @dataclass(frozen=True)
 class Examined:
-    """What a source gives: the one clip that it is, or the pieces to cut, or neither and the reason why.
+    """The clips of a source: the one clip that it is, or the pieces to cut, or neither and the reason why.
 
     With `unplanned` the pieces are found while it is decoded, by `cut_decoded`. `note` is what a user should know of a
     source that is stored.
@@ -90,7 +90,7 @@ def _examined_movie(path: Path, settings: CutSettings, sha256: str) -> Examined:
     with open_movie(path, path.name, limits=limits) as movie:
         form = movie.form
         note = f"pixels of {movie.odd_aspect} cannot be meant, read as square" if movie.odd_aspect else ""
-    # Also where it is not used: more frames or seconds than the limits are found without decoding.
+    # The timeline is read in any case: it shows without decoding that frames or seconds exceed the limits.
     timeline = packet_timeline(path, path.name, limits)
     if form == ANIMATION or timeline is None or _muxer(form, path) is None:
         if form == ANIMATION or _is_long(path, settings):
@@ -253,7 +253,7 @@ def _encode(
     lossless = movie.form in ("gif", ANIMATION)
     try:
         data = encode_pictures(pictures, movie.rate, time_base or 1 / movie.rate, lossless=lossless, threads=1)
-        # What was just encoded is not decoded again, but for its first frame.
+        # Only the first frame of the encoded clip is decoded again.
         return Clip(data, "mp4", probe(data, movie.name, threads=1, limits=movie.limits), start)
     except BAD_FILE as error:
         return _reason(error)
@@ -292,7 +292,7 @@ def cut_decoded(path: Path, settings: CutSettings, after: int = 0) -> Iterator[C
             cutter = Cutter(_in_order(movie, even), settings.seconds, settings.min_frames)
             for number, (start, shots) in enumerate(cutter.pieces()):
                 if number >= after:
-                    # Only of animations are the times known to be what a player keeps to.
+                    # Only for animations it is known that a player keeps to these times.
                     time_base = movie.time_base if movie.form == ANIMATION else None
                     yield _encode(movie, start, _shot_pictures(movie, shots, time_base), time_base)
     except BAD_FILE as error:

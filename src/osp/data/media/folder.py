@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = frozenset(
     )
 )  # fmt: skip
 _MAY_MOVE = frozenset({".webp", ".png", ".apng", ".avif"})  # stills or animations, which only the file tells
-# What lies beside videos without being one
+# Suffixes of files that may lie beside videos.
 _DESCRIBE = frozenset((".txt", ".json", ".jsonl", ".csv", ".md", ".log", ".lock"))
 
 

@@ -29,7 +29,7 @@ class Strides:
     space: int
 
     def patched(self, patch_size: int) -> "Strides":
-        """From pixels to the tokens of a transformer whose patches have so many latent pixels a side."""
+        """The strides from pixels to the tokens of a transformer whose patches have so many latent pixels a side."""
         return Strides(self.time, self.space * patch_size)
 
     def latent(self, frames: int, height: int, width: int) -> Shape:

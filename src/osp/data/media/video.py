@@ -40,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds. Width and height are as displayed; an image has one frame, fps 0 and duration 0."""
+    """Contents of a file; width and height are as displayed. An image has one frame, fps 0 and duration 0."""
 
     frames: int
     fps: float  # the mean rate, where it varies
@@ -158,7 +158,7 @@ def read_clip(
 
 
 def name_of(source: Path | bytes, name: str) -> str:
-    """What errors call a file."""
+    """The name of a file in errors."""
     return name or (source.name if isinstance(source, Path) else "clip")
 
 

@@ -48,7 +48,7 @@ _TEMPLATE_BLURS = (0.0, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Reading:
-    """What an object looks like; None where the pixels do not say."""
+    """The look of an object: colour, shape and motion, each None if the pixels do not show it."""
 
     colour: str | None
     shape: str | None
@@ -74,7 +74,7 @@ class _Tones:
 
     @classmethod
     def fit(cls, pixels: Array, tail: float) -> "_Tones":
-        """From `N 3` pixels; `tail` (per cent) at each end of the segment is left out as noise."""
+        """The tones of `N 3` pixels; `tail` (per cent) at each end of the segment is left out as noise."""
         centre = pixels.mean(axis=0)
         away = pixels - centre
         axis = np.linalg.eigh(np.einsum("nc,nd->cd", away, away))[1][:, -1].astype(np.float32)
@@ -142,7 +142,7 @@ class _Track:
 
 
 def _track(cover: Array) -> _Track | None:
-    """From `T H W` coverage; None if fewer than half of the frames show an object."""
+    """The track of an object, from `T H W` coverage; None if fewer than half of the frames show one."""
     area = cover.sum(axis=(1, 2))
     found = np.flatnonzero((area >= MIN_AREA_PX) & (area <= MAX_AREA * cover[0].size))
     if len(found) == 0 or 2 * len(found) < len(cover):
@@ -198,7 +198,7 @@ def _read_shape(track: _Track) -> str | None:
 
 
 def _read_motion(track: _Track, unit: int) -> str:
-    """From the paths of the centre and of the area; `unit` is the frame's shorter side in pixels."""
+    """The name of a motion, from the paths of centre and area; `unit` is the frame's shorter side in pixels."""
     if len(track.frames) == 1:
         return "still"
     time = track.frames - track.frames.mean()

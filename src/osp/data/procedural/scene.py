@@ -1,4 +1,4 @@
-"""What a procedural clip shows: the words it is built from, the truth about one clip, and its caption."""
+"""The scenes of procedural clips: the words they are built from, the truth about one clip, and its caption."""
 
 import hashlib
 import re

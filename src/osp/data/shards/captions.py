@@ -41,7 +41,7 @@ class NoTextError(DocumentError):
 
 @dataclass(frozen=True)
 class Caption:
-    """What is said of one source, and the numbers that came with it (aesthetic score, motion, ...).
+    """The captions of one source, and the numbers that came with them (aesthetic score, motion, ...).
 
     Args:
         texts: all texts, none of them empty.

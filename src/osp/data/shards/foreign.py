@@ -35,7 +35,7 @@ class _Sample:
         if self.media is None:
             return None
         kind = "image" if PurePosixPath(self.media.name).suffix.lower() in IMAGE_SUFFIXES else "video"
-        # What a text member says counts where the JSON member has no text.
+        # The text member counts if the JSON member has no text.
         record = {"kind": kind} | self.text | {key: value for key, value in self.described.items() if value != ""}
         return ClipEntry(self.key, tar, self.media.name, self.media.offset, self.media.size, record)
 

@@ -107,7 +107,7 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def _digest(index: Mapping[str, Any]) -> str:
-    # As it is read back: JSON has no tuples, and what is no character in a name is escaped in the file.
+    # The digest is that of the index as it is read back: JSON has no tuples, and lone surrogates in names are escaped.
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 

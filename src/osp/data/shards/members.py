@@ -92,7 +92,7 @@ def _member(header: tarfile.TarInfo, extended: dict[str, str], data: int, size: 
 
 
 def _extended(kind: bytes, data: bytes) -> dict[str, str]:
-    """What a header before the member says: its `path`, its `size`, and whether it has holes."""
+    """The fields of a header before a member: `path`, `size`, and those that mark a file with holes."""
     if kind == _LONG_NAME:
         return {"path": data.split(b"\0")[0].decode("utf-8", "surrogateescape")}
     if kind not in _EXTENDED:

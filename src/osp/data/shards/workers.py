@@ -72,9 +72,9 @@ class Workers:
             yield self._result(tasks.popleft())
 
     def stream(self, function: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]:
-        """What a generator gives, one by one, from a process of its own; it goes no more than a few items ahead.
+        """The items of a generator, which runs in a process of its own and goes no more than a few items ahead.
 
-        `Crashed` is the last item where the process died or gave nothing for `patience` seconds. What it raises is
+        `Crashed` is the last item if the process died or gave nothing for `patience` seconds. The generator's error is
         raised.
         """
         if self.count == 0:

@@ -139,7 +139,7 @@ class ShardWriter:
         self._sums["captioned"] += bool(record["caption"])
 
     def note(self, line: dict[str, Any]) -> None:
-        """What became of a source (`source`, `number`, `done`, `reason`, ...); it counts from the next commit on.
+        """Note the outcome of a source (`source`, `number`, `done`, `reason`, ...); it counts from the next commit on.
 
         A line with `done` false tells how far a source has come: only the last one before a commit is kept.
         """

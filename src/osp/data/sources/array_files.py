@@ -49,7 +49,7 @@ def _zipped(file: Path, key: str | None, limits: Limits) -> tuple[Window, tuple[
         sizes = {info.filename: info.file_size for info in archive.infolist() if info.filename.endswith(".npy")}
         name = _chosen([member.removesuffix(".npy") for member in sizes], key)
         member = f"{name}.npy"
-        # What the file unpacks to is bounded before anything is unpacked.
+        # The unpacked size is checked before anything is unpacked.
         if sizes[member] > limits.member_bytes:
             raise ValueError(f"{name} unpacks to {sizes[member]} bytes, more than limits.member_bytes")
         with archive.open(member) as stream:
@@ -123,4 +123,4 @@ _READERS: dict[str, Callable[[Path, str | None, Limits], tuple[Window, tuple[int
 _READ = (".npy", ".npz", ".safetensors")
 
 ARRAY_SUFFIXES = tuple(_READERS)
-"""Of the files that `open_array` reads, or refuses with what to do instead."""
+"""The suffixes of the files that `open_array` reads, or refuses with what to do instead."""

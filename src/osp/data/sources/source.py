@@ -62,7 +62,7 @@ class ClipSource(Protocol):
         return None
 
     def record(self, index: int) -> Mapping[str, Any]:
-        """What is listed about clip `index` without reading it; empty where nothing is listed."""
+        """The listed record of clip `index`, found without reading the clip; empty if nothing is listed."""
         return {}
 
     def has_captions(self) -> bool | None:

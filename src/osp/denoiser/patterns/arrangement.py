@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Pattern:
-    """What all patterns share; each of them says how it splits a grid."""
+    """The base of all patterns; each of them says how it splits a grid."""
 
     def split(self, grid: Grid) -> Split:
         """How the pattern sees the grid."""

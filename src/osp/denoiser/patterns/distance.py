@@ -20,7 +20,7 @@ from osp.errors import UsageError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Distances in one matrix; entries of a search held at a time; its entries times patterns times steps (half a minute on
+# Limits: distances in one matrix; entries of a search held at a time; its entries x patterns x steps (half a minute on
 # one core); entries of a matrix of groups by groups.
 _PAIRS, _HELD, _WORK, _MEETINGS = 2**26, 2**22, 2**33, 2**28
 
@@ -108,7 +108,7 @@ def blocks_until_reached(schedule: Sequence[Pattern], grid: Grid | tuple[int, in
 
 @_on_the_cpu
 def blocks_from_each(schedule: Sequence[Pattern], grid: Grid | tuple[int, int, int]) -> list[float]:
-    """For each block i, the blocks that information needs on average if it comes in before block i.
+    """The number of blocks that information needs on average, for each block i before which it may come in.
 
     Block i counts as one. Infinite where the stack ends before each token has reached all others. Only the blocks'
     attention among these tokens counts: where they also attend to text that attends to them, there are ways through
