@@ -47,7 +47,8 @@ def commands(page: str) -> list[list[str]]:
         text = (ROOT / page).read_text()
     lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
     found = [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"(\S+/)?osp [a-z-]+ [^|]*=", line)]
-    return [command for command in found if "..." not in " ".join(command)]
+    # Those with files of a user's own are composed by tests/test_extend.py, which has the files.
+    return [command for command in found if "..." not in " ".join(command) and "--config-dir" not in command]
 
 
 def test_pages_have_commands() -> None:
