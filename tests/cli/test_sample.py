@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -127,8 +128,8 @@ def test_the_same_command_gives_the_same_bytes_elsewhere_and_in_another_process(
     )
     assert here == there
     assert sorted(here) == ["000_a-red-circle_seed0.mp4", "001_a-red-circle_seed1.mp4", "samples.jsonl"]
-    assert "memory: denoiser: 0.00 GiB" in done.stderr
-    assert "at once, by phase" in done.stderr
+    assert re.search(r"memory: at most \d+ MiB", done.stderr)
+    assert "at once, by phase" not in done.stderr  # it is small
 
 
 def test_a_file_of_prompts_goes_on_where_it_was_cut_off(sample: Run, tmp_path: Path) -> None:

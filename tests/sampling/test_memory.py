@@ -11,7 +11,7 @@ from osp.devices import PeakMemory
 from osp.diffusion import Flow, Solver
 from osp.errors import UsageError
 from osp.sampling import VideoGenerator
-from osp.sampling.memory import call_bytes, plan_memory
+from osp.sampling.memory import MemoryPlan, call_bytes, plan_memory
 from osp.vae import WFVAE, LatentCodec
 from osp.vae.memory import LiveBytes
 
@@ -73,6 +73,17 @@ def test_with_low_memory_an_accelerator_holds_one_part_at_a_time(make_generator:
     inpaint = plan_memory(make_generator("inpaint"), 9, 32, 48)
     assert inpaint.phases["given frames"] > inpaint.phases["text"] + inpaint.parts["VAE encoder at work"]
     assert f"at most {normal.peak / 2**30:.2f} of 0.00 GiB free" in normal.lines()[-1]
+
+
+def test_a_small_video_is_one_line_and_a_large_one_tells_its_parts() -> None:
+    def lines(peak: int, available: int | None) -> list[str]:
+        return MemoryPlan({"VAE": peak}, {"decoding": peak}, available, low_memory=False).lines()
+
+    assert lines(50 << 20, 4 << 30) == ["at most 50 MiB, of 4.00 GiB free"]
+    assert lines(1 << 30, None) == ["at most 1024 MiB"]
+    large = ["VAE: 1.50 GiB", "at once, by phase: decoding 1.50; at most 1.50 of 9.00 GiB free"]
+    assert lines(3 << 29, 9 << 30) == large
+    assert len(lines(3 << 29, None)) == len(lines(50 << 20, 60 << 20)) == len(lines(50 << 20, 40 << 20)) == 2
 
 
 def test_full_size_models_are_planned_without_their_weights(make_generator: Callable[..., VideoGenerator]) -> None:

@@ -15,7 +15,7 @@ from osp.sampling.generator import VideoGenerator
 from osp.sampling.offload import BLOCKS_ON_DEVICE
 from osp.vae.memory import LiveBytes, working_bytes
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 # The solver's state, and the model's input and output, each of them twice with guidance.
 _LATENTS = 5
 
@@ -50,7 +50,10 @@ class MemoryPlan:
         return smaller if self.low_memory else f"memory=low, or {smaller}"
 
     def lines(self) -> list[str]:
-        """The plan in lines for a user to read, in GiB."""
+        """The plan for a user to read: one line; each part too where it takes more than 1 GiB or half of what there is."""
+        if self.peak <= min(_GIB, self.available / 2 if self.available is not None else _GIB):
+            free = "" if self.available is None else f", of {self.available / _GIB:.2f} GiB free"
+            return [f"at most {max(1, round(self.peak / _MIB))} MiB{free}"]
         rows = [f"{name}: {size / _GIB:.2f} GiB" for name, size in self.parts.items()]
         phases = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in self.phases.items())
         there = "" if self.available is None else f" of {self.available / _GIB:.2f} GiB free"
