@@ -13,6 +13,7 @@ from osp.data.shards.build import write_shards
 from osp.data.shards.captions import Caption, SideCars, caption_of, read_captions
 from osp.data.shards.index import read_index
 from osp.data.sources import ShardClips
+from osp.data.summary import Summary
 from osp.errors import DataError
 
 MakeVideo = Callable[..., Path]
@@ -168,7 +169,7 @@ def test_videos_read_directly_have_the_captions_that_they_have_through_shards(
     assert said(folder)[1] == ["b.mp4", "first", ["first", "second"], {"aesthetic": 5.0}]
     assert (report.captioned, report.clips) == (2, 3)
     source = ShardClips(folder, 5, 16, 16)
-    assert source.summary().line() == f"{folder}: 3 clips; 1 of the 3 have no caption"
+    assert source.summary().line() == f"{folder}: 3 clips; 1 of 3 clips has no caption"
     with caplog.at_level(logging.INFO):
         source.summary().log()
     assert caplog.records[-1].levelname == "WARNING"
@@ -185,3 +186,19 @@ def test_of_several_captions_training_draws_one_and_validation_takes_the_first(
     assert drawn == [training.read(0, draw)["caption"] for draw in range(24)]
     assert {validation.read(0, draw)["caption"] for draw in range(9)} == {"first"}
     assert validation.read(0, 0)["captions"] == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize(
+    ("clips", "captioned", "line"),
+    [
+        (1, 0, "a: 1 clip without a caption"),
+        (1, 1, "a: 1 clip, with a caption"),
+        (1, None, "a: 1 clip"),
+        (0, 0, "a: 0 clips"),
+        (4, 0, "a: 4 clips; none has a caption"),
+        (4, 2, "a: 4 clips; 2 of 4 clips have no caption"),
+        (4, 3, "a: 4 clips; 1 of 4 clips has no caption"),
+    ],
+)
+def test_the_line_of_a_summary_is_a_sentence_for_any_number(clips: int, captioned: int | None, line: str) -> None:
+    assert Summary("a", clips, captioned=captioned).line() == line

@@ -189,7 +189,7 @@ def test_rows_of_a_data_set_are_decoded_here(library: ModuleType, streaming: boo
     assert [clip["caption"] for clip in clips] == ["one", "two", ""]
     assert {tuple(clip["video"].shape) for clip in clips} == {(3, 6, 16, 16)}
     assert {clip["fps"] for clip in clips} == {20.0}
-    assert source.summary().line() == "name (train): 3 clips; 1 of the 3 have no caption"
+    assert source.summary().line() == "name (train): 3 clips; 1 of 3 clips has no caption"
     assert len(DatasetClips("name", 6, 16, 16, clips=2)) == 2
 
 

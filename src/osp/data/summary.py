@@ -37,10 +37,9 @@ class Summary:
         """All of it for people, in one line."""
         parts = [f"{self.clips} {_clips(self.clips)}"]
         if self.captioned is not None and self.captioned < self.clips:
-            missing = self.clips - self.captioned
-            parts.append(f"{missing} of the {self.clips} have no caption" if self.captioned else "none has a caption")
-        elif self.captioned is not None:
-            parts[0] += ", all with captions"
+            parts = [*([] if self.clips == 1 else parts), _uncaptioned(self.clips - self.captioned, self.clips)]
+        elif self.captioned:
+            parts[0] += ", with a caption" if self.clips == 1 else ", all with captions"
         if left_out := [f"{count} {reason}" for reason, count in self.left_out.items() if count]:
             parts.append(f"left out: {', '.join(left_out)}")
         return printable(f"{self.place}: {'; '.join(parts)}")
@@ -84,6 +83,12 @@ class Tally:
             count = self.counts[reason]
             more = f"; and {count - len(shown)} more" if count > len(shown) else ""
             log.warning("%s: %d %s: %s%s", printable(place), count, reason, "; ".join(shown), more)
+
+
+def _uncaptioned(missing: int, clips: int) -> str:
+    if missing < clips:
+        return f"{missing} of {clips} clips {'has' if missing == 1 else 'have'} no caption"
+    return "1 clip without a caption" if clips == 1 else "none has a caption"
 
 
 def _clips(count: int) -> str:
