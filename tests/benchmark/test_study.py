@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from osp.benchmark import study_costs, study_results, study_runs
+from osp.benchmark.study import Study, run_study
 from osp.denoiser import CrossTransformer, Denoiser, Grid, Stage
+from osp.denoiser.patterns import Spatial, register_pattern
 from osp.errors import DataError, UsageError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "study.py"
@@ -195,3 +198,27 @@ def test_finished_runs_are_kept_and_others_go_on(composed: Callable[..., dict[st
     later = (tmp_path / "0" / "eval" / "metrics.json").stat().st_mtime + 5
     os.utime(tmp_path / "0" / "result.json", (later, later))
     assert [command[0] for command in run(10).commands()] == ["eval"]
+
+
+def test_any_denoiser_and_any_registered_pattern_make_variants(composed: Callable[..., dict[str, Any]]) -> None:
+    register_pattern("study_frames", Spatial)
+    known = study_runs.variants(6, "cross_tiny", has_skips=False, names=["dense", "study_frames", "skiparse_2d_k2"])
+    assert not {"suv", "dense_u"} & set(known)
+    assert known["skiparse_2d_k2"].stages == (Stage(1), Stage(4, "skiparse_2d", 2), Stage(1))
+    variant = known["study_frames"]
+    assert (variant.reference, variant.stages[1]) == ("dense", Stage(4, "study_frames"))
+    denoiser = composed(study_runs.train_overrides(variant, FEATURES))["denoiser"]
+    assert denoiser["_target_"] == "osp.denoiser.CrossTransformer"
+    assert denoiser["stages"][1] == {"blocks": 4, "pattern": "study_frames", "k": 1}
+    for name in ("suv", "unheard", "unheard_k2", "skiparse_kx"):
+        with pytest.raises(UsageError, match=f"--variants={name}: is not known; choose .*study_frames.*PATTERN_kN"):
+            study_runs.variants(6, "cross_tiny", has_skips=False, names=[name])
+
+
+def test_a_study_of_a_denoiser_without_long_skips_has_no_sparse_u(composed: Callable[..., dict[str, Any]]) -> None:
+    none = Path("/none")
+    asked = Study(none, none, none, none, compose=composed, build=instantiate, denoiser="cross_tiny")
+    with pytest.raises(UsageError, match="--variants=suv: is not known"):
+        run_study(replace(asked, variants=["suv"]))
+    with pytest.raises(DataError, match="/none"):  # where the features should lie
+        run_study(asked)

@@ -154,7 +154,7 @@ def cases(settings: Mapping[str, Any], source: ModelSource) -> tuple[list[Denois
 
     Raises UsageError for settings that make no sense, before anything is measured.
     """
-    sweep, model = DenoiserSweep.read(settings), _shape(source)
+    sweep, model = DenoiserSweep.read(settings), denoiser_shape(source)
     models = _by_schedule(model, sweep.schedules)
     rows = []
     what = product(sweep.precisions, sweep.compiled, sweep.latents, sweep.texts, sweep.batches)
@@ -198,8 +198,8 @@ def _load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Deno
     return _build(source, device, dtype)
 
 
-def _shape(source: ModelSource) -> Denoiser:
-    """A denoiser without memory, to count what it has."""
+def denoiser_shape(source: ModelSource) -> Denoiser:
+    """A denoiser without memory, to count what it has. Raises UsageError for another model."""
     settings = source.settings
     if settings["_target_"] == "osp.weights.load_pretrained":
         return _checked(open_pretrained(settings["path"])[0])

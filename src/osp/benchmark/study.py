@@ -5,9 +5,11 @@ Each variant is trained with each seed by `osp train experiment=t2v_tiny`, for t
 finished is kept, and the same command goes on with the rest. When all are there, a training step of each variant is
 timed, and output holds table.md, results.csv, results.json and plot.png.
 
-All variants are joint blocks, of one width and number; cross-attention learns its prompts too slowly for so few steps.
-Sparse ones begin and end with a dense block; 2+1D is the schedule of v1.0 and v1.1, without. `suv` is the sparse U with
-long skips, and `dense_u` the same model with dense attention, which it is compared with.
+All variants are one denoiser with other stages, of one width and number of blocks. Unless another is chosen it has
+joint blocks, as cross-attention learns its prompts too slowly for so few steps. Sparse variants begin and end with a
+dense block; 2+1D is the schedule of v1.0 and v1.1, without. `suv` is the sparse U with long skips, and `dense_u` the
+same model with dense attention, which it is compared with. Any registered pattern makes a variant, called PATTERN or
+PATTERN_kN.
 """
 
 import os
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from osp.benchmark.study_costs import check_filling, costs, grid_of, random_batch, time_steps
 from osp.benchmark.study_results import collect, make_rows, write
-from osp.benchmark.study_runs import BLOCKS, EXPERIMENT, NAMES, Run, Variant, run_all, train_overrides, variants
+from osp.benchmark.study_runs import BLOCKS, DENOISER, EXPERIMENT, Run, Variant, run_all, train_overrides, variants
 from osp.data.sources import FeatureClips
 from osp.devices import autocast_dtype, choose_device, choose_precision, describe_device
 
@@ -34,6 +36,8 @@ class Study:
         features: cached features to train on; `heldout_features` to validate on.
         heldout: shards of clips whose captions are the prompts.
         steps: of each run; None: those of the experiment.
+        denoiser: the configuration whose stages the variants change.
+        variants: names, see `study_runs.variants`; None: all that such a denoiser has, without further patterns.
         jobs: runs at a time, of `threads` each.
         rounds: timed steps of each variant.
         compose: the settings of `osp train`, as plain values, that overrides make.
@@ -46,7 +50,8 @@ class Study:
     output: Path
     compose: Callable[[Sequence[str]], Mapping[str, Any]]
     build: Callable[[Any], Any]
-    variants: Sequence[str] = NAMES
+    denoiser: str = DENOISER
+    variants: Sequence[str] | None = None
     seeds: int = 3
     steps: int | None = None
     prompts: int = 64
@@ -60,15 +65,18 @@ def run_study(study: Study) -> dict[str, Any]:
 
     Raises UsageError or DataError for what the user can mend, before any work where that is known.
     """
-    known = variants(BLOCKS)
-    chosen = [known[name] for name in study.variants]
+    plain = study.compose(
+        [f"experiment={EXPERIMENT}", f"denoiser={study.denoiser}", f"data.train.path='{study.features}'"]
+    )
+    known = variants(BLOCKS, study.denoiser, "long_skips" in plain["denoiser"], study.variants or ())
+    chosen = list(known.values()) if study.variants is None else [known[name] for name in study.variants]
     base = study.compose(train_overrides(known["dense"], study.features))
     device = choose_device("auto")
     precision = choose_precision(base["trainer"]["precision"], device)
     source = FeatureClips(study.features, base["data"]["train"]["patch_size"])
     torch.manual_seed(0)
     # References are timed even where they are not trained.
-    timed = [name for name in NAMES if any(name in (one.name, one.reference) for one in chosen)]
+    timed = [name for name in known if any(name in (one.name, one.reference) for one in chosen)]
     settings = {name: study.compose(train_overrides(known[name], study.features)) for name in timed}
     models = {name: study.build(one["denoiser"]) for name, one in settings.items()}
     inputs = random_batch(source, study.build(base["text"]), base["data"]["batch_size"])
@@ -84,7 +92,7 @@ def run_study(study: Study) -> dict[str, Any]:
     load = os.getloadavg()[0]
     seconds = time_steps(models, inputs, device, autocast_dtype(precision), study.rounds)
     outcomes = collect({one.name: [run.folder for run in runs if run.variant == one.name] for one in chosen})
-    about = {"steps": steps, "batch": base["data"]["batch_size"], "seeds": study.seeds}
+    about = {"denoiser": study.denoiser, "steps": steps, "batch": base["data"]["batch_size"], "seeds": study.seeds}
     about |= {"device": describe_device(device), "precision": precision, "latent": list(inputs["latent"].shape)}
     about |= {"threads": study.threads, "rounds": study.rounds, "torch": torch.__version__}
     grid, prompts = grid_of(models, inputs), outcomes[chosen[0].name][0]["prompts"]
@@ -112,9 +120,10 @@ def _runs(study: Study, chosen: Sequence[Variant], steps: int, precision: str) -
 
 def _outcome_note(about: Mapping[str, Any], prompts: int) -> str:
     return (
-        f"{EXPERIMENT}: {about['steps']} steps of batch {about['batch']}, seeds 0 to {about['seeds'] - 1}; mean ± "
-        f"standard deviation over the seeds. val/loss is that of the averaged weights after the last step; prompt "
-        f"accuracy is colour, shape and motion right at once, of {prompts} held-out prompts. "
+        f"{EXPERIMENT} with {about['denoiser']}: {about['steps']} steps of batch {about['batch']}, seeds 0 to "
+        f"{about['seeds'] - 1}; mean ± standard deviation over the seeds. val/loss is that of the averaged weights "
+        f"after the last step; prompt accuracy is colour, shape and motion right at once, of {prompts} held-out "
+        "prompts. "
         "Changes to dense are from the dense run with the same seed, which draws the same noise in validation: "
         "val/loss itself varies with that draw."
     )

@@ -11,9 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from osp.checks import check_choice
 from osp.denoiser import Stage
+from osp.denoiser.patterns import pattern_names
 from osp.errors import DataError, UsageError
 from osp.evaluation.output import METRICS
+from osp.extensions import import_named
 from osp.training.runs import TrainingRun
 
 EXPERIMENT = "t2v_tiny"
@@ -24,12 +27,16 @@ NAMES = ("2+1d", "dense", "skip_window_k2", "skiparse_k2", "skiparse_k4", "suv",
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant to train: the denoiser with stages of its own, and the variant that its costs are divided by."""
+    """A denoiser of the configurations with other stages, and the variant that its costs are divided by.
+
+    `long_skips` is None where the denoiser has no such setting.
+    """
 
     name: str
     reference: str
     stages: tuple[Stage, ...]
-    long_skips: bool
+    long_skips: bool | None
+    denoiser: str = DENOISER
 
     @property
     def overrides(self) -> list[str]:
@@ -37,8 +44,8 @@ class Variant:
         stages = ",".join(
             "{" + ",".join(f"{key}:{value!r}" for key, value in asdict(stage).items()) + "}" for stage in self.stages
         )
-        skips = str(self.long_skips).lower()
-        return [f"denoiser={DENOISER}", f"denoiser.stages=[{stages}]", f"denoiser.long_skips={skips}"]
+        skips = [] if self.long_skips is None else [f"denoiser.long_skips={str(self.long_skips).lower()}"]
+        return [f"denoiser={self.denoiser}", f"denoiser.stages=[{stages}]", *skips]
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,14 @@ class Run:
         return train if not train and self.evaluated() else [*train, ["eval", "target=generation", *judged]]
 
 
-def variants(blocks: int) -> dict[str, Variant]:
-    """All that there are, of so many blocks each. Raises UsageError for too few to make a sparse U of them."""
+def variants(
+    blocks: int, denoiser: str = DENOISER, has_skips: bool = True, names: Sequence[str] = ()
+) -> dict[str, Variant]:
+    """All that there are, of so many blocks each, and those of `names` that are patterns: PATTERN or PATTERN_kN.
+
+    Without long skips in the denoiser there is no sparse U. Raises UsageError for too few blocks to make a sparse U of
+    them, and for a name that is neither a variant nor a registered pattern.
+    """
     if blocks < 5:
         raise UsageError(f"{blocks} blocks make no sparse U; it needs 5 at least")
     dense, side = Stage(1), (blocks - 2) // 3
@@ -111,8 +124,24 @@ def variants(blocks: int) -> dict[str, Variant]:
     }
     # The dense variant has as many stages, so that it has the same long skips.
     skipping = {"suv": u, "dense_u": tuple(Stage(stage.blocks) for stage in u)}
-    made = {name: Variant(name, "dense", stages, long_skips=False) for name, stages in straight.items()}
-    return made | {name: Variant(name, "dense_u", stages, long_skips=True) for name, stages in skipping.items()}
+    known = [*straight, *skipping] if has_skips else [*straight]
+    straight |= {name: (dense, _stage_of(name, blocks - 2, known), dense) for name in names if name not in known}
+    off = False if has_skips else None
+    made = {name: Variant(name, "dense", stages, off, denoiser) for name, stages in straight.items()}
+    if has_skips:
+        made |= {name: Variant(name, "dense_u", stages, True, denoiser) for name, stages in skipping.items()}
+    return made
+
+
+def _stage_of(name: str, blocks: int, known: Sequence[str]) -> Stage:
+    """Blocks of a registered pattern that is called PATTERN or PATTERN_kN."""
+    import_named()
+    if name in pattern_names():
+        return Stage(blocks, name)
+    pattern, _, k = name.rpartition("_k")
+    if pattern not in pattern_names() or not k.isdecimal():
+        check_choice("--variants", name, [*dict.fromkeys([*known, *pattern_names()]), "PATTERN_kN"])
+    return Stage(blocks, pattern, int(k))
 
 
 def train_overrides(variant: Variant, features: Path) -> list[str]:

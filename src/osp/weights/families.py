@@ -45,7 +45,9 @@ def find_kind(name: str) -> tuple[Family, Kind]:
 
 def family_of(model: nn.Module) -> Family | None:
     """The family of a model; None if it has none."""
-    return next((family for family in FAMILIES.values() if isinstance(model, family.model)), None)
+    own = (family for family in FAMILIES.values() if type(model) is family.model)
+    derived = (family for family in FAMILIES.values() if isinstance(model, family.model))
+    return next(own, None) or next(derived, None)
 
 
 def find_class(name: Any, base: type[Model], key: str = "model", error: type[OspError] = UsageError) -> type[Model]:
