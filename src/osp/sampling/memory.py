@@ -50,7 +50,7 @@ class MemoryPlan:
         return smaller if self.low_memory else f"memory=low, or {smaller}"
 
     def lines(self) -> list[str]:
-        """The plan for a user to read: one line; each part too where it takes more than 1 GiB or half of what there is."""
+        """The plan in lines to read: one; each part too where it takes more than 1 GiB or half of what there is."""
         if self.peak <= min(_GIB, self.available / 2 if self.available is not None else _GIB):
             free = "" if self.available is None else f", of {self.available / _GIB:.2f} GiB free"
             return [f"at most {max(1, round(self.peak / _MIB))} MiB{free}"]
