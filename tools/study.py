@@ -57,8 +57,9 @@ def main() -> None:
             check_number(f"--{name}", value, 1, whole=True, null="the experiment's" if name == "steps" else "")
         features, heldout_features, heldout, output = (Path(given[name]).resolve() for name in FOLDERS)
         folders = (features, heldout_features, heldout, output)
-        how = {"denoiser": denoiser, "variants": args.variants and args.variants.split(",")}
-        results = run_study(Study(*folders, compose=composed, build=instantiate, **how, **numbers))
+        chosen = args.variants.split(",") if args.variants else None
+        how = {"denoiser": denoiser, "variants": chosen, **numbers}
+        results = run_study(Study(*folders, composed, instantiate, **how))
     except Exception as error:
         if (told := user_error(error, "train")) is None:
             raise

@@ -59,10 +59,11 @@ def new_vae() -> WFVAE:
 
 def new_denoiser() -> Denoiser:
     """A denoiser of two blocks, always the same."""
+    make: Any = find_class("cross", Denoiser)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        settings: dict[str, Any] = {"stages": [{"blocks": 2}], **_DENOISER}
-        return find_class("cross", Denoiser)(**settings)
+        model: Denoiser = make(stages=[{"blocks": 2}], **_DENOISER)
+        return model
 
 
 def trained(folder: Path, is_denoiser: bool, steps: int = 1) -> nn.Module:
