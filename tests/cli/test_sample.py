@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +18,16 @@ from hydra.utils import instantiate
 from torch import nn
 
 from osp.cli import config_folder
+from osp.cli import sample as sample_verb
 from osp.conditioning import WordText
 from osp.data.media.pictures import encode_png
 from osp.data.media.video import encode_video, probe, read_clip
 from osp.denoiser import CrossTransformer, JointTransformer
 from osp.diffusion import Flow, Objective, Solver, Velocity
 from osp.sampling import VideoGenerator
+from osp.sampling.jobs import Batch, Job, Plan
 from osp.sampling.outputs import read_settings
+from osp.sampling.pictures import PictureFiles
 from osp.vae import WFVAE, LatentCodec
 from osp.weights import save_pretrained
 
@@ -434,3 +438,18 @@ def test_published_parts_that_do_not_fit_together(sample: Run) -> None:
     assert code == 2
     assert "latents of 4 channels" in err
     assert "have 8" in err
+
+
+def test_words_that_no_caption_had_are_named_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    text = WordText(channels=8, pooled_channels=None, layers=1, heads=2)
+    jobs = [Job("", PictureFiles(), {"prompt": f"a red cube\x1b {n}"}) for n in range(12)]
+    plan = Plan(SimpleNamespace(text=text), None, None, [Batch(jobs, jobs)], kept=0)  # type: ignore[arg-type]
+    sample_verb._warn_of_words(plan)
+    assert not caplog.records  # an earlier checkpoint does not tell its words
+    text.seen = frozenset({"a", "red", "ball"})
+    sample_verb._warn_of_words(plan)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "no caption had these words in training: cube\\x1b, 0, 1, 2, 3, 4, 5, 6, 7, 8 and 3 more;" in line
+    text.seen |= {"cube\x1b", *map(str, range(12))}
+    sample_verb._warn_of_words(plan)
+    assert len(caplog.records) == 1

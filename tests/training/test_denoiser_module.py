@@ -243,6 +243,11 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path: Path, features: Pa
     run("part", 3)
     resumed, rest = run("part", 6, tmp_path / "part" / "last.ckpt")
     assert rest.keys == all_of_it.keys[3:]
+    words = resumed.texts.seen.listed()
+    assert words == whole.texts.seen.listed()
+    assert words
+    stored = load_trained_generator(tmp_path / "part" / "last.ckpt", vae=new_vae()) if "videos" in kind else None
+    assert stored is None or sorted(stored.text.seen) == words  # type: ignore[attr-defined]
     # Products of matrices may differ in the last bit with where these lie in memory.
     assert rest.losses() == pytest.approx(all_of_it.losses()[3:], rel=1e-6)
     ours, theirs = resumed.state_dict(), whole.state_dict()

@@ -12,6 +12,7 @@ from osp.cli.checks import check_generator_source
 from osp.cli.plain import instantiate
 from osp.cli.settings import read_sampling
 from osp.devices import choose_device
+from osp.documents import printable
 from osp.errors import UsageError
 from osp.report.progress import shown_progress
 from osp.sampling import VideoGenerator
@@ -21,6 +22,8 @@ from osp.sampling.pictures import PictureFiles
 from osp.sampling.requests import Request, read_requests
 
 log = logging.getLogger(__name__)
+
+_NAMED = 10  # words that are unknown
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -41,6 +44,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     _tell(plan)
     if "path" in cfg.generator and (differs := plan.unlike_training()):  # published ones were trained at many sizes
         log.warning("unlike the clips of training: %s; the model may not know how to make such videos", differs)
+    _warn_of_words(plan)
     with shown_progress("sampling") as show:
         run_jobs(plan, lambda progress: show(progress.batches_done, progress.batches))
     return {"output": str(folder.folder), "videos": plan.videos, "kept": plan.kept, "list": str(folder.list)}
@@ -78,3 +82,11 @@ def _tell(plan: Plan) -> None:
         log.info("memory: %s", line)
     if memory and not memory.fits:
         log.warning("this is more than the device has; use %s", memory.advice)
+
+
+def _warn_of_words(plan: Plan) -> None:
+    """Name the words of the prompts that no caption had in training."""
+    if unknown := plan.unknown_words():
+        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+        words = printable(", ".join(unknown[:_NAMED])) + more
+        log.warning("no caption had these words in training: %s; the model does not know what they mean", words)

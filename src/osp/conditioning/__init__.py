@@ -12,6 +12,7 @@ from osp.conditioning.frames import add_condition_noise, latent_mask, masked_vid
 from osp.conditioning.given import MODES, GivenFrames, frame_channels, given_by_mode, given_frames, joined
 from osp.conditioning.masks import KINDS, MIXES, MaskMix, find_mix, frame_mask
 from osp.conditioning.pretrained import CLIPPooled, Pair, T5Text
+from osp.conditioning.seen import SeenWords, unknown_words
 from osp.conditioning.text import EncodedText, TextEncoder
 from osp.conditioning.words import WordText
 
@@ -26,6 +27,7 @@ __all__ = [
     "GivenFrames",
     "MaskMix",
     "Pair",
+    "SeenWords",
     "T5Text",
     "TextEncoder",
     "WordText",
@@ -43,5 +45,6 @@ __all__ = [
     "latent_mask",
     "masked_video",
     "spread",
+    "unknown_words",
     "with_conditions",
 ]

@@ -33,6 +33,8 @@ class WordText(nn.Module):
         layers, heads: of the transformer.
         max_tokens: words of a prompt that are read, and its end.
 
+    `seen` are the words that captions had in training, where a checkpoint tells.
+
     Raises UsageError for values that make no encoder.
     """
 
@@ -54,6 +56,7 @@ class WordText(nn.Module):
             raise UsageError(f"{self.name}: channels={channels} cannot be split into heads={heads}")
         self.channels, self.pooled_channels, self.max_tokens = channels, pooled_channels, max_tokens
         self.heads = heads
+        self.seen: frozenset[str] | None = None
         self.check_length = LengthCheck(self.name, max_tokens)
         self.spelling = nn.EmbeddingBag(_BYTES + 256 * WORD_BYTES, channels, mode="sum", padding_idx=_NONE)
         self.word_norm = nn.LayerNorm(channels)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from osp import __version__
-from osp.conditioning import joined
+from osp.conditioning import joined, unknown_words
 from osp.data.media.shape import Shape
 from osp.devices import autocast_dtype, choose_precision
 from osp.diffusion import Solver
@@ -93,6 +93,12 @@ class Plan:
         if rates - {float(self.generator.fps)}:
             differs.append(f"fps {', '.join(f'{rate:g}' for rate in sorted(rates))} instead of {self.generator.fps:g}")
         return "; ".join(differs)
+
+    def unknown_words(self) -> list[str]:
+        """Words of the prompts that no caption had in training; empty where a checkpoint does not tell its words."""
+        seen = getattr(self.generator.text, "seen", None)
+        prompts = (job.settings["prompt"] for batch in self.batches for job in batch.jobs)
+        return [] if seen is None else unknown_words(prompts, seen)
 
     def memory(self) -> MemoryPlan | None:
         """The memory that the largest batch needs; None if there is nothing to make."""

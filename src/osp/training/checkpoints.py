@@ -36,6 +36,7 @@ _GENERATOR = {
     },
     "fps": float,
     "clip": ({"frames": int, "height": int, "width": int}, None),
+    "words?": [str],
 }
 """The form of a denoiser's checkpoint's entry on its generator (`DenoiserModule.on_save_checkpoint`)."""
 
@@ -119,6 +120,8 @@ def averaged_text(state: TrainingCheckpoint) -> WordText | None:
     weights = averaged_weights(state, "text.")
     text = build_empty(WordText, entry["settings"], len(weights), f"{state.path}: generator.text.settings")
     load_exactly(text, weights, state.path)
+    words = state.entry("generator").get("words")
+    text.seen = None if words is None else frozenset(words)
     return text.eval()
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from osp.checks import check_number
-from osp.conditioning import ConditionInputs, MaskMix, TextEncoder, find_mix, given_frames
+from osp.conditioning import ConditionInputs, MaskMix, SeenWords, TextEncoder, find_mix, given_frames
 from osp.data.datamodule import ClipDataModule
 from osp.data.media.video import to_float
 from osp.denoiser import Denoiser
@@ -161,6 +161,8 @@ class DenoiserModule(TrainingModule):
         assert not self._is_configured
         with drawing_from(seeded(self.seed, "start").get_state()):  # parts that the other run has not
             self._start = load_start(path, self.denoiser, self._trained_text)
+        if self._start.text is not None:
+            self.texts.seen = SeenWords(self._start.words)
         if (latent := self._start.latent) is None:
             return
         if self.scaling_clips:
@@ -320,16 +322,21 @@ class DenoiserModule(TrainingModule):
             "fps": self.identity.fps,
             "clip": self.identity.clip,
         }
+        # Each process knows the words of its own clips alone.
+        words = self.texts.seen.listed() if self.mesh.data == 1 else None
+        if words is not None:
+            checkpoint["generator"]["words"] = words
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A scaling that was measured stays what it was. Raises UsageError if the VAE is another now."""
         entry: Any = checkpoint.get("generator")
-        check_form(entry, {"latent": _LATENT_FORM}, "the checkpoint to go on from: generator")
+        check_form(entry, {"latent": _LATENT_FORM, "words?": [str]}, "the checkpoint to go on from: generator")
         latent = entry["latent"]
         if self.scaling_clips:
             self._scale(latent["shift"], latent["scale"])
         if self._identity is not None:
             self._identity.refuse_others(latent, "this run")
+        self.texts.seen = SeenWords(entry.get("words"))
         super().on_load_checkpoint(checkpoint)
 
 

@@ -1,7 +1,7 @@
 """Where a new run begins: with the weights of another one."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ _MAY_DIFFER = ("stages", "long_skips", "frame_channels", "position_scale")
 
 @dataclass(frozen=True)
 class StartWeights:
-    """The weights that a run begins with: the denoiser's, the text encoder's if there are any, and the identity of the
-    latents that they were trained on, if it is known."""
+    """The weights that a run begins with: the denoiser's, the text encoder's if there are any, and what is known of the
+    latents and of the words of the captions that they were trained on."""
 
     denoiser: Mapping[str, Tensor]
     text: Mapping[str, Tensor] | None
     latent: dict[str, Any] | None
+    words: Sequence[str] | None = None
 
     def give_to(self, denoiser: Denoiser, text: WordText | None) -> None:
         """Put them into the modules that they were loaded for."""
@@ -47,12 +48,12 @@ def load_start(path: str | Path, denoiser: Denoiser, text: WordText | None) -> S
     and conditions may be others: new parts start without effect. Raises UsageError if anything else differs, and errors
     as the files' readers.
     """
-    old_text = latent = None
+    old_text = latent = words = None
     if not is_state(path):
         old: Any = load_pretrained(path)
     else:
         state, entry = open_generator(path)
-        latent = entry["latent"]
+        latent, words = entry["latent"], entry.get("words")
         old, old_text = averaged_denoiser(state), averaged_text(state)
     if type(old) is not type(denoiser):
         raise UsageError(f"start_from={path} holds a {type(old).__name__}, not a {type(denoiser).__name__}")
@@ -66,7 +67,7 @@ def load_start(path: str | Path, denoiser: Denoiser, text: WordText | None) -> S
     except UsageError as error:
         raise UsageError(f"start_from={path} does not fit: {error}") from error
     log.info("starting from %s", path)
-    return StartWeights(started.state_dict(), _text_weights(path, text, old_text), latent)
+    return StartWeights(started.state_dict(), _text_weights(path, text, old_text), latent, words)
 
 
 def _text_weights(path: str | Path, text: WordText | None, old: WordText | None) -> Mapping[str, Tensor] | None:

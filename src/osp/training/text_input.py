@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from osp.checks import check_number
-from osp.conditioning import EncodedText, TextEncoder, draw_dropped, drop_prompts
+from osp.conditioning import EncodedText, SeenWords, TextEncoder, draw_dropped, drop_prompts
 from osp.data.features.format import TextIdentity
 from osp.data.sources import ClipSource
 from osp.training.encode_features import text_identities
@@ -32,6 +32,7 @@ class TextInput:
         self.is_trained = encoder is not None and encoder.trained
         self.frozen = None if self.is_trained else encoder
         self.dropout, self.image_text = dropout, image_text
+        self.seen = SeenWords(() if self.is_trained else None)
         self._empty: EncodedText | None = None  # of features
         self._made_by: tuple[TextIdentity | None, TextIdentity | None] = (None, None)
 
@@ -55,7 +56,8 @@ class TextInput:
     ) -> EncodedText:
         """The text of a batch. `trained` is the encoder that learns along, if there is one.
 
-        In training some samples are `dropped`, and with generators images may get their other text.
+        In training some samples are `dropped`, and with generators images may get their other text; the words that the
+        encoder reads then are kept in `seen`.
         """
         if "text" in batch and not self.is_trained:
             text = EncodedText(batch["text"], batch["text_mask"], batch.get("pooled_text"))
@@ -69,7 +71,10 @@ class TextInput:
         if generators and self.image_text is not None and batch["video"].shape[2] == 1:
             default = draw_dropped(0.5, generators).tolist()
             captions = [self.image_text if use else text for text, use in zip(captions, default, strict=True)]
-        return encoder(captions if dropped is None else drop_prompts(captions, dropped))
+        read = captions if dropped is None else drop_prompts(captions, dropped)
+        if generators:
+            self.seen.add(read)
+        return encoder(read)
 
     def entry(self, trained: Any) -> dict[str, Any]:
         """A checkpoint's entry on its text, as plain values: the encoder that learned along, or what made the text."""
