@@ -246,3 +246,10 @@ def test_pages_and_heic_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
     with pytest.raises(ClipError, match="is a HEIC picture, which cannot be read; convert it"):
         probe(tmp_path / "phone.jpg")
+
+
+def test_a_webp_that_ends_in_its_header_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.webp"
+    file.write_bytes(b"RIFF\x08\0\0\0WEBPVP8X")
+    with pytest.raises(ClipError, match="not a readable image"):
+        probe(file)

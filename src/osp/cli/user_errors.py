@@ -1,7 +1,5 @@
 """The one line that a user is shown of an exception that the user can mend."""
 
-import errno
-import os
 import re
 import sys
 
@@ -9,29 +7,7 @@ from osp.cli.overrides import config_folder
 from osp.configs.groups import groups_of
 from osp.configs.meanings import choice_meanings, meanings
 from osp.configs.mistakes import unknown_key
-from osp.errors import DataError, OspError, UsageError
-
-# Errors of a machine or a disk that may come without the file's name, and what the user can do.
-_OF_MACHINES = {
-    errno.ENOSPC: "make room on the disk of output; the same command goes on",
-    errno.EDQUOT: "make room within the quota; the same command goes on",
-    errno.EROFS: "give an output on a file system that can be written",
-    errno.EACCES: "give an output that you may write",
-    errno.EPERM: "give an output that you may write",
-    errno.EFBIG: "raise the limit to the size of files (`ulimit -f`)",
-    errno.EIO: "the disk or the network fails",
-    errno.ESTALE: "the network file system has lost the file",
-    errno.EMFILE: "raise the limit to open files (`ulimit -n`), or use fewer workers",
-    errno.ENFILE: "the machine has too many open files",
-    errno.ENOMEM: "use fewer workers, a smaller batch, or a machine with more memory",
-    errno.EAGAIN: "use fewer workers, or raise the limit to processes (`ulimit -u`)",
-}
-_FULL = re.compile(r"No space left on device|os error 28|Disk quota exceeded|File too large|os error 27")
-_NO_WRITE = re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos")
-_NO_MEMORY = re.compile(
-    r"can't allocate memory|[Oo]ut of memory|failed to map segment|[Cc]annot allocate memory|bad_alloc|allocate memory"
-)
-_NO_THREAD = re.compile(r"can't start new thread|Resource temporarily unavailable")
+from osp.errors import OspError, UsageError, machine_error
 
 
 def user_error(error: BaseException, verb: str) -> OspError | None:
@@ -52,7 +28,7 @@ def user_error(error: BaseException, verb: str) -> OspError | None:
         return error
     if isinstance(error, YAMLError):
         return _of_yaml(error)
-    if (machine := _of_machine(error)) is not None:
+    if (machine := machine_error(error)) is not None:
         return machine
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # only what is loaded can have raised
     if lightning is not None and isinstance(error, lightning.MisconfigurationException):
@@ -83,33 +59,6 @@ def _of_hydra(error: BaseException, verb: str) -> OspError | None:
             return error.__cause__
         return UsageError(_one_line(error, verb))
     return None
-
-
-def _of_machine(error: BaseException) -> OspError | None:
-    """The error to show where a disk, a limit or too little memory ended a command; None for any other exception."""
-    if isinstance(error, OSError):
-        known = error.errno in _OF_MACHINES
-        if error.filename is None and not known:
-            return None
-        said = error.strerror or os.strerror(error.errno or errno.EIO)
-        hint = f"; {_OF_MACHINES[error.errno]}" if known and error.errno is not None else ""
-        place = "" if error.filename is None else f"{_text(error.filename)}: "
-        return DataError(f"{place}{said}{hint}")
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | ImportError) and _NO_MEMORY.search(text)):
-        return DataError(f"not enough memory ({text[:200] or 'none is left'}); {_OF_MACHINES[errno.ENOMEM]}")
-    if isinstance(error, RuntimeError) and _NO_THREAD.search(text):
-        return DataError(f"{text[:200]}; {_OF_MACHINES[errno.EAGAIN]}")
-    if not isinstance(error, ValueError | TypeError | KeyError | AssertionError):
-        if found := _FULL.search(text):
-            return DataError(f"{text[:300] if len(text) < 300 else found[0]}; {_OF_MACHINES[errno.ENOSPC]}")
-        if isinstance(error, RuntimeError) and _NO_WRITE.search(text):
-            return DataError(f"a file could not be written; {_OF_MACHINES[errno.ENOSPC]}")
-    return None
-
-
-def _text(path: object) -> str:
-    return os.fsdecode(path) if isinstance(path, bytes) else str(path)
 
 
 def _of_yaml(error: Exception) -> OspError:

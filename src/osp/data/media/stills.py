@@ -82,7 +82,7 @@ def _opened(source: Path | bytes, name: str, limits: Limits) -> Iterator[Image.I
 def is_animation(source: Path | bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> bool:
     """Whether a file that Pillow reads has several frames in time. Raises ClipError if it is unreadable."""
     head = source[:32] if isinstance(source, bytes) else _head(source)
-    if head[:4] == b"RIFF" and not (head[12:16] == b"VP8X" and head[20] & _WEBP_ANIMATION):
+    if head[:4] == b"RIFF" and not (head[12:16] == b"VP8X" and any(flag & _WEBP_ANIMATION for flag in head[20:21])):
         return False  # Pillow would read the whole file to tell
     with _opened(source, name, limits) as image:
         return _moving_frames(image) > 1
