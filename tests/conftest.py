@@ -1,13 +1,20 @@
 """Fixtures for all tests."""
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import osp  # noqa: F401  (before anything imports lightning: it mends torchvision on CPU torch)
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The suite tries the same examples each time; HYPOTHESIS_PROFILE=search tries others.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("search", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,11 @@ from osp.errors import DataError
 
 MIB = 1 << 20
 
+COUNT = range(1 << 62)
+"""The form of a whole number that counts something."""
+SIZE = range(1, 1 << 62)
+"""The form of a whole number that something has at least one of."""
+
 _DEEPEST = 64  # levels of lists and mappings; what we write has fewer than ten
 _LONGEST_NUMBER = 400  # digits: any float, and far more than any whole number that counts something
 _SHOWN = 60  # characters of a wrong value in an error
@@ -153,9 +158,9 @@ def parse_yaml(text: str, place: str, form: Any = Any) -> Any:
 def check_form(value: Any, form: Any, place: str) -> None:
     """Raise DocumentError unless a plain value is of a declared form; the error names the place inside the value.
 
-    A form is `Any`; a type (`float` takes whole numbers too; `float` and `int` are finite and no bool); None; a tuple
-    of alternatives; `[form]`, a list; or a mapping from keys to forms, in which "key?" may be missing and `...` stands
-    for the form of all other keys. Without `...` other keys may hold anything.
+    A form is `Any`; a type (`float` takes whole numbers too; `float` and `int` are finite and no bool); a `range` of
+    whole numbers; None; a tuple of alternatives; `[form]`, a list; or a mapping from keys to forms, in which "key?" may
+    be missing and `...` stands for the form of all other keys. Without `...` other keys may hold anything.
     """
     if wrong := _wrong(value, form, ""):
         where, what = wrong
@@ -204,6 +209,8 @@ def _is(value: Any, form: Any) -> bool:
         return True
     if form is None:
         return value is None
+    if isinstance(form, range):
+        return _is(value, int) and value in form
     if form in (int, float):
         is_number = isinstance(value, int if form is int else int | float) and not isinstance(value, bool)
         return is_number and (isinstance(value, int) or math.isfinite(value))
@@ -225,6 +232,8 @@ def _named(form: Any) -> str:
         return " or ".join(map(_named, form))
     if isinstance(form, Mapping | list):
         return "a mapping" if isinstance(form, Mapping) else "a list"
+    if isinstance(form, range):
+        return f"a whole number of at least {form.start}"
     return "null" if form is None else _NAMES.get(form, getattr(form, "__name__", str(form)))
 
 

@@ -214,6 +214,18 @@ def test_any_value_in_an_index_is_read_or_refused_in_one_line(shards: Path, plac
         read_or_refused(use)
 
 
+@pytest.mark.parametrize("key", ["clips", "images", "captioned"])
+def test_a_count_below_zero_in_an_index_is_refused(shards: Path, tmp_path: Path, key: str) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    index = json.loads((folder / "index.json").read_text())
+    del index["sha256"]
+    (folder / "index.json").write_text(json.dumps({**index, key: -1}))
+    for use in (lambda: read_index(folder), lambda: write_rendered([], folder)):
+        with pytest.raises(DataError, match=f"{key}: must be a whole number of at least 0, is -1"):
+            use()
+
+
 @pytest.mark.parametrize("name", ["../shards/shard-000000.tar", "/etc/x.tar", "a\0.tar", "index.json"])
 def test_an_index_names_tars_of_its_own_folder_only(shards: Path, tmp_path: Path, name: str) -> None:
     index = json.loads((shards / "index.json").read_text())

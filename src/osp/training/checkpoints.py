@@ -8,7 +8,7 @@ from osp.checks import check_number
 from osp.conditioning import TextEncoder, WordText
 from osp.denoiser import Denoiser
 from osp.diffusion import Objective, find_objective
-from osp.documents import check_form
+from osp.documents import SIZE, check_form
 from osp.errors import DataError, OspError, UsageError
 from osp.sampling import VideoGenerator
 from osp.training.encode_features import text_identities
@@ -19,7 +19,7 @@ from osp.weights.built import build_empty, check_plain, check_types
 from osp.weights.families import find_class
 from osp.weights.files import load_exactly
 
-_MADE_BY = ({"name": str, "fingerprint": str, "width": int}, None)
+_MADE_BY = ({"name": str, "fingerprint": str, "width": SIZE}, None)
 _GENERATOR = {
     "denoiser": {"model": str, "settings": dict},
     "text": {"encoder": (str, None), "settings": dict, "made_by?": [_MADE_BY]},
@@ -30,12 +30,12 @@ _GENERATOR = {
         "shift": [float],
         "scale": [float],
         "origin": (str, None),
-        "time_stride?": int,
-        "space_stride?": int,
-        "latent_channels?": int,
+        "time_stride?": SIZE,
+        "space_stride?": SIZE,
+        "latent_channels?": SIZE,
     },
     "fps": float,
-    "clip": ({"frames": int, "height": int, "width": int}, None),
+    "clip": ({"frames": SIZE, "height": SIZE, "width": SIZE}, None),
     "words?": [str],
 }
 """The form of a denoiser's checkpoint's entry on its generator (`DenoiserModule.on_save_checkpoint`)."""

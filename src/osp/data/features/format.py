@@ -18,7 +18,7 @@ from osp.data.media.shape import Shape, Strides
 from osp.data.shards.entry import ClipEntry, listed_entry
 from osp.data.shards.index import INDEX_NAME, ListingLines, read_index_file
 from osp.data.shards.tar import headed_digest
-from osp.documents import DocumentError, check_form
+from osp.documents import COUNT, SIZE, DocumentError, check_form
 from osp.errors import DataError, UsageError
 
 FEATURES_FORMAT = "osp-features"
@@ -59,23 +59,23 @@ _INDEX_FORM: Mapping[Any, Any] = {
 }
 _HEAD_FORM: Mapping[Any, Any] = {
     "file": str,
-    "clips": int,
-    "bytes": int,
+    "clips": COUNT,
+    "bytes": COUNT,
     "sha256": str,
     "listing_sha256?": str,
-    "skipped": [{"clip": int, "key": str, "reason": str}],
+    "skipped": [{"clip": COUNT, "key": str, "reason": str}],
 }
 _COUNTS = ("time_stride", "space_stride", "latent_channels")
 _MOST = 1 << 40
 _RECORD_FORM: Mapping[Any, Any] = {
     "captions": [str],
     "original": str,
-    "frames": int,
-    "height": int,
-    "width": int,
+    "frames": SIZE,
+    "height": SIZE,
+    "width": SIZE,
     "fps": float,
     "latent": [int],
-    "text_lengths": [int],
+    "text_lengths": [COUNT],
     "dtype": str,
     "crc32": int,
 }

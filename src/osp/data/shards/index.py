@@ -20,7 +20,7 @@ from osp.data.shards.captions import SideCars
 from osp.data.shards.entry import MEND, ClipEntry, listed_entry
 from osp.data.shards.foreign import scan_tar
 from osp.data.summary import Tally
-from osp.documents import DocumentError, check_form, parse_json, printable, read_json, read_text
+from osp.documents import COUNT, DocumentError, check_form, parse_json, printable, read_json, read_text
 from osp.errors import DataError
 from osp.files import write_whole
 
@@ -31,19 +31,19 @@ INDEX_FORMAT = "osp-shards"
 INDEX_VERSION = 1
 
 WRITTEN_FORM: Mapping[Any, Any] = {
-    "clips": int,
-    "images": int,
+    "clips": COUNT,
+    "images": COUNT,
     "seconds": float,
-    "captioned": int,
+    "captioned": COUNT,
     "settings": dict,
-    "sources": {"file": str, "bytes": int, "sha256?": str},
+    "sources": {"file": str, "bytes": COUNT, "sha256?": str},
     "skipped": [{"source": str, "reason": str}],
     "dropped?": [str],
 }
 """The keys of `index.json` that writing goes on from."""
 
 _READ_FORM: Mapping[Any, Any] = {
-    "shards": [{"file": str, "clips": int, "bytes": int, "sha256?": str, "listing_sha256?": str}],
+    "shards": [{"file": str, "clips": COUNT, "bytes": COUNT, "sha256?": str, "listing_sha256?": str}],
     **{f"{key.rstrip('?')}?": form for key, form in WRITTEN_FORM.items()},
 }
 

@@ -27,7 +27,7 @@ from osp.data.shards.index import (
     write_index,
 )
 from osp.data.shards.tar import TarShard, to_json
-from osp.documents import check_form
+from osp.documents import COUNT, check_form
 from osp.errors import DataError, UsageError
 from osp.files import sync
 
@@ -37,13 +37,13 @@ _SHARD = re.compile(r"shard-\d{6,}\.(tar|jsonl)")
 _JOURNAL_BYTES = 1 << 33
 _JOURNAL_FORM = {
     "source": str,
-    "size": int,
+    "size": COUNT,
     "mtime_ns": int,
     "sha256": str,
     "caption": str,
-    "number": int,
-    "clips": int,
-    "next": int,
+    "number": COUNT,
+    "clips": COUNT,
+    "next": COUNT,
     "damaged": [str],
     "done": bool,
     "reason": str,
