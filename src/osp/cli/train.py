@@ -82,8 +82,9 @@ def _run(cfg: DictConfig, training: TrainingRun, endings: Endings, files: dict[s
     if cfg.start_from is not None and not goes_on:
         module.start_from(cfg.start_from)
     trainer = _trainer(cfg, training.folder)
+    mesh = Mesh.of(trainer)
     if cfg.global_batch is not None:
-        mesh = Mesh(cfg.data.get("devices") or trainer.num_devices * trainer.num_nodes)
+        mesh = Mesh(cfg.data.get("devices") or mesh.data)
         module.accumulate = batches_in_step(cfg.global_batch, cfg.data.batch_size, mesh, cfg.module.accumulate)
     start = begin(training, plain(cfg), resume=cfg.resume)
     overrides = HydraConfig.get().overrides.task

@@ -83,6 +83,11 @@ class WordText(nn.Module):
             "max_tokens": self.max_tokens,
         }
 
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The blocks, which run one after another."""
+        return list(self.blocks)
+
     def forward(self, prompts: Sequence[str], strict: bool = False) -> EncodedText:
         """See `TextEncoder.__call__`."""
         spelled = [_spelled(prompt) for prompt in prompts]

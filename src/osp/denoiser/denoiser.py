@@ -96,6 +96,11 @@ class Denoiser(nn.Module):
         return []
 
     @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The blocks, which run one after another."""
+        return list(self.blocks)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The settings that build the model again, as plain values."""
         settings = asdict(self.config)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from osp.checks import check_number
+from osp.errors import UsageError
 
 
 class Processes(Protocol):
@@ -47,8 +48,21 @@ class Mesh:
 
     @classmethod
     def of(cls, processes: Processes | None) -> Self:
-        """The mesh of a Trainer, whose processes all hold different clips; without one that of a single process."""
-        return cls.single() if processes is None else cls(data=processes.world_size, rank=processes.global_rank)
+        """The mesh of a Trainer, whose strategy may say how many processes share a clip's tokens (`sequence`).
+
+        Without a Trainer it is the mesh of a single process. Raises UsageError as `split`.
+        """
+        if processes is None:
+            return cls.single()
+        sequence = getattr(getattr(processes, "strategy", None), "sequence", 1)
+        return cls.split(processes.world_size, sequence, processes.global_rank)
+
+    @classmethod
+    def split(cls, processes: int, sequence: int, rank: int = 0) -> Self:
+        """The mesh of so many processes, `sequence` of which share a clip. Raises UsageError if that leaves a rest."""
+        if processes % sequence:
+            raise UsageError(f"trainer.strategy.sequence={sequence}: must divide the {processes} processes of the run")
+        return cls(data=processes // sequence, sequence=sequence, rank=rank)
 
     @property
     def processes(self) -> int:

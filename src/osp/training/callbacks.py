@@ -51,14 +51,20 @@ class ClipPreview(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Show the first batch's clips."""
+        """Show the clips of the first process's first batch."""
         assert isinstance(pl_module, TrainingModule)
-        if not trainer.is_global_zero or batch_idx or not self.clips:
+        if batch_idx or not self.clips:
             return
         places: list[tuple[Any, Show]] = [
             (logger, show) for logger in trainer.loggers if (show := shower(logger)) is not None
         ]
+        if pl_module.works_together:  # the first process's model runs only if all of them run it
+            batch = trainer.strategy.broadcast(batch)
+        elif not trainer.is_global_zero:
+            return
         if not places or (clips := pl_module.shown_clips(batch, outputs, self.clips)) is None:
+            return
+        if not trainer.is_global_zero:
             return
         for index, clip in enumerate(to_uint8(clips.cpu())):
             for logger, show in places:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from osp.checks import check_number
 from osp.errors import OspError
+from osp.parallel import whole
 
 
 class DivergedError(OspError):
@@ -49,7 +50,7 @@ class Clipping(nn.Module):
     def forward(self, parameters: Iterable[nn.Parameter], loss: Tensor | None = None) -> Clipped:
         """Scale the gradients of the parameters as the scheme wants. A loss that is not finite counts like them."""
         learning = [parameter for parameter in parameters if parameter.grad is not None]
-        total = nn.utils.get_total_norm([parameter.grad for parameter in learning if parameter.grad is not None])
+        total = whole(nn.utils.get_total_norm([one.grad for one in learning if one.grad is not None]))
         norm = float(total)
         # The norm alone is not enough: the L1 distance sends no gradient where a reconstruction is NaN.
         if not math.isfinite(norm) or (loss is not None and not math.isfinite(float(loss))):

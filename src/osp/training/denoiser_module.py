@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from osp.denoiser import Denoiser
 from osp.diffusion import Objective, draw_normal
 from osp.documents import check_form
 from osp.errors import UsageError
+from osp.parallel import Parallelism
 from osp.sampling import VideoGenerator
 from osp.seeds import seeded, stable_seed
 from osp.training.build import drawing_from, with_memory
@@ -137,10 +138,18 @@ class DenoiserModule(TrainingModule):
         """See `TrainingModule.build`; the weights that the run begins with come last."""
         for name, model in list(self.model.items()):
             self.model[name] = with_memory(model).train()
-        self.denoiser.recompute_every = self.recompute_every
         if self._start is not None:
             self._start.give_to(self.denoiser, self._trained_text)
             self._start = None
+
+    def networks(self, learned: nn.Module) -> Sequence[nn.Module]:
+        """See `TrainingModule`: the denoiser, and the text encoder if it is trained."""
+        assert isinstance(learned, nn.ModuleDict)
+        return list(learned.values())
+
+    def parallelism(self) -> Parallelism:
+        """See `TrainingModule`."""
+        return replace(super().parallelism(), recompute_every=self.recompute_every)
 
     @property
     def _trained_text(self) -> Any:

@@ -7,13 +7,16 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from osp.parallel import local
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class ExponentialMovingAverage(nn.Module, Generic[Model]):
     """A frozen twin of a model that follows it: twin <- decay * twin + (1 - decay) * model.
 
-    The twin is a submodule, so it is saved, restored and moved with the model it follows.
+    The twin is a submodule, so it is saved, restored and moved with the model it follows. Where processes hold parts of
+    the weights, the twin is split alike, and each process follows with its own parts.
     """
 
     model: Model
@@ -28,14 +31,15 @@ class ExponentialMovingAverage(nn.Module, Generic[Model]):
     def copy(self, model: Model) -> None:
         """Take over the model's weights as they are, tensor by tensor."""
         for mine, theirs in zip(_tensors(self.model), _tensors(model), strict=True):
-            mine.copy_(theirs)
+            local(mine).copy_(local(theirs))
 
     @torch.no_grad()
     def update(self, model: Model) -> None:
         """Follow the model one step."""
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1.0 - self.decay)
-        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+        mine, theirs = ([local(one) for one in side.parameters()] for side in (self.model, model))
+        torch._foreach_lerp_(mine, theirs, 1.0 - self.decay)
+        for held, now in zip(self.model.buffers(), model.buffers(), strict=True):
+            held.copy_(now)
 
     def train(self, mode: bool = True) -> "ExponentialMovingAverage[Model]":
         """The twin never trains."""

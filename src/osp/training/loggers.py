@@ -42,8 +42,9 @@ class RunTable(CSVLogger):
 
     def save(self) -> None:
         """Write the table. Raises DataError naming the folder if the disk does not take it."""
-        with _written(self.log_dir):
-            FabricExperimentWriter.save(self.experiment)
+        if isinstance(table := self.experiment, FabricExperimentWriter):  # the first process has it, others a stand-in
+            with _written(self.log_dir):
+                FabricExperimentWriter.save(table)
 
     def finalize(self, status: str) -> None:
         """Write what is left; where the run has failed, that is told and no more."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from osp.data.datamodule import ClipDataModule
 from osp.devices.mesh import Mesh
 from osp.errors import DataError, UsageError
+from osp.parallel import Parallelism, apply
 from osp.training.build import drawing_from
 from osp.training.clipping import Clipping, DivergedError
 from osp.training.ema import ExponentialMovingAverage
@@ -68,7 +69,30 @@ class TrainingModule(lightning.LightningModule):
             self.build()
         self._check_finite()
         self.ema = ExponentialMovingAverage(self.learned, self.optimisation.ema_decay)
+        how = self.parallelism()
+        for model in (*self.networks(self.learned), *self.networks(self.ema.model), *self.opponents):
+            apply(model, how)
         self._is_configured = True
+
+    def networks(self, learned: nn.Module) -> Sequence[nn.Module]:
+        """The networks in what is learned, or in its averaged twin, each of which is called by itself."""
+        return [learned]
+
+    @property
+    def opponents(self) -> Sequence[nn.Module]:
+        """The networks that are trained beside what is learned, without averages."""
+        return []
+
+    def parallelism(self) -> Parallelism:
+        """All that is applied to each network; out of a Trainer nothing is split."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        return Parallelism(sharding=getattr(strategy, "sharding", None))
+
+    @property
+    def works_together(self) -> bool:
+        """Whether a network runs only if all processes run it at once, as each holds a part of it or of its input."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        return getattr(strategy, "sharding", None) is not None or self.mesh.sharing > 1
 
     def _check_finite(self) -> None:
         """Raise DataError if the run would begin with weights that have no values."""

@@ -1,5 +1,6 @@
 """The LightningModule that trains a video VAE."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -70,6 +71,11 @@ class VAEModule(TrainingModule):
         self.vae = with_memory(self.vae).train()  # weights that were read come in eval mode
         if self.discriminator is not None:
             self.discriminator = with_memory(self.discriminator)
+
+    @property
+    def opponents(self) -> Sequence[nn.Module]:
+        """The discriminator, if there is one."""
+        return [] if self.discriminator is None else [self.discriminator]
 
     @property
     def learned(self) -> nn.Module:

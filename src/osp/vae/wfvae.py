@@ -5,6 +5,7 @@ the input level works on the video, level 1 on its lowest band, level 2 on level
 levels 1 and 2 around the main path, in the encoder and, mirrored, in the decoder.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, Literal
@@ -204,6 +205,11 @@ class WFVAE(VideoVAE):
     def settings(self) -> dict[str, Any]:
         """The keyword arguments that build this VAE again."""
         return asdict(self.config)
+
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The levels with most of the weights, which run one after another."""
+        return [self.encoder.down1, self.encoder.down2, self.encoder.mid, self.decoder.mid, self.decoder.up2]
 
     @property
     def last_layer(self) -> Tensor:
