@@ -28,6 +28,7 @@ VERBS = {
     "sample": "make videos of prompts",
     "page": "put what runs left on one HTML page, videos included",
     "bench": "measure speed and memory of a part, as one table and one plot",
+    "doctor": "ask a new machine what a week of training would find out",
     "import-weights": "turn published weights into a folder of ours",
     "export-weights": "turn a model of ours into a folder for the published code",
 }

@@ -83,6 +83,10 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, Sequence[str]]]] = {
         ("a VAE, whole and in pieces", ["target=vae", "frames=[17,33]", "sizes=[128x128,256x256]"]),
         ("a denoiser's attention", ["target=denoiser", "denoiser=cross_tiny", "latents=8x64x64"]),
     ),
+    "doctor": (
+        ("all of this machine", ["output=doctor.json"]),
+        ("the kernels of one GPU", ["device=cuda:0", "only=[attention,norms,rotary,convolution,matmul]"]),
+    ),
     "import-weights": (
         ("a published VAE", ["kind=wfvae_v13", "source=DOWNLOADED", "output=weights/wfvae_v13"]),
         (

@@ -205,6 +205,20 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) 
     return best
 
 
+def copy_rate(device: torch.device, seconds: float = 0.5) -> float:
+    """The best rate of a copy within the device's memory, in bytes read and written a second."""
+    source = torch.ones((64 if device.type == "cpu" else 512) << 20, dtype=torch.uint8, device=device)
+    target = source.clone()  # and not empty memory, which the system gives only when it is written to
+    end, took = time.perf_counter() + seconds, math.inf
+    while took == math.inf or time.perf_counter() < end:
+        synchronize(device)
+        begun = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        took = min(took, time.perf_counter() - begun)
+    return 2 * source.numel() / took
+
+
 @contextmanager
 def _as_convolutions(device: torch.device) -> Iterator[None]:
     """Products of float32 matrices as precise as the convolutions."""
