@@ -92,11 +92,12 @@ FILLED = {
     "max_tokens": 100,
     "shapes": [[1, 16, 16]],
     "kind": "wfvae_v13",
-    **dict.fromkeys(("path", "dataset", "source", "input", "output", "checkpoint", "start_from"), "x"),
+    **dict.fromkeys(("path", "dataset", "source", "urls", "input", "output", "checkpoint", "start_from"), "x"),
 }
 WITH = {
     ("module", "denoiser"): ["denoiser=cross_tiny", "text=words", "objective=flow_tiny"],
     ("data", "buckets"): ["buckets=shapes"],
+    ("data", "stream_buckets"): ["buckets=shapes"],
     ("latent", "codec"): ["latent.scale=1"],
 }
 # What reads files or needs what may not be here: its arguments are looked at, and it is not built.
@@ -104,7 +105,7 @@ NOT_BUILT = {
     *("osp.weights.load_pretrained", "osp.weights.load_published", "osp.training.checkpoints.load_trained_vae"),
     *("osp.training.checkpoints.load_trained_generator", "osp.conditioning.T5Text", "osp.conditioning.CLIPPooled"),
     *("osp.data.sources.ShardClips", "osp.data.sources.BucketClips", "osp.data.sources.FeatureClips"),
-    *("osp.data.sources.ArrayClips", "osp.data.sources.DatasetClips"),
+    *("osp.data.sources.ArrayClips", "osp.data.sources.DatasetClips", "osp.data.streaming.RemoteShards"),
     *("lightning.Trainer", "osp.training.loggers.wandb_logger"),
 }
 

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import runpy
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,9 @@ import av
 import numpy as np
 import pytest
 
+SERVER = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "flaky_server.py"))["FlakyServer"]
+
+Serve = Callable[..., Any]
 MakeVideo = Callable[..., Path]
 CutOff = Callable[[str, Callable[[Path], object]], Iterator[Path]]
 
@@ -48,6 +52,13 @@ def cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CutOff:
                 return
 
     return folders
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """serve(folder, every=10, ...) -> a `FlakyServer` of tools/flaky_server.py that answers until the test ends."""
+    with contextlib.ExitStack() as running:
+        yield lambda folder, *settings, **more: running.enter_context(SERVER(folder, *settings, **more))
 
 
 @pytest.fixture(scope="session")

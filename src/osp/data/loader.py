@@ -117,7 +117,7 @@ class ResumableLoader:
         groups = _groups(source, batch_size, batch_tokens, devices)
         _check_images(groups, image_ratio)
         self.source, self.workers, self.prefetch = source, workers, prefetch
-        self.plan = TrainPlan(groups, seed, mesh, shuffle, image_ratio)
+        self.plan = TrainPlan(groups, seed, mesh, shuffle, image_ratio, source.order)
         self.batches_per_step = batches_per_step
         self._settings: dict[str, Any] = {}  # what a state tells of them, beside what it always tells
         if batch_tokens is not None:

@@ -15,9 +15,10 @@ e). So every clip is read equally often, whatever the size of its group.
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -47,6 +48,14 @@ class Group:
     is_image: bool = False
 
 
+class Order(Protocol):
+    """The endless order in which the clips of a group are read."""
+
+    def candidates(self, turn: int, place: int) -> Iterator[tuple[int, int]]:
+        """The (index, draw) pairs to try at a place of the group's global batch `turn` (0, 1, ...)."""
+        ...
+
+
 class TrainPlan:
     """The endless plan of the module's docstring, as one process sees it.
 
@@ -54,6 +63,8 @@ class TrainPlan:
         groups: of which `batch` is a multiple of `mesh.data`.
         mesh: which part of each global batch is read here; None: all of it.
         image_ratio: the part of the batches that are images, evenly spread; None: images are groups like the others.
+        order: gives a group its order, by (group, seed, shuffle); where there is none, or it gives none, that of the
+            module's docstring counts.
     """
 
     def __init__(
@@ -63,10 +74,14 @@ class TrainPlan:
         mesh: Mesh | None = None,
         shuffle: bool = True,
         image_ratio: float | None = None,
+        order: Callable[[Group, int, bool], Order | None] | None = None,
     ) -> None:
         self.groups, self.seed, self.shuffle = groups, seed, shuffle
         self.mesh = mesh or Mesh.single()
-        self._readers = [_Reader(group, seed, shuffle) for group in groups]
+        orders = [None if order is None else order(group, seed, shuffle) for group in groups]
+        self._orders: list[Order] = [
+            own or _AnyOrder(group, seed, shuffle) for own, group in zip(orders, groups, strict=True)
+        ]
         self._widest = max(group.batch for group in groups)
         numbers = range(len(groups))
         if image_ratio is None:
@@ -102,19 +117,21 @@ class TrainPlan:
 
     def _slots(self, batch: int, number: int, turn: int) -> list[Slot]:
         size = self.groups[number].batch // self.mesh.data
-        reader, first = self._readers[number], turn * self.groups[number].batch
+        order = self._orders[number]
         places = range(self.mesh.data_rank * size, (self.mesh.data_rank + 1) * size)
-        return [Slot(batch * self._widest + place, reader.candidates(first + place)) for place in places]
+        return [Slot(batch * self._widest + place, order.candidates(turn, place)) for place in places]
 
 
-class _Reader:
-    """The samples of one group."""
+class _AnyOrder:
+    """The samples of one group, where each clip can be read as well as any other."""
 
     def __init__(self, group: Group, seed: int, shuffle: bool) -> None:
         self.group, self.seed, self.shuffle = group, seed, shuffle
         self._orders: dict[int, Tensor] = {}
 
-    def candidates(self, sample: int) -> Iterator[tuple[int, int]]:
+    def candidates(self, turn: int, place: int) -> Iterator[tuple[int, int]]:
+        """See `Order`."""
+        sample = turn * self.group.batch + place
         # A broken clip is replaced by those after it in the plan, so that a resumed run replaces it by the same one.
         clips = len(self.group.clips)
         for attempt in range(2 * clips):  # two passes hold every clip, wherever they begin

@@ -239,12 +239,15 @@ def require_feature_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def read_feature_shard(tar: Path) -> tuple[dict[str, Any], list[ClipEntry]]:
-    """The facts about a shard and its clips, by the listing beside it. Raises DataError if that is damaged."""
+def read_feature_shard(tar: Path, there: bool = True) -> tuple[dict[str, Any], list[ClipEntry]]:
+    """The facts about a shard and its clips, by the listing beside it; the tar itself need not be `there`.
+
+    Raises DataError if the listing is damaged, or the tar is not of the size that it says.
+    """
     listing = tar.with_suffix(".jsonl")
     try:
         lines = ListingLines(listing)
-        found = tar.stat().st_size
+        size = tar.stat().st_size if there else None
         (place, head), *others = lines
         check_form(head, _HEAD_FORM, place)
         if head.get("listing_sha256", "") not in ("", headed_digest(head, lines.after_first())):
@@ -254,6 +257,7 @@ def read_feature_shard(tar: Path) -> tuple[dict[str, Any], list[ClipEntry]]:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
     except (DocumentError, ValueError) as error:
         raise DataError(f"{error}; a damaged listing: delete {tar.name} and {AGAIN}") from error
+    found = head["bytes"] if size is None else size
     if (found, len(entries)) != (head["bytes"], head["clips"]):
         raise DataError(
             f"{tar}: {found} bytes and {len(entries)} clips, should be {head['bytes']} and {head['clips']}; "

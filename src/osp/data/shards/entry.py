@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from osp.data.media.limits import DEFAULT_LIMITS, Limits
 from osp.documents import DocumentError, check_form
@@ -76,12 +76,16 @@ class ClipEntry:
         """
         try:
             with open(self.tar, "rb") as file:
-                # A listing may claim any size: what the file does not hold is not allocated.
-                held = file.seek(0, 2) - self.offset
-                file.seek(self.offset)
-                data = file.read(max(0, min(self.size, held)))
+                return self.read_from(file)
         except OSError as error:
             raise DataError(f"{self.tar}: cannot be read ({error.strerror}); {MEND}") from error
+
+    def read_from(self, file: BinaryIO) -> bytes:
+        """The same out of the tar, which is open."""
+        # A listing may claim any size: what the file does not hold is not allocated.
+        held = file.seek(0, 2) - self.offset
+        file.seek(self.offset)
+        data = file.read(max(0, min(self.size, held)))
         if len(data) != self.size:
             raise DataError(f"{self.tar}: ends inside {self.member} ({len(data)} of {self.size} bytes); {MEND}")
         if self.crc32 is not None and zlib.crc32(data) != self.crc32:

@@ -47,15 +47,20 @@ def scan_tar(tar: Path, limits: Limits, passed_over: Tally) -> list[ClipEntry]:
     travels with it; of several the last counts. Of a damaged tar the samples before the damage are taken. What is not
     taken is counted in `passed_over`.
     """
+    with open(tar, "rb") as file:
+        return scan_file(file, tar, limits, passed_over)
+
+
+def scan_file(file: BinaryIO, tar: Path, limits: Limits, passed_over: Tally) -> list[ClipEntry]:
+    """The same of a tar that is open."""
     samples: dict[str, _Sample] = {}
     damage = ""
-    with open(tar, "rb") as file:
-        try:
-            for member, key, suffix in _files(read_members(file), tar, passed_over):
-                sample = samples.setdefault(key, _Sample(key))
-                _add(sample, file, member, suffix, tar, limits, passed_over)
-        except (TarDamageError, OSError) as error:
-            damage = str(error)
+    try:
+        for member, key, suffix in _files(read_members(file), tar, passed_over):
+            sample = samples.setdefault(key, _Sample(key))
+            _add(sample, file, member, suffix, tar, limits, passed_over)
+    except (TarDamageError, OSError) as error:
+        damage = str(error)
     entries = [entry for sample in samples.values() if (entry := sample.entry(tar)) is not None]
     for sample in samples.values():
         if sample.media is None:

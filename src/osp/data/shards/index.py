@@ -176,18 +176,25 @@ def _shards_of(folder: Path, limits: Limits, tally: Tally) -> list[ClipEntry] | 
     """The clips of the tars that lie in a folder itself; None if there are none."""
     index = load_index(folder)
     if index is not None:
-        listed = [entry for shard in index["shards"] for entry in _listed_shard(folder, shard, limits)]
-        dropped = {*index.get("dropped", ())}
-        for entry in listed if dropped else ():
-            if entry.record.get("source") in dropped:
-                tally.add("clips of sources that are gone", entry.key)
-        return [entry for entry in listed if entry.record.get("source") not in dropped]
+        for shard in index["shards"]:
+            _check_size(folder / shard["file"], shard["bytes"])
+        return indexed_clips(folder, index, limits, tally)
     tars = sorted(path for path in folder.glob("*.tar") if path.is_file())
     if not tars:
         return None
     for other in sorted({*itertools.chain(*tars_below(folder))} - {*tars}):
         tally.add("further tars, compressed or in a folder below, which are not read", other.relative_to(folder))
     return [entry for tar in tars for entry in scan_tar(tar, limits, tally)]
+
+
+def indexed_clips(folder: Path, index: Mapping[str, Any], limits: Limits, tally: Tally) -> list[ClipEntry]:
+    """The clips of the shards of an index, by their listings in the folder; the tars need not be there."""
+    listed = [entry for shard in index["shards"] for entry in _listed_shard(folder, shard, limits)]
+    dropped = {*index.get("dropped", ())}
+    for entry in listed if dropped else ():
+        if entry.record.get("source") in dropped:
+            tally.add("clips of sources that are gone", entry.key)
+    return [entry for entry in listed if entry.record.get("source") not in dropped]
 
 
 def _without_tars(folder: Path, limits: Limits, tally: Tally) -> list[ClipEntry]:
@@ -226,19 +233,25 @@ def _plain_file(folder: Path, path: Path, side_cars: SideCars) -> ClipEntry:
     return ClipEntry(name, path, "", 0, path.stat().st_size, record)
 
 
+def _check_size(tar: Path, size: int) -> None:
+    try:
+        found = tar.stat().st_size
+    except OSError as error:
+        raise DataError(f"{tar}: {INDEX_NAME} needs it ({error.strerror}); {MEND}") from error
+    if found != size:
+        raise DataError(f"{tar}: has {found} bytes, {INDEX_NAME} says {size}; {MEND}")
+
+
 def _listed_shard(folder: Path, shard: Mapping[str, Any], limits: Limits) -> list[ClipEntry]:
     """The entries of one shard that index.json lists, from the `.jsonl` beside it."""
     tar = folder / shard["file"]
     listing = tar.with_suffix(".jsonl")
     try:
-        found = tar.stat().st_size
         lines = ListingLines(listing)
     except OSError as error:
         raise DataError(f"{error.filename}: {INDEX_NAME} needs it ({error.strerror}); {MEND}") from error
     if shard.get("listing_sha256", lines.sha256) != lines.sha256:
         raise DataError(f"{listing}: damaged, it is not as it was written; {MEND}")
-    if found != shard["bytes"]:
-        raise DataError(f"{tar}: has {found} bytes, {INDEX_NAME} says {shard['bytes']}; {MEND}")
     entries = [listed_entry(tar, line, place, limits) for place, line in lines]
     if len(entries) != shard["clips"]:
         raise DataError(f"{listing}: lists {len(entries)} clips, {INDEX_NAME} says {shard['clips']}; {MEND}")

@@ -25,7 +25,7 @@ from osp.data.features.format import (
 from osp.data.media.shape import Shape
 from osp.data.media.video import ClipError
 from osp.data.shards.index import ClipEntry
-from osp.data.sources.source import ListedClips
+from osp.data.sources.source import Elsewhere, ListedClips
 from osp.errors import DataError
 from osp.seeds import seeded
 
@@ -47,7 +47,7 @@ class FeatureClips(ListedClips):
     """The encoded clips of a folder: a source with buckets for the loaders, which give a `FeatureBatch`.
 
     Args:
-        path: the folder.
+        path: the folder, or shards of features that lie elsewhere (`osp.data.streaming`).
         patch_size: latent pixels along a side of the denoiser's patches; it decides how many tokens a clip has.
         sample: draw from the posterior and among the captions; else take the mean and the first caption.
         min_tokens, max_tokens: clips outside are left out.
@@ -71,7 +71,7 @@ class FeatureClips(ListedClips):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Elsewhere,
         patch_size: int = 2,
         sample: bool = True,
         min_tokens: int = 1,
@@ -79,12 +79,13 @@ class FeatureClips(ListedClips):
         min_clips: int = 1,
         partial: bool = False,
     ) -> None:
-        self.path, self.sample = Path(path), sample
+        self.elsewhere = None if isinstance(path, str | Path) else path
+        self.path, self.sample = Path(path) if isinstance(path, str | Path) else path.folder, sample
         index = require_feature_index(self.path)
         self.made_with = FeatureIdentity.from_json(index["identity"])
         self.vae_origin = index["vae_origin"]
         self.empty = self._load_empty(index.get("empty_sha256")) if index["empty"] else {}
-        listed = list(self._listed(index, partial))
+        listed = self._listed(index, partial) if self.elsewhere is None else self.elsewhere.features()
         rule = StoredShapes(
             self.made_with.time_stride,
             self.made_with.space_stride,
@@ -115,7 +116,9 @@ class FeatureClips(ListedClips):
         for entry in self.entries:
             line = f"{entry.key} {entry.size} {entry.record['crc32']}\n"
             listing.update(line.encode("utf-8", "surrogatepass"))
-        return f"features sample={self.sample} clips={len(self.entries)} list={listing.hexdigest()[:16]}"
+        return (
+            f"features sample={self.sample} clips={len(self.entries)} list={listing.hexdigest()[:16]}{self._sequence()}"
+        )
 
     def read(self, index: int, draw: int) -> dict[str, Any]:
         """Clip `index`: `latent`, `text`, `pooled_text`, `caption`, `key`, `fps`, `size`, as in `FeatureBatch`.

@@ -13,8 +13,11 @@ from osp.data.media.shape import Shape
 from osp.data.shards.entry import ClipEntry
 from osp.data.shards.index import Listing, read_listing
 from osp.data.sources.decoding import Decoding
-from osp.data.sources.source import ListedClips
+from osp.data.sources.source import Elsewhere, ListedClips
 from osp.errors import DataError
+
+Folders = str | Path | Sequence[str | Path] | Elsewhere
+"""The folders that clips are listed from, or shards that lie elsewhere."""
 
 
 class ShardClips(ListedClips):
@@ -22,7 +25,7 @@ class ShardClips(ListedClips):
 
     Args:
         path: the folder that `osp shards` wrote, any folder of WebDataset tars, or one of videos and images; several
-            folders are read as one.
+            folders are read as one. Or shards that lie elsewhere (`osp.data.streaming`).
         frames, height, width: the size of every clip (covering resize that keeps the aspect, then centre crop).
         stride: take every `stride`-th frame; excludes `fps`.
         fps: take the frames nearest to this rate, frames a second; None keeps the file's own frames.
@@ -41,7 +44,7 @@ class ShardClips(ListedClips):
 
     def __init__(
         self,
-        path: str | Path | Sequence[str | Path],
+        path: Folders,
         frames: int,
         height: int,
         width: int,
@@ -56,6 +59,7 @@ class ShardClips(ListedClips):
         self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip, limits), flip
         self.shape = Shape(frames, height, width)
         paths, self.path, listing = _list_folders(path, limits)
+        self.elsewhere = None if isinstance(path, str | Path | Sequence) else path
         listed, self.passed_over = listing.entries, listing.left_out
         self.entries = [entry for entry in listed if _fits(entry.record, frames, stride, fps)]
         if not self.entries:
@@ -69,7 +73,7 @@ class ShardClips(ListedClips):
             self.dropped = {f"that are too short for frames={frames}, or images": left_out}
 
     def fingerprint(self) -> str:
-        return f"shards {self.shape} {self.decoding} {_listing(self.entries)}"
+        return f"shards {self.shape} {self.decoding} {_listing(self.entries)}{self._sequence()}"
 
     def read(self, index: int, draw: int) -> dict[str, Any]:
         """See `ClipSource.read`; the window and the flip come from a generator seeded by (key, draw)."""
@@ -96,7 +100,7 @@ class BucketClips(ListedClips):
 
     def __init__(
         self,
-        path: str | Path | Sequence[str | Path],
+        path: Folders,
         rule: BucketRule,
         stride: int = 1,
         fps: float | None = None,
@@ -108,6 +112,7 @@ class BucketClips(ListedClips):
         self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip, limits), flip
         self.rule = rule
         paths, self.path, listing = _list_folders(path, limits)
+        self.elsewhere = None if isinstance(path, str | Path | Sequence) else path
         listed, self.passed_over = listing.entries, listing.left_out
         sizes = [clip_size(entry.record, stride, fps) for entry in listed]
         kept, self._shapes, self.dropped = choose(sizes, rule, min_clips)
@@ -126,15 +131,17 @@ class BucketClips(ListedClips):
 
     def fingerprint(self) -> str:
         shapes = hashlib.sha256(repr([tuple(shape) for shape in self._shapes]).encode()).hexdigest()[:16]
-        return f"buckets {shapes} {self.decoding} {_listing(self.entries)}"
+        return f"buckets {shapes} {self.decoding} {_listing(self.entries)}{self._sequence()}"
 
     def read(self, index: int, draw: int) -> dict[str, Any]:
         """See `ClipSource.read`; the window and the flip come from a generator seeded by (key, draw)."""
         return self.decoding.read(self.entries[index], self._shapes[index], draw)
 
 
-def _list_folders(path: str | Path | Sequence[str | Path], limits: Limits) -> tuple[str, Path | None, Listing]:
+def _list_folders(path: Folders, limits: Limits) -> tuple[str, Path | None, Listing]:
     """The clips of one or several folders: how errors call them, the folder if it is one, and what they hold."""
+    if not isinstance(path, str | Path | Sequence):
+        return str(path), path.folder, path.listing(limits)
     paths = [path] if isinstance(path, str | Path) else list(path)
     listings = [read_listing(folder, limits) for folder in paths]
     left_out = sum((Counter(listing.left_out) for listing in listings), Counter[str]())

@@ -12,7 +12,9 @@ from torch import Tensor
 from osp.checks import check_number
 from osp.data.buckets import Bucket
 from osp.data.features.format import FeatureIdentity
-from osp.data.shards.index import ClipEntry
+from osp.data.media.limits import Limits
+from osp.data.plan import Group, Order
+from osp.data.shards.index import ClipEntry, Listing
 from osp.data.summary import Summary
 
 
@@ -61,6 +63,10 @@ class ClipSource(Protocol):
         """
         return None
 
+    def order(self, group: Group, seed: int, shuffle: bool) -> Order | None:
+        """The order in which training reads the clips of a group; None: any is as good as another."""
+        return None
+
     def record(self, index: int) -> Mapping[str, Any]:
         """The listed record of clip `index`, found without reading the clip; empty if nothing is listed."""
         return {}
@@ -87,19 +93,55 @@ class ClipSource(Protocol):
         }
 
 
+class Elsewhere(Protocol):
+    """Shards that lie elsewhere, as `osp.data.streaming` reads them; sources take them in the place of a folder.
+
+    Attributes:
+        folder: where their index and listings lie here, without the tars.
+    """
+
+    folder: Path
+
+    def listing(self, limits: Limits) -> Listing:
+        """All clips; each reads its own bytes. Raises DataError if they hold none, or only features."""
+        ...
+
+    def features(self) -> list[ClipEntry]:
+        """All clips of shards of features. Raises DataError for shards of anything else."""
+        ...
+
+    def order(self, entries: Sequence[ClipEntry], group: Group, seed: int, shuffle: bool) -> Order:
+        """The order in which the clips of a group, numbers in `entries`, are read in sequence."""
+        ...
+
+    def fingerprint(self, entries: Sequence[ClipEntry]) -> str:
+        """One line that changes when the order of these clips changes."""
+        ...
+
+
 class ListedClips(ClipSource, Protocol):
     """A source of clips that are all listed, each with a record.
 
     Attributes:
         entries: the clips, as their shards list them.
+        elsewhere: the shards that they lie in; None: they lie here, where each can be read as well as any other.
         passed_over: files and clips that the listing leaves out, by a reason that reads on after the number.
     """
 
     entries: list[ClipEntry]
+    elsewhere: Elsewhere | None = None
     passed_over: Mapping[str, int] = MappingProxyType({})
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def order(self, group: Group, seed: int, shuffle: bool) -> Order | None:
+        """See `ClipSource.order`."""
+        return None if self.elsewhere is None else self.elsewhere.order(self.entries, group, seed, shuffle)
+
+    def _sequence(self) -> str:
+        """What a fingerprint says of the order, where shards are read in sequence."""
+        return "" if self.elsewhere is None else f" {self.elsewhere.fingerprint(self.entries)}"
 
     def record(self, index: int) -> Mapping[str, Any]:
         """See `ClipSource.record`."""
@@ -141,6 +183,10 @@ class FirstClips(ClipSource):
             return None
         kept = [(bucket, bucket.clips[bucket.clips < len(self)]) for bucket in buckets]
         return [Bucket(bucket.shape, bucket.tokens, few) for bucket, few in kept if len(few)]
+
+    def order(self, group: Group, seed: int, shuffle: bool) -> Order | None:
+        """See `ClipSource.order`."""
+        return self.source.order(group, seed, shuffle)
 
     def record(self, index: int) -> Mapping[str, Any]:
         """See `ClipSource.record`."""
