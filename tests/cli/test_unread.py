@@ -77,7 +77,7 @@ WRONG = [
     (["train", "++colour=red"], "leave it out"),
     (["train", "experiment=wfvae_tiny", "perceptual=alex"], "module.loss.perceptual=null stands where it would be"),
     (["train", "experiment=t2v_tiny", "perceptual=alex"], "module=vae"),
-    (["train", "experiment=t2v_tiny", "clip.frames=5"], "data=shards or data=synthetic"),
+    (["train", "experiment=t2v_tiny", "clip.frames=5"], "data=shards or data=stream or data=synthetic"),
     (["train", "experiment=t2v_tiny", "latent.scale=2"], "on clips, not on features"),
     (["bench", "checkpoint=x"], "vae=trained"),
     (["bench", "target=denoiser", "path=x"], "denoiser=pretrained"),
