@@ -17,10 +17,10 @@ from osp.conditioning import WordText
 from osp.data.datamodule import ClipDataModule
 from osp.data.sources import SyntheticClips
 from osp.denoiser import CrossTransformer, Denoiser, JointTransformer, Stage
-from osp.denoiser.attention import GroupAttention
 from osp.denoiser.denoiser import LinearLayers, make_config
 from osp.denoiser.flops import denoiser_flops, linear_layers
 from osp.denoiser.layers import MLP, PatchEmbedding, initialise, sinusoid
+from osp.denoiser.placement import Attend
 from osp.devices import attention, count_flops
 from osp.diffusion import Flow, Solver
 from osp.errors import UsageError
@@ -70,7 +70,7 @@ class PlainBlock(nn.Module):
         self.text_q = nn.Linear(width, width)
         self.text_kv = nn.Linear(width, 2 * width)
 
-    def forward(self, x: Tensor, text: Tensor, attend: GroupAttention) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, attend: Attend) -> Tensor:
         """Tokens `B N D` and text `B L D` -> tokens."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
         x = x + attend((q, k, v))[0].flatten(2)
@@ -118,11 +118,11 @@ class PlainTransformer(Denoiser):
     ) -> Tensor:
         """See `Denoiser`; masks are not looked at."""
         grid = self.check(latent, time, text, text_mask, None, video_mask)
-        attentions = self.attentions(grid, len(latent), latent.device, None)
+        placement = self.placed(grid, len(latent), latent.device, None)
         x = self.patch(latent) + self.time(sinusoid(time, 32))[:, None]
         text = self.text(text)
-        for i, pattern in enumerate(self.schedule):
-            x = self.run_block(i, x, text, attentions[pattern])
+        for i in range(len(self.blocks)):
+            x = self.run_block(i, x, text, placement.attention(i))
         return self.to_latent(self.out(x), grid)
 
 

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from osp.denoiser.attention import GroupAttention
 from osp.denoiser.denoiser import Denoiser, LinearLayers, check_heads, make_config, trim_text
 from osp.denoiser.layers import MLP, FeedForward, PatchEmbedding, initialise, modulated_norm, sinusoid
+from osp.denoiser.placement import Attend
 from osp.denoiser.rotary import rotary_tables, rotate
 from osp.denoiser.schedule import Stage
 from osp.devices import attention
@@ -57,6 +57,7 @@ class CrossTransformer(Denoiser):
     """See the module; settings are those of `CrossTransformerConfig`. Raises UsageError for impossible ones."""
 
     config: CrossTransformerConfig
+    splits_tokens = True
     linear_layers = LinearLayers(
         {
             "patch.linear": "video",
@@ -120,7 +121,7 @@ class CrossTransformer(Denoiser):
         c = self.config
         grid = self.check(latent, time, text, text_mask, None, video_mask)
         text, text_mask = trim_text(text, text_mask, empty_is_all=True)
-        attentions = self.attentions(grid, len(latent), latent.device, self.token_mask(video_mask))
+        placement = self.placed(grid, len(latent), latent.device, self.token_mask(video_mask))
 
         dtype = self.out.weight.dtype
         noisy, *conditions = latent.to(dtype).split([c.channels, *c.frame_channels], dim=1)
@@ -131,10 +132,13 @@ class CrossTransformer(Denoiser):
         text = self.text(text.to(dtype))
         embedded = self.time(sinusoid(time, _TIME_CHANNELS).to(dtype))
         modulation = self.modulation(nn.functional.silu(embedded)).unflatten(1, (6, -1))
-        for i, pattern in enumerate(self.schedule):
-            x = self.run_block(i, x, text, text_mask, modulation, rotary, attentions[pattern])
+        x = placement.split(x)
+        for i in range(len(self.blocks)):
+            x = placement.moved(x, max(i - 1, 0), i)
+            x = self.run_block(i, x, text, text_mask, modulation, placement.cut(rotary, i), placement.attention(i))
         shift, scale = (self.out_table + embedded[:, None]).unbind(1)
-        return self.to_latent(self.out(modulated_norm(x, 1 + scale, shift)), grid).to(latent.dtype)
+        patches = placement.gathered(self.out(modulated_norm(x, 1 + scale, shift)))
+        return self.to_latent(patches, grid).to(latent.dtype)
 
 
 class ConditionEmbedding(PatchEmbedding):
@@ -177,7 +181,7 @@ class CrossBlock(nn.Module):
         text_mask: Tensor | None,
         modulation: Tensor,
         rotary: tuple[Tensor, Tensor],
-        attend: GroupAttention,
+        attend: Attend,
     ) -> Tensor:
         """Tokens `B N D`, text `B L D`, its mask `B L`, modulation `B 6 D` -> `B N D`."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.table + modulation).unbind(1)

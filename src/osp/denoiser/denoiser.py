@@ -1,6 +1,6 @@
 """The part that both transformers share: the checks of their inputs, and the way through their blocks."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from osp.checks import check_number
-from osp.denoiser.attention import GroupAttention
 from osp.denoiser.grid import Grid
 from osp.denoiser.layers import PatchEmbedding
 from osp.denoiser.patterns import Pattern
+from osp.denoiser.placement import Placement
 from osp.denoiser.schedule import Stage, make_stages
 from osp.errors import UsageError
 
@@ -72,10 +72,13 @@ class Denoiser(nn.Module):
     """A transformer from a noisy latent, the diffusion time and text to a prediction of the latent's shape.
 
     A family has the attributes below. `recompute_every` trades time for memory in training: of every so many blocks one
-    keeps only its inputs and is computed again for the backward pass; 1: all of them, 0: none.
+    keeps only its inputs and is computed again for the backward pass; 1: all of them, 0: none. `placement` makes the
+    `Placement` of each call; a family that hands its tokens through all of its methods says so in `splits_tokens`.
     """
 
     linear_layers: ClassVar[LinearLayers]
+    splits_tokens: ClassVar[bool] = False
+    placement: Callable[..., Placement]
     blocks: nn.ModuleList
     patch: PatchEmbedding
     out: nn.Linear
@@ -90,6 +93,7 @@ class Denoiser(nn.Module):
         self.stages: tuple[Stage, ...] = config.stages
         self.schedule: list[Pattern] = [pattern for stage in self.stages for pattern in stage.patterns]
         self.recompute_every = 0
+        self.placement = Placement
 
     def neutral_parts(self) -> list[Any]:
         """The modules that start without effect, so that `restage` may add them to a trained model."""
@@ -149,7 +153,7 @@ class Denoiser(nn.Module):
         return patches.any(dim=5).any(dim=3).flatten(1)
 
     @torch.compiler.disable  # it looks into the masks; the blocks themselves compile as a whole
-    def attentions(
+    def placed(
         self,
         grid: Grid,
         batch: int,
@@ -157,12 +161,9 @@ class Denoiser(nn.Module):
         video_mask: Tensor | None,
         text_mask: Tensor | None = None,
         text: int = 0,
-    ) -> dict[Pattern, GroupAttention]:
-        """The attention of each pattern of the schedule, where `text` is the length of the text in it."""
-        return {
-            pattern: GroupAttention(pattern, grid, batch, device, video_mask, text_mask, text)
-            for pattern in dict.fromkeys(self.schedule)
-        }
+    ) -> Placement:
+        """The placement of a call's tokens, where `text` is the length of the text in the patterns' attention."""
+        return self.placement(self.schedule, grid, batch, device, video_mask, text_mask, text)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block in place, with the options of torch.compile.

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osp.denoiser.attention import QKV, GroupAttention
+from osp.denoiser.attention import QKV
 from osp.denoiser.denoiser import Denoiser, LinearLayers, check_heads, make_config, trim_text
 from osp.denoiser.layers import MLP, NORM_EPS, FeedForward, PatchEmbedding, initialise, modulated_norm, sinusoid
+from osp.denoiser.placement import Attend
 from osp.denoiser.rotary import rotary_tables, rotate
 from osp.denoiser.schedule import Stage
 from osp.errors import UsageError
@@ -62,6 +63,7 @@ class JointTransformer(Denoiser):
     """See the module; settings are those of `JointTransformerConfig`. Raises UsageError for impossible ones."""
 
     config: JointTransformerConfig
+    splits_tokens = True
     linear_layers = LinearLayers(
         {
             "patch.linear": "video",
@@ -136,29 +138,34 @@ class JointTransformer(Denoiser):
         assert pooled_text is not None
         text, text_mask = trim_text(text, text_mask, empty_is_all=False)
         masks = self.token_mask(video_mask), text_mask
-        attentions = self.attentions(grid, len(latent), latent.device, *masks, text.shape[1])
+        placement = self.placed(grid, len(latent), latent.device, *masks, text.shape[1])
 
         dtype = self.out.weight.dtype
         x, text = self.patch(latent.to(dtype)), self.text(text.to(dtype))
         condition = self.time(sinusoid(time, c.modulation_width).to(dtype)) + self.pooled_text(pooled_text.to(dtype))
         condition = F.silu(condition)
         rotary = rotary_tables(c.rotary_parts, grid, (1.0, 1.0, 1.0), x.device, _precise(x.dtype))
-        held: list[tuple[Tensor, Tensor]] = []
-        block = 0
+        x = placement.split(x)
+        held: list[tuple[Tensor, Tensor, int]] = []
+        block = here = 0  # the block that comes next, and the one as which the tokens lie
         for number, stage in enumerate(c.stages):
             returns = number - (len(c.stages) - len(self.video_skips))  # which skip does so here; below 0: none
             if returns >= 0:
-                video_before, text_before = held.pop()
-                x, text = self.video_skips[returns](x, video_before), self.text_skips[returns](text, text_before)
-            for pattern in stage.patterns:
-                x, text = self.run_block(block, x, text, condition, rotary, attentions[pattern])
+                video_before, text_before, there = held.pop()
+                x, here = placement.moved(x, here, block), block
+                x = self.video_skips[returns](x, placement.moved(video_before, there, block))
+                text = self.text_skips[returns](text, text_before)
+            for _ in range(stage.blocks):
+                x, here = placement.moved(x, here, block), block
+                attend, cut = placement.attention(block), placement.cut(rotary, block)
+                x, text = self.run_block(block, x, text, condition, cut, attend)
                 block += 1
             if number < len(self.video_skips):
-                held.append((x, text))
+                held.append((x, text, here))
         x = _norm(self.norm, x)
         shift, scale = self.out_modulation(condition).chunk(2, dim=1)
         x = _norm(self.out_norm, x, scale, shift)
-        return self.to_latent(self.out(x), grid).to(latent.dtype)
+        return self.to_latent(placement.gathered(self.out(x)), grid).to(latent.dtype)
 
 
 class LongSkip(nn.Module):
@@ -221,7 +228,7 @@ class JointBlock(nn.Module):
         self.text = Branch(config, goes_on=not is_last)
 
     def forward(
-        self, x: Tensor, text: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor], attend: GroupAttention
+        self, x: Tensor, text: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend
     ) -> tuple[Tensor, Tensor]:
         """Tokens `B N D`, text `B L D`, conditioning `B C` -> tokens and text; the last block's text is as it was."""
         modulation = self.attention_modulation(condition)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import (
 )
 
 from osp.denoiser import Denoiser
+from osp.parallel.sequence import split_sequence
 
 _ENTRANCES = ("encode", "decode")
 """Methods by which a model is called beside its forward pass."""
@@ -77,17 +79,24 @@ class Sharding:
 class Parallelism:
     """All that is applied to a model; see the module. Without anything the model stays as it is.
 
-    `recompute_every` is that of `Denoiser.recompute_every`, and `compile` wants a denoiser too.
+    `sequence` is the group of processes that share a clip's tokens. `recompute_every` is that of
+    `Denoiser.recompute_every`, and `compile` wants a denoiser too.
     """
 
+    sequence: dist.ProcessGroup | None = None
     recompute_every: int = 0
     compile: bool = False
     sharding: Sharding | None = None
 
 
 def apply(model: nn.Module, how: Parallelism) -> None:
-    """Do to a model what `how` says, in the written order. It may be without memory."""
+    """Do to a model what `how` says, in the written order. It may be without memory.
+
+    Raises UsageError for a denoiser whose tokens cannot be split.
+    """
     if isinstance(model, Denoiser):
+        if how.sequence is not None:
+            split_sequence(model, how.sequence)
         model.recompute_every = how.recompute_every
         if how.compile:
             model.compile_blocks()

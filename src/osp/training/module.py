@@ -10,6 +10,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from osp.data.datamodule import ClipDataModule
+from osp.denoiser import Denoiser
 from osp.devices.mesh import Mesh
 from osp.errors import DataError, UsageError
 from osp.parallel import Parallelism, apply
@@ -84,9 +85,18 @@ class TrainingModule(lightning.LightningModule):
         return []
 
     def parallelism(self) -> Parallelism:
-        """All that is applied to each network; out of a Trainer nothing is split."""
+        """All that is applied to each network; out of a Trainer nothing is split.
+
+        Raises UsageError where processes are to share tokens, and nothing has any.
+        """
         strategy = None if self._trainer is None else self.trainer.strategy
-        return Parallelism(sharding=getattr(strategy, "sharding", None))
+        sequence = getattr(strategy, "sequence_group", None)
+        if sequence is not None and not any(isinstance(one, Denoiser) for one in self.networks(self.learned)):
+            raise UsageError(
+                f"trainer.strategy.sequence={self.mesh.sequence}: splits the tokens of a denoiser, and none is trained "
+                "here; use sequence=1"
+            )
+        return Parallelism(sequence, sharding=getattr(strategy, "sharding", None))
 
     @property
     def works_together(self) -> bool:
