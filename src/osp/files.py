@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,50 @@ def write_whole(path: Path, content: str | bytes) -> None:
         if error.filename is None or error.filename == str(part):
             error.filename = str(path)  # a full disk names no file, and the temporary one is nobody's
         raise
+
+
+def put_in_place(part: Path, place: Path, before: Path | None = None) -> None:
+    """Give a file or folder that is written whole its place; at any moment `whole_at(place)` finds it or the old one.
+
+    The old one is deleted, or kept as `before`, whose own old one is deleted then.
+    """
+    aside = _aside(place)
+    os.lstat(part)  # or the old one would leave its place for nothing
+    if os.path.lexists(place):
+        discard(aside)
+        if before is None and place.is_file() and part.is_file():
+            os.replace(part, place)
+            return
+        os.rename(place, aside)
+    os.rename(part, place)
+    if os.path.lexists(aside):
+        if before is None:
+            discard(aside)
+            return
+        discard(before)
+        os.rename(aside, before)
+
+
+def whole_at(place: Path) -> Path:
+    """Where the file or folder of a place lies: there, or aside, if a process was killed while it was replaced."""
+    aside = _aside(place)
+    return aside if not os.path.lexists(place) and os.path.lexists(aside) else place
+
+
+def discard(path: Path) -> None:
+    """Delete a file, a link or a whole folder, if it is there; a folder that is half deleted has the name of a part."""
+    if path.is_dir() and not path.is_symlink():
+        part = path if path.name.endswith(".part") else path.with_name(f".{path.name.lstrip('.')}.part")
+        if part != path:
+            discard(part)
+            os.rename(path, part)
+        shutil.rmtree(part)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _aside(place: Path) -> Path:
+    return place.with_name(f".{place.name}.before")
 
 
 def sync(file: BinaryIO | io.BufferedWriter) -> None:

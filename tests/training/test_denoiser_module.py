@@ -27,11 +27,12 @@ from osp.denoiser import CrossTransformer, JointTransformer
 from osp.diffusion import Epsilon, Flow, Objective, Velocity
 from osp.errors import DataError, UsageError
 from osp.seeds import stable_seed
+from osp.training.checkpoint_io import AtomicCheckpointIO
 from osp.training.checkpoints import load_trained_generator
 from osp.training.clipping import AbnormalDrop, AdaptiveClipping, DivergedError, NormClipping
 from osp.training.denoiser_module import DenoiserModule
 from osp.training.peek import has_captions
-from osp.training.saving import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from osp.training.saving import BestCheckpoint, LastCheckpoint
 from osp.vae import WFVAE, LatentCodec
 from osp.weights.pretrained import save_pretrained
 

@@ -17,12 +17,13 @@ from lightning.pytorch.callbacks import Callback
 from osp.data.datamodule import ClipDataModule
 from osp.data.sources import SyntheticClips
 from osp.errors import DataError
+from osp.training.checkpoint_io import AtomicCheckpointIO
 from osp.training.endings import EndBySignal, Ended, Endings, leave
 from osp.training.failures import failures_told
 from osp.training.losses import VAELoss
 from osp.training.records import Record, made_with
 from osp.training.runs import TrainingRun
-from osp.training.saving import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from osp.training.saving import BestCheckpoint, LastCheckpoint
 from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE
 

@@ -14,17 +14,27 @@ import torch
 from osp.data.datamodule import ClipDataModule
 from osp.data.sources import SyntheticClips
 from osp.errors import DataError, OspError
+from osp.training.checkpoint_io import AtomicCheckpointIO
+from osp.training.checkpoints import load_trained_vae
 from osp.training.losses import VAELoss
-from osp.training.saving import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, remove_parts
+from osp.training.resumed import read_resumed
+from osp.training.saving import BestCheckpoint, LastCheckpoint, remove_parts
+from osp.training.state import averaged_weights, is_state, is_stored, open_state
 from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE
+from osp.weights.lazy import Stored
 
 TINY = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4}
 
 
-def fit(folder: Path, steps: int, resume: Path | None = None) -> lightning.Trainer:
+def new_module() -> VAEModule:
     torch.manual_seed(0)
     vae = WFVAE(**TINY, encoder_blocks=1, decoder_blocks=1, attention=False)
+    return VAEModule(vae, VAELoss(), lr=1e-3)
+
+
+def fit(folder: Path, steps: int, resume: Path | None = None, **saving: Any) -> lightning.Trainer:
+    module = new_module()
     clips = SyntheticClips(4, 5, 16, 16, seed=0)
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -36,9 +46,8 @@ def fit(folder: Path, steps: int, resume: Path | None = None) -> lightning.Train
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[BestCheckpoint(folder), LastCheckpoint(folder, 1)],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(**saving)],
     )
-    module = VAEModule(vae, VAELoss(), lr=1e-3)
     trainer.fit(module, ClipDataModule(clips, clips, batch_size=2), ckpt_path=resume, weights_only=True)
     return trainer
 
@@ -169,3 +178,90 @@ def test_what_a_killed_run_left_half_written_goes_and_folders_stay(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == [".folder.part", "last.ckpt", "notes.tmp"]
     AtomicCheckpointIO().remove_checkpoint(tmp_path / ".folder.part")
     assert (tmp_path / ".folder.part").is_dir()
+
+
+def content(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plain values of a checkpoint, and all of its tensors by where they stand, of a file or a folder."""
+    plain: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+
+    def sort(value: Any, where: str) -> None:
+        if isinstance(value, Stored | torch.Tensor):
+            tensors[where] = value.read() if isinstance(value, Stored) else value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                sort(inner, f"{where}.{key}")
+        else:
+            plain[where] = value
+
+    read = read_resumed(path)
+    names = list(dict(new_module().named_parameters()))
+    for state in read["optimizer_states"]:  # of one optimiser, which has all parameters that learn
+        state.pop("param_groups", None)
+        state["state"] = {names[key] if isinstance(key, int) else key: one for key, one in state["state"].items()}
+    sort(dict(enumerate(read.pop("optimizer_states"))), "optimizers")
+    sort(read, "")
+    return plain, tensors
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_goes_on_from_a_folder_to_the_bit_as_from_a_file(trained: Path, background: bool, tmp_path: Path) -> None:
+    fit(tmp_path / "file", 3, trained)
+    fit(tmp_path / "folder", 1, form="folder", background=background)
+    fit(tmp_path / "folder", 2, tmp_path / "folder" / "last.ckpt", form="folder", background=background)
+    assert (tmp_path / "folder" / "last.ckpt" / "index.json").exists()
+    assert open_state(tmp_path / "folder" / "last.ckpt").step == 2
+    fit(tmp_path / "folder", 3, tmp_path / "folder" / "last.ckpt", form="file", background=background)
+    (plain, tensors), (other, others) = (content(tmp_path / name / "last.ckpt") for name in ("file", "folder"))
+    assert plain == other
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(value, others[key]) for key, value in tensors.items())
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {"last.ckpt", "best.ckpt"}
+
+
+def test_a_folder_gives_the_same_vae_as_a_file(trained: Path, tmp_path: Path) -> None:
+    fit(tmp_path, 1, form="folder")
+    assert is_state(tmp_path / "last.ckpt")
+    ours, theirs = (load_trained_vae(path).state_dict() for path in (tmp_path / "last.ckpt", trained))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    part = averaged_weights(open_state(tmp_path / "last.ckpt"), "decoder.conv_out.")
+    assert part.keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(("form", "background"), [("file", False), ("folder", True)])
+def test_so_many_checkpoints_stay_and_the_newest_is_the_last(form: str, background: bool, tmp_path: Path) -> None:
+    fit(tmp_path, 4, form=form, background=background, keep=3)
+    fit(tmp_path, 5, tmp_path / "last.ckpt", form=form, background=background, keep=3)
+    names = ["best.ckpt", "last.ckpt", "step-00000003.ckpt", "step-00000004.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert [open_state(tmp_path / name).step for name in names[1:]] == [5, 3, 4]
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_checkpoint_before(
+    form: str, background: bool, tmp_path: Path
+) -> None:
+    fit(tmp_path, 1, form=form, background=background)
+    before = {path.name for path in tmp_path.iterdir()}
+    with (
+        files_of_at_most(20_000),
+        pytest.raises(DataError, match=r"\.ckpt: cannot be written \(File too large\)") as told,
+    ):
+        fit(tmp_path, 3, tmp_path / "last.ckpt", form=form, background=background)
+    assert "the checkpoint before it is whole" in str(told.value)
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert fit(tmp_path, 2, tmp_path / "last.ckpt", form=form, background=background).global_step == 2
+
+
+def test_a_checkpoint_that_lies_aside_is_read_as_if_it_were_in_its_place(trained: Path, tmp_path: Path) -> None:
+    fit(tmp_path, 1, form="folder")
+    (tmp_path / "last.ckpt").rename(tmp_path / ".last.ckpt.before")  # as a kill at the wrong moment leaves it
+    (tmp_path / ".last.ckpt.part").mkdir()
+    (tmp_path / "best.ckpt").replace(tmp_path / ".best.ckpt.before.part")
+    remove_parts([tmp_path])
+    assert [path.name for path in tmp_path.iterdir()] == [".last.ckpt.before"]
+    assert is_stored(tmp_path / "last.ckpt")
+    assert open_state(tmp_path / "last.ckpt").step == 1
+    fit(tmp_path, 2, tmp_path / "last.ckpt", form="folder")
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "best.ckpt"}

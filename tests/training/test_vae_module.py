@@ -13,11 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from osp.data.datamodule import ClipDataModule
 from osp.data.sources import SyntheticClips
 from osp.errors import DataError, UsageError
+from osp.training.checkpoint_io import AtomicCheckpointIO
 from osp.training.checkpoints import load_trained_vae
 from osp.training.clipping import DivergedError
 from osp.training.discriminator import PatchDiscriminator3d
 from osp.training.losses import VAELoss
-from osp.training.saving import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from osp.training.saving import BestCheckpoint, LastCheckpoint
 from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE
 from osp.weights import WeightImportError

@@ -1,7 +1,6 @@
 """Checks of a verb's settings and model, made before anything else happens."""
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
@@ -9,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from osp.checks import check_number
 from osp.cli.plain import instantiate
 from osp.errors import DataError, UsageError
+from osp.training.state import is_stored
 from osp.vae import VideoVAE
 
 CLIP = {"clip.frames": 1, "clip.height": 1, "clip.width": 1, "clip.stride": 1}
@@ -50,7 +50,7 @@ def check_generator_source(cfg: DictConfig) -> None:
 def check_checkpoint(cfg: DictConfig, part: DictConfig) -> None:
     """Raise DataError if a part of a configuration is read from its `checkpoint` and that is not there."""
     path = cfg.checkpoint
-    if path is not None and part.get("path") == path and not Path(to_absolute_path(path)).is_file():
+    if path is not None and part.get("path") == path and not is_stored(to_absolute_path(path)):
         raise DataError(f"checkpoint={path}: no such file; give a checkpoint of `osp train`")
 
 

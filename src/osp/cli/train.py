@@ -17,6 +17,7 @@ from osp.data.datamodule import ClipDataModule
 from osp.devices.mesh import Mesh
 from osp.errors import UsageError
 from osp.training.build import is_drawn
+from osp.training.checkpoint_io import AtomicCheckpointIO
 from osp.training.codec import codec_of
 from osp.training.endings import Ended, Endings, leave
 from osp.training.failures import failures_told
@@ -33,7 +34,6 @@ from osp.training.fit import (
 from osp.training.module import TrainingModule
 from osp.training.records import Record
 from osp.training.runs import TrainingRun
-from osp.training.saving import AtomicCheckpointIO
 
 # Keys of `trainer` whose values other settings decide, and what to do instead.
 _TRAINER_KEYS = {
@@ -157,7 +157,7 @@ def _trainer(cfg: DictConfig, folder: Path) -> lightning.Trainer:
         precision=precision_on(cfg.trainer.precision, cfg.trainer.accelerator),
         callbacks=[instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()],
         logger=[instantiate(logger) for logger in (cfg.logger or {}).values()],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(cfg.checkpoint_form, cfg.checkpoint_keep, cfg.checkpoint_background)],
         enable_progress_bar=False,  # a callback shows the steps
         default_root_dir=folder,
     )

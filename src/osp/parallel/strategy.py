@@ -1,18 +1,15 @@
 """Lightning's strategies for several processes, which also say how many of them share a clip."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.optim import Optimizer
 
 from osp.checks import check_number
 from osp.errors import UsageError
 from osp.parallel.apply import Sharding
-from osp.parallel.shards import split, whole
+from osp.parallel.state import StateInParts
 
 
 class ReplicatedStrategy(DDPStrategy):
@@ -36,7 +33,7 @@ class ReplicatedStrategy(DDPStrategy):
         self.sequence_group = _sequence_group(self.sequence, self.root_device.type)
 
 
-class ShardedStrategy(ModelParallelStrategy):
+class ShardedStrategy(StateInParts, ModelParallelStrategy):
     """Every process keeps a part of each weight, gradient and state of the optimiser (FSDP2).
 
     A part of the model, such as a transformer's block, is gathered before it runs. Weights, gradients and what is
@@ -95,64 +92,6 @@ class ShardedStrategy(ModelParallelStrategy):
             prefetch=self.prefetch,
             offload=self.offload_optimizer,
         )
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands over the optimisers' states as with any other strategy."""
-        return True
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole weights, on the CPU of the first process; the others, which take part, get none."""
-        assert self.lightning_module is not None
-        return self._gathered(self.lightning_module.state_dict())
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state of an optimiser, as `lightning_module_state_dict`."""
-        inner = getattr(optimizer, "optimizer", optimizer)
-        return self._gathered(inner.state_dict())
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write it by the first process; the others wait."""
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-        self.barrier()
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """The content of a checkpoint, whose tensors are those of the whole model."""
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take over this process's parts of the weights."""
-        assert self.lightning_module is not None
-        ours, stored = self.lightning_module.state_dict(), checkpoint["state_dict"]
-        parts = {key: _split_like(value, ours.get(key)) for key, value in stored.items()}
-        self.lightning_module.load_state_dict(parts, strict=strict)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take over this process's parts of the optimisers' states."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            parameters = [one for group in optimizer.param_groups for one in group["params"]]
-            parts = {
-                number: {key: _split_like(value, parameters[number]) for key, value in entries.items()}
-                for number, entries in state["state"].items()
-            }
-            optimizer.load_state_dict(dict(state) | {"state": parts})
-
-    def _gathered(self, state: Any) -> Any:
-        """A state with its tensors whole on the CPU; empty on other processes than the first."""
-        if isinstance(state, Mapping):
-            gathered = {key: self._gathered(value) for key, value in state.items()}
-            return gathered if self.is_global_zero else {}
-        if isinstance(state, Tensor):
-            value = whole(state.detach())
-            return value.cpu() if self.is_global_zero else None
-        return state
-
-
-def _split_like(value: Any, like: Any) -> Any:
-    """A value of a state, whose tensors are split like the weight that they belong to."""
-    fits = isinstance(value, Tensor) and isinstance(like, Tensor) and value.shape == like.shape
-    return split(value, like) if fits else value
 
 
 def _sequence_group(sequence: int, device: str) -> dist.ProcessGroup | None:

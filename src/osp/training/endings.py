@@ -21,6 +21,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from osp.training.checkpoint_io import finish_saving
 from osp.training.runs import TrainingRun, is_first_process
 from osp.training.saving import LastCheckpoint, remove_parts, validates
 
@@ -149,6 +150,7 @@ class EndBySignal(Callback):
         self.endings.may_leave = False
         self._saving = True
         trainer.save_checkpoint(self.endings.run.last)
+        finish_saving(trainer)
         self.saved = trainer.global_step
 
     def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

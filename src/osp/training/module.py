@@ -15,6 +15,7 @@ from osp.devices.mesh import Mesh
 from osp.errors import DataError, UsageError
 from osp.parallel import Parallelism, apply
 from osp.training.build import drawing_from
+from osp.training.checkpoint_io import AtomicCheckpointIO
 from osp.training.clipping import Clipping, DivergedError
 from osp.training.ema import ExponentialMovingAverage
 from osp.training.optimisation import Optimisation
@@ -127,7 +128,9 @@ class TrainingModule(lightning.LightningModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        """Tell the loader how many batches a step needs."""
+        """Tell the loader how many batches a step needs, and the writer of checkpoints what is trained."""
+        if isinstance(writer := self.trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+            writer.bind(self)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         data.batches_per_step = self.batches_per_step
 

@@ -11,7 +11,7 @@ from osp.errors import DataError, UsageError
 from osp.files import folder_lock
 from osp.report.curves import read_curves
 from osp.training.former import renamed
-from osp.training.state import BEST, LAST
+from osp.training.state import BEST, LAST, is_stored
 
 RESULT = "result.json"
 CONFIG = "config.yaml"
@@ -66,7 +66,7 @@ class TrainingRun:
     @property
     def started(self) -> bool:
         """Whether there is a state to go on from, of its end or before."""
-        return self.last.exists()
+        return is_stored(self.last)
 
     def config(self) -> dict[str, Any] | None:
         """Its settings as plain values, in today's names; None if the folder does not say.

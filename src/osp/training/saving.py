@@ -1,92 +1,30 @@
-"""Training checkpoints: when they are written, and whole or not at all; `osp.training.state` reads them."""
+"""When training checkpoints are written (`osp.training.checkpoint_io` writes them), and what a killed run leaves."""
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import lightning
-import torch
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from osp.checks import check_number
-from osp.errors import DataError
-from osp.files import sync
+from osp.files import discard, whole_at
+from osp.training.checkpoint_io import finish_saving
 from osp.training.module import TrainingModule
-from osp.training.resumed import read_resumed
 from osp.training.state import BEST, LAST
 
 
-class AtomicCheckpointIO(CheckpointIO):
-    """Writes a checkpoint beside its place and renames it, so that whatever happens leaves the one before it whole.
-
-    The file is written as the tensors come: there is no second copy of them, neither in memory nor in the system's
-    temporary folder. Of what is read only those parts come out that a run goes on with (`osp.training.resumed`).
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write the checkpoint file at `path`. Raises DataError naming it if the disk does not take it."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.unlink(missing_ok=True)
-        disk: _Disk | None = None
-        try:
-            with open(part, "xb") as file:  # no link that somebody put there is followed
-                disk = _Disk(file)
-                torch.save(checkpoint, cast(Any, disk))
-                sync(file)
-            os.replace(part, path)
-        except BaseException as error:
-            part.unlink(missing_ok=True)
-            refused = error if isinstance(error, OSError) else disk.error if disk is not None else None
-            if refused is None:
-                raise
-            before = "; the checkpoint before it is whole" if path.exists() else ""
-            raise DataError(
-                f"{path}: cannot be written ({refused.strerror}){before}; make room, and run the same command again"
-            ) from error
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """The parts of the checkpoint at `path` that a run goes on with, on the CPU."""
-        return read_resumed(path)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint file; a folder is never deleted."""
-        path = Path(path)
-        if path.is_file() or path.is_symlink():
-            path.unlink()
-
-
-class _Disk:
-    """A file for torch.save, which hides the reason of a failed write behind an error of its own."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
 def remove_parts(folders: Iterable[Path]) -> None:
-    """Delete the half-written files that a killed run left in these folders."""
+    """Delete the half-written checkpoints that a killed run left in these folders."""
     for folder in folders:
         for pattern in (".*.part", "*.ckpt.tmp"):  # the latter as earlier versions called them
             for part in folder.glob(pattern):
-                if part.is_file() or part.is_symlink():
-                    part.unlink(missing_ok=True)
+                if part.is_file() or part.is_symlink() or part.name.endswith((".ckpt.part", ".ckpt.before.part")):
+                    discard(part)
+        for aside in folder.glob(".*.ckpt.before"):  # it is read where the new one has not come to its place
+            if whole_at(place := aside.with_name(aside.name[1:].removesuffix(".before"))) == place:
+                discard(aside)
 
 
 class BestCheckpoint(Checkpoint):
@@ -146,6 +84,10 @@ class LastCheckpoint(Checkpoint):
         """Save if it is time."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._due(trainer):
             trainer.save_checkpoint(self.path)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Wait for a checkpoint that is still being written."""
+        finish_saving(trainer)
 
     def _due(self, trainer: lightning.Trainer) -> bool:
         step = trainer.global_step

@@ -1,7 +1,7 @@
-"""The state of a run at one step, as it is read back: `osp.training.saving` writes it.
+"""The state of a run at one step, as it is read back: `osp.training.checkpoint_io` writes it.
 
 Whatever reads a checkpoint of `osp train` does so by `TrainingCheckpoint`, and `open_state` alone knows how it is
-stored. Another form, such as a folder with the shards of many processes, is one more class here.
+stored: in one file, or in a folder with the pieces of many processes.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from osp.errors import DataError
+from osp.files import whole_at
+from osp.training.sharded import WEIGHTS
 from osp.weights.files import open_checkpoint
 from osp.weights.lazy import Weights
+from osp.weights.sharded import INDEX, Sharded, open_sharded
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
@@ -42,6 +45,10 @@ class TrainingCheckpoint(Protocol):
         """The tensors whose keys begin so, by the rest of their keys, in memory of their own."""
         ...
 
+    def stored(self, prefix: str) -> Weights:
+        """The same tensors, which are read when they are asked for; they may lie in a mapped file."""
+        ...
+
 
 @dataclass(frozen=True)
 class FileCheckpoint:
@@ -53,10 +60,7 @@ class FileCheckpoint:
     @property
     def step(self) -> int:
         """See `TrainingCheckpoint.step`."""
-        step = self.content.get("global_step")
-        if not isinstance(step, int):
-            raise DataError(f"{self.path}: is no checkpoint of `osp train`, as it does not say its step")
-        return step
+        return _step(self.path, self.content.get("global_step"))
 
     def entry(self, name: str) -> Any:
         """See `TrainingCheckpoint.entry`."""
@@ -64,23 +68,70 @@ class FileCheckpoint:
 
     def weights(self, prefix: str) -> dict[str, Tensor]:
         """See `TrainingCheckpoint.weights`."""
-        inner = self.content.get("state_dict")
-        stored = Weights.of(inner if isinstance(inner, Mapping) else {})
         # The tensors are copied: they lie in the file, which may be replaced.
-        return {key.removeprefix(prefix): stored[key].clone() for key in stored if key.startswith(prefix)}
+        return {key: value.clone() for key, value in self.stored(prefix).items()}
+
+    def stored(self, prefix: str) -> Weights:
+        """See `TrainingCheckpoint.stored`."""
+        inner = self.content.get("state_dict")
+        return _below(Weights.of(inner if isinstance(inner, Mapping) else {}), prefix)
+
+
+@dataclass(frozen=True)
+class FolderCheckpoint:
+    """A `TrainingCheckpoint` in a folder, of which each process of the run has written a file."""
+
+    path: Path
+    content: Sharded
+
+    @property
+    def step(self) -> int:
+        """See `TrainingCheckpoint.step`."""
+        return _step(self.path, self.content.entries.get("global_step"))
+
+    def entry(self, name: str) -> Any:
+        """See `TrainingCheckpoint.entry`."""
+        return self.content.entries.get(name)
+
+    def weights(self, prefix: str) -> dict[str, Tensor]:
+        """See `TrainingCheckpoint.weights`."""
+        return dict(self.stored(prefix))
+
+    def stored(self, prefix: str) -> Weights:
+        """See `TrainingCheckpoint.stored`."""
+        return _below(self.content.weights, WEIGHTS + prefix)
+
+
+def _step(path: Path, step: Any) -> int:
+    if not isinstance(step, int):
+        raise DataError(f"{path}: is no checkpoint of `osp train`, as it does not say its step")
+    return step
+
+
+def _below(weights: Weights, prefix: str) -> Weights:
+    return Weights({key.removeprefix(prefix): one for key, one in weights.stored.items() if key.startswith(prefix)})
 
 
 def open_state(path: str | Path) -> TrainingCheckpoint:
-    """The state that is stored at `path`.
+    """The state that is stored at `path`, or aside where a run was killed while it replaced it.
 
     Raises WeightImportError for what is not a readable checkpoint.
     """
-    return FileCheckpoint(Path(path), open_checkpoint(path))
+    path = Path(path)
+    if (place := whole_at(path)).is_dir():
+        return FolderCheckpoint(path, open_sharded(place))
+    return FileCheckpoint(path, open_checkpoint(place))
+
+
+def is_stored(path: str | Path) -> bool:
+    """Whether there is a run's state at `path`, readable or not."""
+    return whole_at(Path(path)).exists() and is_state(path)
 
 
 def is_state(path: str | Path) -> bool:
     """Whether what lies at `path` is to be read as a run's state, and not as a folder of `osp import-weights`."""
-    return not Path(path).is_dir()
+    place = whole_at(Path(path))
+    return not place.is_dir() or (place / INDEX).exists() or any(place.glob("rank-*.safetensors"))
 
 
 def averaged_weights(state: TrainingCheckpoint, part: str = "") -> dict[str, Tensor]:

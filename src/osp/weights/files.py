@@ -28,7 +28,7 @@ from osp.weights.torch_files import Content, TorchFile, open_torch
 
 _SHOWN = 20
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -94,12 +94,12 @@ def _bytes(value: Tensor) -> Any:
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def save_weights(path: Path, weights: Weights) -> dict[str, str]:
+def save_weights(path: Path, weights: Weights, *, finite: bool = True) -> dict[str, str]:
     """Write a safetensors file, one tensor after another, and bring it to the disk; gives the checksum of each.
 
-    Raises WeightImportError for weights that are not finite.
+    Raises WeightImportError for weights that are not finite, unless they need not be.
     """
-    names = {dtype: name for name, dtype in _DTYPES.items()}
+    names = {dtype: name for name, dtype in DTYPES.items()}
     # The widest dtypes come first, so that all tensors are aligned.
     ordered = dict(sorted(weights.stored.items(), key=lambda item: -item[1].dtype.itemsize))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -111,15 +111,15 @@ def save_weights(path: Path, weights: Weights) -> dict[str, str]:
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        checksums = {key: _write(file, key, stored) for key, stored in ordered.items()}
+        checksums = {key: _write(file, key, stored, finite) for key, stored in ordered.items()}
         sync(file)
     return checksums
 
 
-def _write(file: BinaryIO, key: str, stored: Stored) -> str:
+def _write(file: BinaryIO, key: str, stored: Stored, finite: bool) -> str:
     """Write a tensor, which is let go then; gives its checksum."""
-    value = stored.read()
-    if not is_finite(value):
+    value = stored.read().detach().cpu()
+    if finite and not is_finite(value):
         raise WeightImportError(f"{printable(key)} holds numbers that are not finite (NaN or infinity)")
     file.write(_bytes(value))
     return checksum(value)
@@ -240,7 +240,12 @@ def _open_safetensors(path: Path) -> Weights:
     slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
     return Weights(
         {
-            key: Stored(tuple(part.get_shape()), _DTYPES[part.get_dtype()], partial(_read_tensor, path, file, key))
+            key: Stored(
+                tuple(part.get_shape()),
+                DTYPES[part.get_dtype()],
+                partial(_read_tensor, path, file, key),
+                partial(_read_rows, path, part),
+            )
             for key, part in slices.items()
         }
     )
@@ -249,4 +254,10 @@ def _open_safetensors(path: Path) -> Weights:
 def _read_tensor(path: Path, file: Any, key: str) -> Tensor:
     with _file(path):
         value: Tensor = file.get_tensor(key)
+    return value
+
+
+def _read_rows(path: Path, part: Any, begin: int, end: int) -> Tensor:
+    with _file(path):
+        value: Tensor = part[begin:end]
     return value

@@ -19,11 +19,24 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that is read when it is asked for; its shape and dtype are known before."""
+    """A tensor that is read when it is asked for; its shape and dtype are known before.
+
+    `part(begin, end)` reads the rows between alone, where a file lets them be read so.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    part: Callable[[int, int], Tensor] | None = None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Stored":
+        """A tensor that is in memory."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.detach, lambda begin, end: tensor.detach()[begin:end])
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """The rows from `begin` to before `end`, counted along the first dimension."""
+        return self.read()[begin:end] if self.part is None else self.part(begin, end)
 
 
 class Opened(Mapping[str, Any]):
@@ -52,10 +65,7 @@ class Weights(Mapping[str, Tensor]):
         """The tensors among these values, by the same keys; other values are left out."""
         if isinstance(values, Weights):
             return values
-        stored = {
-            str(key): Stored(tuple(value.shape), value.dtype, value.detach) if isinstance(value, Tensor) else value
-            for key, value in _peeked(values)
-        }
+        stored = {str(key): Stored.of(value) if isinstance(value, Tensor) else value for key, value in _peeked(values)}
         return cls({key: value for key, value in stored.items() if isinstance(value, Stored)})
 
     @property

@@ -20,6 +20,7 @@ from osp.data.datamodule import ClipDataModule
 from osp.data.sources import SyntheticClips
 from osp.denoiser import Denoiser
 from osp.diffusion import Flow
+from osp.training.checkpoint_io import AtomicCheckpointIO
 from osp.training.checkpoints import load_trained_generator, load_trained_vae, load_vae
 from osp.training.denoiser_module import DenoiserModule
 from osp.training.endings import Endings
@@ -27,7 +28,7 @@ from osp.training.fit import begin, fit, quiet_lightning
 from osp.training.losses import VAELoss
 from osp.training.module import TrainingModule
 from osp.training.runs import TrainingRun
-from osp.training.saving import AtomicCheckpointIO, LastCheckpoint
+from osp.training.saving import LastCheckpoint
 from osp.training.start import load_start
 from osp.training.state import LAST, open_state
 from osp.training.vae_module import VAEModule
