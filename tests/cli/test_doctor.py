@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_the_report_has_one_form(asked: tuple[Path, str, int]) -> None:
         assert result["state"] in STATES
         assert bool(result["mend"]) == (result["state"] in ("failed", "warning"))
     (peak,) = (result["measured"] for result in made["results"] if result["name"] == "speed.peak")
-    assert {*peak} == {"float32", "bfloat16", "memory"}
+    assert {*peak} == {"float32", "bfloat16", "convolution", "memory"}
     assert all(rate > 0 for rate in peak.values())
 
 
@@ -128,7 +129,7 @@ def uniform(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
 
 def test_a_kernel_that_ignores_the_mask_fails_in_its_line_alone(osp: Osp, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_file, "_backend", lambda *_: without_mask)
-    code, out, err = osp("doctor", "device=cpu", "skip=[collectives,speed,convolution]")
+    code, out, err = osp("doctor", "device=cpu", "only=[attention,norms,rotary,matmul,training]")
     made = json.loads(out.splitlines()[-1])
     assert code == 1
     assert states(made["results"], "failed") == ["attention.padded"]
@@ -206,6 +207,11 @@ def test_a_bad_version_is_told(package: str, changed: dict[str, str | None], sai
     assert said in result.detail
     assert "pip install" in result.mend or package == "torch"
     assert versions.package_line(package, installed_version, least).state == "passed"
+
+
+def test_a_torchvision_that_is_built_for_another_device_is_a_warning() -> None:
+    builds = with_versions(torch="2.13.0+cu130", torchvision="0.28.0+cpu")
+    assert versions.package_line("torchvision", builds, "").state == "warning"
 
 
 def test_packages_that_are_missing_or_old_are_told_together() -> None:
@@ -291,6 +297,12 @@ def test_an_exchange_that_hangs_ends_at_the_limit_and_one_that_is_wrong_is_told(
     assert "GLOO_SOCKET_IFNAME" in hang.mend
     assert after.state == "not applicable"
     assert not multiprocessing.active_children()
+
+
+def test_one_device_has_nobody_to_exchange_with(tmp_path: Path) -> None:
+    alone = replace(subject(tmp_path), devices=[torch.device("meta")])  # any device that is not the CPU
+    (result,) = exchange.check_collectives(alone)
+    assert result.state == "not applicable"
 
 
 def test_a_process_that_dies_is_told() -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from osp.audit.doctor.conflicts import known_conflict, release, required, torchvision_of
-from osp.audit.doctor.result import Result, failed, not_applicable, passed
+from osp.audit.doctor.result import Result, failed, not_applicable, passed, warning
 from osp.audit.doctor.subject import Subject
 
 Installed = Callable[[str], str | None]
@@ -48,6 +48,10 @@ def package_line(package: str, installed: Installed, least: str) -> Result:
                 f"{version} does not go with torch {torch}, which goes with {wanted}",
                 f"pip install 'torchvision=={wanted}.*', with torch=={torch} as a constraint",
             )
+        builds = [one.partition("+")[2] for one in (torch, version)]
+        if all(builds) and builds[0] != builds[1]:
+            mend = f"install the torchvision that is built for {builds[0]}, from where torch came"
+            return warning(name, f"{version} and torch {torch} are built for different devices", mend)
         return passed(name, f"{version}, which goes with torch {torch}")
     return passed(name, version)
 
