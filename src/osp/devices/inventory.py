@@ -81,7 +81,7 @@ def all_devices(device: torch.device) -> list[torch.device]:
 def total_memory(device: torch.device) -> int | None:
     """Bytes of an accelerator's memory; of the CPU those of the machine, None if it does not say."""
     if device.type != "cpu":
-        return int(backend(device).get_device_properties(device).total_memory)
+        return int(backend(device).mem_get_info(device)[1])
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
