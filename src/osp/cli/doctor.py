@@ -48,5 +48,5 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         write_json(output, made)
     if wrong := [result.name for result in results if result.state == "failed"]:
         show_result(made)
-        raise OspError(f"{len(wrong)} of {len(results)} failed: {', '.join(wrong)}")
+        raise OspError(f"{len(wrong)} of {len(results)} failed: {', '.join(dict.fromkeys(wrong))}")
     return made
