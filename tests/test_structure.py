@@ -84,7 +84,8 @@ def test_the_import_contracts_know_every_room() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     rooms = {f"osp.{file.relative_to(PACKAGE).with_suffix('').parts[0]}" for file in FILES} - {"osp.__init__"}
     for contract in (one for one in contracts if one["type"] == "forbidden"):
-        named = {*contract["source_modules"]}
+        alone = contract["source_modules"] == ["osp.devices.npu"]
+        named = {"osp.devices"} | {*contract["forbidden_modules"]} if alone else {*contract["source_modules"]}
         assert rooms - named <= {"osp.cli", "osp._torchvision"}, contract["name"]
     floors = next(one["layers"] for one in contracts if one["name"] == "Rooms import downwards only")
     assert rooms <= {room.strip(" ()") for floor in floors for room in floor.replace("|", ":").split(":")}

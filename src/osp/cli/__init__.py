@@ -105,6 +105,8 @@ def _composed(verb: str, command: Command, overrides: list[str]) -> list[OspErro
             chosen = HydraConfig.get()
             check_read(verb, cfg, chosen.overrides.task, chosen.runtime.choices)
             import_modules(cfg.get("imports") or ())
+            if "kernels" in cfg:
+                importlib.import_module("osp.devices").choose_kernels(cfg.kernels)
             with job_folder(verb, cfg):
                 result = importlib.import_module(f"osp.cli.{verb.replace('-', '_')}").run(cfg)
             if result is not None:

@@ -19,6 +19,7 @@ from osp.denoiser.layers import MLP, NORM_EPS, FeedForward, PatchEmbedding, init
 from osp.denoiser.placement import Attend
 from osp.denoiser.rotary import rotary_tables, rotate
 from osp.denoiser.schedule import Stage
+from osp.devices.norm import RMSNorm
 from osp.errors import UsageError
 
 # Under autocast the input is in half precision and the weight is not: torch then takes another kernel, which is right.
@@ -193,8 +194,8 @@ class Branch(nn.Module):
         width, self.head_dim = config.width, config.head_dim
         self.attention_norm = nn.LayerNorm(width, NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(config.head_dim, NORM_EPS)
-        self.k_norm = nn.RMSNorm(config.head_dim, NORM_EPS)
+        self.q_norm = RMSNorm(config.head_dim, NORM_EPS)
+        self.k_norm = RMSNorm(config.head_dim, NORM_EPS)
         if goes_on:
             self.attention_out = nn.Linear(width, width)
             self.feed_forward_norm = nn.LayerNorm(width, NORM_EPS)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from osp.denoiser.grid import Grid
+from osp.devices.kernels import are_fused
 
 _BASE = 10000.0
 
@@ -33,6 +34,10 @@ def rotary_tables(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`B N H D`: rotate channel i with channel i + D/2, in the tables' precision."""
+    if are_fused(x.device):
+        from osp.devices.npu import fused_rotary  # here: it brings Lightning
+
+        return fused_rotary(x, cos, sin)
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 

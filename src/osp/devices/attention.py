@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from osp.devices.kernels import are_fused
 from osp.errors import UsageError
 
 BLOCK = 128  # FlexAttention's own default: its kernels' tiles divide it
@@ -38,7 +39,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
 
     On CUDA with padding FlexAttention skips the blocks of 128 keys without a real one, for any N and M; it wants half
     precision and head dims of 16 to 256 (those that are not powers of two cost as much as the next one that is), else
-    the mask, broadcast over the queries, goes to the memory-efficient kernel. Inside `torch.compile` there is no break
+    the mask, broadcast over the queries, goes to the memory-efficient kernel. On NPUs it is torch's own kernel, or
+    Ascend's where `choose_kernels` has said so. Inside `torch.compile` there is no break
     in the graph.
 
     Raises UsageError for shapes that do not fit together, and for a mask that is not `B M` of bool.
@@ -84,6 +86,8 @@ def _backend(q: Tensor, keys: int, padded: bool) -> Backend:
     """The function that computes attention on q's device."""
     if q.device.type == "cpu" and keys <= SHORT and torch.is_grad_enabled() and _computed_in(q) in HALF:
         return _explicit
+    if are_fused(q.device):
+        return _npu_fused
     if q.device.type != "cuda":
         return _sdpa
     if padded and HAS_TRITON and _computed_in(q) in HALF and 16 <= q.shape[3] <= 256:
@@ -96,8 +100,17 @@ def _backend(q: Tensor, keys: int, padded: bool) -> Backend:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
     mask = None if keys is None else keys[:, None, None, :]
+    if mask is not None and q.device.type == "npu":  # on some of which masks of bool were seen to go wrong
+        mask = torch.zeros_like(mask, dtype=_computed_in(q)).masked_fill(~mask, -torch.inf)
     q, k, v = (_heads_first(x) for x in (q, k, v))
     return _heads_first(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+def _npu_fused(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
+    from osp.devices.npu import fused_attention  # here: it brings Lightning
+
+    dtype = _computed_in(q)
+    return fused_attention(q.to(dtype), k.to(dtype), v.to(dtype), keys)
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:

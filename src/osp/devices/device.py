@@ -2,8 +2,8 @@
 
 import ctypes
 import gc
-import importlib
 import platform
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -15,24 +15,21 @@ KNOWN = ("cpu", "cuda", "npu")
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N`, `npu` or `npu:N` -> the device.
+    """`auto` (an NPU, else a GPU, else the CPU), `cpu`, `cuda`, `cuda:N`, `npu` or `npu:N` -> the device.
 
     Raises UsageError for another name, and for a device that this machine does not have.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(_best_kind())
     kind = str(name).split(":")[0]
-    if kind == "npu":
-        try:
-            importlib.import_module("torch_npu")  # torch knows the name only then
-        except ImportError as error:
-            raise UsageError(f"device={name}: needs the package torch_npu, which is not installed here") from error
+    if kind == "npu" and (reason := _npu_missing()) is not None:
+        raise UsageError(f"device={name}: {reason}")
     try:
         if kind not in KNOWN:
             raise RuntimeError(f"no device of ours: {kind}")
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"device={name}: is not known; choose auto, cpu, cuda, cuda:N or npu") from error
+        raise UsageError(f"device={name}: is not known; choose auto, cpu, cuda, cuda:N, npu or npu:N") from error
     count = 1 if kind == "cpu" else backend(device).device_count()
     if (device.index or 0) >= count:
         raise UsageError(f"device={name}: this machine has {count} {kind.upper()} devices")
@@ -42,6 +39,21 @@ def choose_device(name: str) -> torch.device:
 def accelerator_device(accelerator: str) -> torch.device:
     """The device that Lightning's name of an accelerator means, where `gpu` is `cuda`. Raises UsageError as above."""
     return choose_device("cuda" if accelerator == "gpu" else accelerator)
+
+
+def _npu_missing() -> str | None:
+    """The reason why there is no NPU; None where torch-npu is there, which gives torch the name."""
+    if not hasattr(torch, "npu") and find_spec("torch_npu") is None:
+        return "needs the package torch-npu (pip install 'osp[npu]'), which is not installed here"
+    from osp.devices import npu  # here: it brings Lightning
+
+    return npu.missing()
+
+
+def _best_kind() -> str:
+    if _npu_missing() is None and backend(torch.device("npu")).is_available():
+        return "npu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def backend(device: torch.device) -> ModuleType:

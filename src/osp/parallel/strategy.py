@@ -3,16 +3,16 @@
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
 from osp.checks import check_number
+from osp.devices.npu import NPUDDPStrategy, NPUModelParallelStrategy
 from osp.errors import UsageError
 from osp.parallel.apply import Sharding
 from osp.parallel.state import StateInParts
 
 
-class ReplicatedStrategy(DDPStrategy):
+class ReplicatedStrategy(NPUDDPStrategy):
     """Every process has the whole model, and gradients are averaged (DDP).
 
     Weights that get no gradient in a step are allowed: VAE and discriminator take turns, and not every denoiser reads
@@ -33,7 +33,7 @@ class ReplicatedStrategy(DDPStrategy):
         self.sequence_group = _sequence_group(self.sequence, self.root_device.type)
 
 
-class ShardedStrategy(StateInParts, ModelParallelStrategy):
+class ShardedStrategy(StateInParts, NPUModelParallelStrategy):
     """Every process keeps a part of each weight, gradient and state of the optimiser (FSDP2).
 
     A part of the model, such as a transformer's block, is gathered before it runs. Weights, gradients and what is

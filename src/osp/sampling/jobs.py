@@ -12,7 +12,7 @@ from torch import Tensor
 from osp import __version__
 from osp.conditioning import joined, unknown_words
 from osp.data.media.shape import Shape
-from osp.devices import autocast_dtype, choose_precision
+from osp.devices import autocast_dtype, choose_precision, chosen_kernels
 from osp.diffusion import Solver
 from osp.sampling.fingerprint import generator_identity
 from osp.sampling.generator import VideoGenerator
@@ -217,6 +217,7 @@ def _jobs(generator: VideoGenerator, sampling: Sampling, solver: Solver, asked: 
         "hold_given": sampling.hold_given,
         "precision": choose_precision(sampling.precision, generator.device),
         "device": generator.device.type,
+        **({} if chosen_kernels() == "plain" else {"kernels": chosen_kernels()}),
         "model": generator_identity(generator),
         "osp": __version__,
     }
