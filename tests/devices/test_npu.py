@@ -41,7 +41,7 @@ def test_devices_are_numbers(devices: str | int, numbers: list[int], monkeypatch
 @pytest.mark.parametrize("devices", [5, "5", [4], [0, 0], "0,0", "two", "", [], True, [True], [0.0], None, -2])
 def test_devices_that_are_not_there_are_refused(devices: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "device_count", lambda: 4)
-    with pytest.raises(MisconfigurationException, match="this process sees 4 NPUs; .*ASCEND_RT_VISIBLE_DEVICES"):
+    with pytest.raises(MisconfigurationException, match=r"this process sees 4 NPUs; .*ASCEND_RT_VISIBLE_DEVICES"):
         NPUAccelerator.parse_devices(devices)  # type: ignore[arg-type]
 
 

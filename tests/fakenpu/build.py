@@ -13,7 +13,14 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 SOURCES = sorted((Path(__file__).parent / "device").glob("*.cpp"))
 FOLDER = Path(__file__).parent / "build"
-_FLAGS = ("-O0", "-std=c++20", "-fPIC", "-DTORCH_EXTENSION_NAME=fakenpu_library", "-DUSE_DISTRIBUTED", "-DUSE_C10D_GLOO")
+_FLAGS = (
+    "-O0",
+    "-std=c++20",
+    "-fPIC",
+    "-DTORCH_EXTENSION_NAME=fakenpu_library",
+    "-DUSE_DISTRIBUTED",
+    "-DUSE_C10D_GLOO",
+)
 
 
 def built() -> tuple[Path | None, str]:

@@ -11,8 +11,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "site"), str(HERE.parent / "parallel")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE / "site"), os.environ.get("PYTHONPATH", "")]))
 
-from build import built
-from processes import Processes
+from build import built  # noqa: E402
+from processes import Processes  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -67,7 +67,7 @@ class Event:
         return 0.0
 
 
-class device:  # noqa: N801  (torch's name)
+class device:
     """The block runs on this device."""
 
     def __init__(self, which: Any) -> None:
