@@ -13,10 +13,10 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import StrategyRegistry
 
 from osp.devices import choose_device, choose_kernels
+from osp.devices.device import placed_trainer
 from osp.devices.npu import NPUAccelerator, accelerator, driver, missing
 from osp.devices.npu.precision import on_npu
 from osp.errors import UsageError
-from osp.training.fit import placed
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -59,14 +59,14 @@ def test_without_the_package_one_line_says_so() -> None:
     with pytest.raises(RuntimeError, match="torch-npu is not installed"):
         driver()
     with pytest.raises(UsageError, match=r"device=npu: needs the package torch-npu \(pip install 'osp\[npu\]'\)"):
-        placed("npu", "auto", 1)
+        placed_trainer("npu", "auto", 1)
 
 
 def test_auto_takes_a_device_that_is_there_and_leaves_other_settings_alone() -> None:
     here = choose_device("auto").type
     assert here == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert placed("auto", "auto", 1) == {"accelerator": here, "strategy": "auto"}
-    assert placed("gpu", {"_target_": "mine"}, 2) == {"accelerator": "gpu"}
+    assert placed_trainer("auto", "auto", 1) == {"accelerator": here, "strategy": "auto"}
+    assert placed_trainer("gpu", {"_target_": "mine"}, 2) == {"accelerator": "gpu"}
 
 
 def test_kernels_are_chosen_by_name() -> None:

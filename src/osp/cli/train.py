@@ -14,6 +14,7 @@ from osp.cli.checks import CLIP, build_vae, check_checkpoint, check_numbers
 from osp.cli.plain import instantiate, plain
 from osp.configs.texts import escaped
 from osp.data.datamodule import ClipDataModule
+from osp.devices.device import placed_trainer
 from osp.devices.mesh import Mesh
 from osp.errors import UsageError
 from osp.training.build import is_drawn
@@ -27,7 +28,6 @@ from osp.training.fit import (
     check_start,
     fit,
     log_clips,
-    placed,
     precision_on,
     quiet_lightning,
     write_result,
@@ -156,7 +156,7 @@ def _trainer(cfg: DictConfig, folder: Path) -> lightning.Trainer:
         # A run shorter than the interval is validated once, or it would have no best checkpoint.
         val_check_interval=min(cfg.trainer.val_check_interval, cfg.trainer.max_steps),
         precision=precision_on(cfg.trainer.precision, cfg.trainer.accelerator),
-        **placed(cfg.trainer.accelerator, cfg.trainer.strategy, plain(cfg.trainer).get("devices")),
+        **placed_trainer(cfg.trainer.accelerator, cfg.trainer.strategy, plain(cfg.trainer).get("devices")),
         callbacks=[instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()],
         logger=[instantiate(logger) for logger in (cfg.logger or {}).values()],
         plugins=[AtomicCheckpointIO(cfg.checkpoint_form, cfg.checkpoint_keep, cfg.checkpoint_background)],

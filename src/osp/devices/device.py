@@ -6,6 +6,7 @@ import platform
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -39,6 +40,22 @@ def choose_device(name: str) -> torch.device:
 def accelerator_device(accelerator: str) -> torch.device:
     """The device that Lightning's name of an accelerator means, where `gpu` is `cuda`. Raises UsageError as above."""
     return choose_device("cuda" if accelerator == "gpu" else accelerator)
+
+
+def placed_trainer(accelerator: str, strategy: Any, devices: Any) -> dict[str, Any]:
+    """The arguments `accelerator` and `strategy` of a Trainer, where `auto` is decided here, as Lightning never takes
+    NPUs.
+
+    A strategy that is no name but settings is left out. Raises UsageError for an NPU that is not there.
+    """
+    chosen = _best_kind() if accelerator == "auto" else accelerator
+    if chosen == "npu":
+        choose_device(chosen)
+        from osp.devices import npu  # noqa: F401  (it makes the names known to Lightning, and brings it)
+
+        if strategy == "auto":
+            strategy = "npu" if devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1) else "npu_ddp"
+    return {"accelerator": chosen} | ({"strategy": strategy} if isinstance(strategy, str) else {})
 
 
 def _npu_missing() -> str | None:

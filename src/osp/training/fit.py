@@ -1,6 +1,5 @@
 """A run of `osp train` whose parts are built: where it goes on from, the fit itself, and what it leaves."""
 
-import importlib
 import logging
 import math
 import shutil
@@ -75,21 +74,6 @@ def precision_on(precision: str, accelerator: str) -> str:
     if precision != "auto":
         return precision
     return choose_precision("auto", accelerator_device(accelerator))
-
-
-def placed(accelerator: str, strategy: Any, devices: Any) -> dict[str, Any]:
-    """The arguments `accelerator` and `strategy` of a Trainer, where `auto` is decided here, as Lightning never takes
-    NPUs.
-
-    A strategy that is no name but settings is left out. Raises UsageError for an NPU that is not there.
-    """
-    chosen = accelerator_device("auto").type if accelerator == "auto" else accelerator
-    if chosen == "npu":
-        accelerator_device(chosen)
-        importlib.import_module("osp.devices.npu")  # which makes the names known to Lightning
-        if strategy == "auto":
-            strategy = "npu" if devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1) else "npu_ddp"
-    return {"accelerator": chosen} | ({"strategy": strategy} if isinstance(strategy, str) else {})
 
 
 def batches_in_step(global_batch: int, batch_size: int | None, mesh: Mesh, accumulate: int = 1) -> int:
