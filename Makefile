@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo demo-long study test lint fuzz train-vae eval bench-vae bench-denoiser sweep clean help
+.PHONY: setup demo demo-long study test test-npu lint fuzz train-vae eval bench-vae bench-denoiser sweep clean help
 
 setup: $(INSTALLED)  ## install everything into .venv, in the versions of constraints.txt
 
@@ -69,6 +69,11 @@ study: setup  ## compare sparse and dense attention on the demo's features, in 2
 # tests of a file stay in one process, so that what they share is made once.
 test: lint  ## run every check: lint, types, import contract, tests, notebooks
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=$(CORES) --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+	$(MAKE) --no-print-directory test-npu
+
+# A session of its own, as the name of the device is the whole process's. Without a compiler all of it is skipped.
+test-npu: setup  ## run the tests on a simulated Ascend NPU, which is built first
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=$(CORES) --maxprocesses=2 --dist=loadfile tests/fakenpu
 
 lint: setup  ## run ruff, mypy and the import contract alone
 	$(BIN)/ruff check .

@@ -30,3 +30,9 @@ def pytest_collection_finish() -> None:
     """Leave all that the imports made out of garbage collection, which some of what is tested does again and again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the tests on a simulated NPU, which are a session of their own (`make test-npu`)."""
+    asked = any("fakenpu" in argument for argument in config.args)
+    return True if collection_path.name == "fakenpu" and not asked else None

@@ -17,7 +17,7 @@ _FLAGS = (
     "-O0",
     "-std=c++20",
     "-fPIC",
-    "-DTORCH_EXTENSION_NAME=fakenpu_library",
+    "-DTORCH_EXTENSION_NAME=fakenpu",
     "-DUSE_DISTRIBUTED",
     "-DUSE_C10D_GLOO",
 )

@@ -20,8 +20,8 @@ __version__ = "0.0+simulated"
 def _library() -> Any:
     if not (path := os.environ.get("FAKENPU_LIBRARY")):
         raise ImportError("FAKENPU_LIBRARY does not name the simulated device's library")
-    loader = importlib.machinery.ExtensionFileLoader("fakenpu_library", path)
-    spec = importlib.util.spec_from_file_location("fakenpu_library", path, loader=loader)
+    loader = importlib.machinery.ExtensionFileLoader("fakenpu", path)
+    spec = importlib.util.spec_from_file_location("fakenpu", path, loader=loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)

@@ -34,15 +34,27 @@ def _same_type(*tensors: Tensor) -> None:
 
 
 def npu_fusion_attention(
-    query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str, *_: Any, **given: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_num: int,
+    input_layout: str,
+    pse: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    atten_mask: Tensor | None = None,
+    scale: float = 1.0,
+    keep_prob: float = 1.0,
+    *others: Any,
 ) -> Any:
-    mask, scale = given.get("atten_mask"), given.get("scale", 1.0)
+    mask = atten_mask
+    assert pse is None
+    assert padding_mask is None
+    assert keep_prob == 1.0
     calls.append(("npu_fusion_attention", {"layout": input_layout, "mask": mask, "channels": query.shape[3]}))
     _same_type(query, key, value)
     assert query.shape[3] <= 768, "Dq must be in [1, 768]"
     q, k, v = (x.transpose(1, 2) if input_layout == "BSND" else x for x in (query, key, value))
     assert q.shape[1] == head_num
-    assert {*given} <= {"atten_mask", "scale", "keep_prob"}
     scores = (q @ k.transpose(2, 3)).float() * scale
     if mask is not None:
         assert mask.dtype in (torch.bool, torch.uint8)
