@@ -258,6 +258,7 @@ Tensor& set_empty(Tensor& tensor) {
 Tensor unfold(const Tensor& tensor, int64_t dimension, int64_t size, int64_t step) {
   return at::native::unfold(tensor, dimension, size, step);
 }
+void record_stream(Tensor&, c10::Stream) {}
 bool may_share_data(const Tensor& one, const Tensor& other) {
   auto is_plain = [](const Tensor& t) {
     return t.layout() == at::kStrided && (t.device().is_cpu() || t.device().is_privateuseone());
@@ -331,6 +332,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("view", at::native::view);
   m.impl("_reshape_alias", at::native::_reshape_alias);
   m.impl("unfold", unfold);
+  m.impl("record_stream", record_stream);
   m.impl("view_as_real", at::native::view_as_real);
   m.impl("view_as_complex", at::native::view_as_complex);
   m.impl("_has_compatible_shallow_copy_type", may_share_data);

@@ -22,49 +22,19 @@ def _number(device: Any = None) -> int:
     return int(library.current_device()) if index is None else index
 
 
-class Stream:
+class Stream(torch.Stream):
     """A stream; there is but one."""
 
-    def __init__(self, device: Any = None, priority: int = 0, **settings: Any) -> None:
-        self.device = torch.device("npu", _number(device))
+    def __new__(cls, device: Any = None, priority: int = 0, **settings: Any) -> "Stream":
         calls.append("Stream")
-
-    def wait_stream(self, stream: Any) -> None:
-        pass
-
-    def wait_event(self, event: Any) -> None:
-        pass
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or Event()
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
+        return super().__new__(cls, device=torch.device("npu", _number(device)), priority=priority)
 
 
-class Event:
+class Event(torch.Event):
     """A point in a stream; it has always been passed."""
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        pass
-
-    def record(self, stream: Any = None) -> None:
-        pass
-
-    def wait(self, stream: Any = None) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, event: Any) -> float:
-        return 0.0
+    def __new__(cls, enable_timing: bool = False, **settings: Any) -> "Event":
+        return super().__new__(cls, device=torch.device("npu", _number()), enable_timing=enable_timing)
 
 
 class device:
