@@ -66,7 +66,7 @@ def test_gradients_of_a_vae_are_those_on_the_cpu() -> None:
         torch.manual_seed(1)
         result = vae.to(device)(video.to(device))
         VAELoss()(video.to(device), result).total.backward()
-        return torch.cat([weight.grad.flatten().cpu().double() for weight in vae.parameters()])
+        return torch.cat([w.grad.flatten().cpu().double() for w in vae.parameters() if w.grad is not None])
 
     ours, theirs = gradients("npu"), gradients("cpu")
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
