@@ -1,9 +1,10 @@
 """Many processes for one model: strategies of the Trainer, and what is applied to a model from outside."""
 
-from osp.parallel.apply import Parallelism, apply
+from osp.parallel.apply import Parallelism, Sharding, apply
+from osp.parallel.drawing import drawn_weights
 from osp.parallel.exchange import Exchange
 from osp.parallel.sequence import split_sequence
-from osp.parallel.shards import local, whole
+from osp.parallel.shards import fill_model, kind_of, local, whole
 from osp.parallel.strategy import ReplicatedStrategy, ShardedStrategy
 
 __all__ = [
@@ -11,7 +12,11 @@ __all__ = [
     "Parallelism",
     "ReplicatedStrategy",
     "ShardedStrategy",
+    "Sharding",
     "apply",
+    "drawn_weights",
+    "fill_model",
+    "kind_of",
     "local",
     "split_sequence",
     "whole",

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -49,12 +50,13 @@ class Sharding:
     """
 
     mesh: DeviceMesh
+    device: torch.device
     reshard_after_forward: bool = True
     prefetch: int = 1
     offload: bool = False
 
     def of(self, model: nn.Module) -> None:
-        """Split the weights of a model, which may be without memory."""
+        """Split the weights of a model without memory, and give this process memory for its parts."""
         parts = list(model.parts) if isinstance(model, HasParts) else []
         for part in parts:
             self._split(part)
@@ -62,6 +64,7 @@ class Sharding:
         for method in _ENTRANCES:
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
+        model.to_empty(device="cpu" if self.offload else self.device)
         if self.prefetch != 1:  # FSDP gathers one ahead by itself
             self._prefetch([part for part in parts if isinstance(part, FSDPModule)])
 
@@ -90,7 +93,7 @@ class Parallelism:
 
 
 def apply(model: nn.Module, how: Parallelism) -> None:
-    """Do to a model what `how` says, in the written order. It may be without memory.
+    """Do to a model what `how` says, in the written order. One that is sharded comes without memory.
 
     Raises UsageError for a denoiser whose tokens cannot be split.
     """

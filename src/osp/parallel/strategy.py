@@ -88,6 +88,7 @@ class ShardedStrategy(StateInParts, NPUModelParallelStrategy):
         self.sequence_group = _sequence_group(self.sequence, device)
         self.sharding = Sharding(
             self._device_mesh if replicas > 1 else self._device_mesh["shard"],
+            self.root_device,
             reshard_after_forward=self.reshard_after_forward,
             prefetch=self.prefetch,
             offload=self.offload_optimizer,

@@ -18,7 +18,7 @@ from osp.denoiser import Denoiser
 from osp.diffusion import Objective, draw_normal
 from osp.documents import check_form
 from osp.errors import UsageError
-from osp.parallel import Parallelism
+from osp.parallel import Parallelism, kind_of
 from osp.sampling import VideoGenerator
 from osp.seeds import seeded, stable_seed
 from osp.training.build import drawing_from, with_memory
@@ -32,6 +32,7 @@ from osp.training.optimisation import Optimisation
 from osp.training.start import StartWeights, load_start
 from osp.training.text_input import TextInput
 from osp.vae import LatentCodec
+from osp.weights.lazy import Weights
 
 _SCALING = ([float], tuple)
 _LATENT_FORM = {"vae": str, "vae_fingerprint": str, "origin": (str, None), "shift": _SCALING, "scale": _SCALING}
@@ -141,6 +142,14 @@ class DenoiserModule(TrainingModule):
         if self._start is not None:
             self._start.give_to(self.denoiser, self._trained_text)
             self._start = None
+
+    def given_weights(self) -> list[Weights | None]:
+        """See `TrainingModule`."""
+        start, self._start = self._start, None
+        if start is None:
+            return super().given_weights()
+        text = None if start.text is None else Weights.of(start.text)
+        return [Weights.of(start.denoiser), text][: len(self.model)]
 
     def networks(self, learned: nn.Module) -> Sequence[nn.Module]:
         """See `TrainingModule`: the denoiser, and the text encoder if it is trained."""
@@ -324,7 +333,7 @@ class DenoiserModule(TrainingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint says how to build its generator, in plain values."""
         checkpoint["generator"] = {
-            "denoiser": {"model": type(self.denoiser).__name__, "settings": self.denoiser.settings},
+            "denoiser": {"model": kind_of(self.denoiser).__name__, "settings": self.denoiser.settings},
             "text": self.texts.entry(self._trained_text),
             "objective": {"name": type(self.objective).__name__, "settings": asdict(self.objective)},
             "latent": self.identity.latent,

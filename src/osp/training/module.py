@@ -13,13 +13,14 @@ from osp.data.datamodule import ClipDataModule
 from osp.denoiser import Denoiser
 from osp.devices.mesh import Mesh
 from osp.errors import DataError, UsageError
-from osp.parallel import Parallelism, apply
-from osp.training.build import drawing_from
+from osp.parallel import Parallelism, apply, fill_model, local
+from osp.training.build import drawing_from, initial_weights
 from osp.training.checkpoint_io import AtomicCheckpointIO
 from osp.training.clipping import Clipping, DivergedError
 from osp.training.ema import ExponentialMovingAverage
 from osp.training.optimisation import Optimisation
 from osp.training.resumed import take_over
+from osp.weights.lazy import Weights
 
 Batch = dict[str, Any]
 
@@ -67,14 +68,36 @@ class TrainingModule(lightning.LightningModule):
         """Build what is trained, then its averaged twin; once."""
         if self._is_configured:
             return
-        with drawing_from(self._drawn_from):
-            self.build()
-        self._check_finite()
-        self.ema = ExponentialMovingAverage(self.learned, self.optimisation.ema_decay)
         how = self.parallelism()
+        with drawing_from(self._drawn_from):
+            if how.sharding is None:
+                self.build()
+                self.ema = ExponentialMovingAverage(self.learned, self.optimisation.ema_decay)
+                self._apply_to_all(how)
+            else:
+                self._build_shards(how)
+        self._check_finite()
+        self._is_configured = True
+
+    def _build_shards(self, how: Parallelism) -> None:
+        """Give weights to models of which this process holds a part; no model ever lies whole in memory."""
+        models = [*self.networks(self.learned), *self.opponents]
+        weights = initial_weights(models, self.given_weights())
+        for model in models:
+            model.train()
+        self.ema = ExponentialMovingAverage(self.learned, self.optimisation.ema_decay)
+        self._apply_to_all(how)
+        for model, own in zip(models, weights, strict=True):
+            fill_model(model, own)
+        self.ema.copy(self.learned)
+
+    def _apply_to_all(self, how: Parallelism) -> None:
         for model in (*self.networks(self.learned), *self.networks(self.ema.model), *self.opponents):
             apply(model, how)
-        self._is_configured = True
+
+    def given_weights(self) -> list[Weights | None]:
+        """The weights to begin with of each network and opponent; None: its own, or newly drawn ones."""
+        return [None for _ in (*self.networks(self.learned), *self.opponents)]
 
     def networks(self, learned: nn.Module) -> Sequence[nn.Module]:
         """The networks in what is learned, or in its averaged twin, each of which is called by itself."""
@@ -103,15 +126,20 @@ class TrainingModule(lightning.LightningModule):
     def works_together(self) -> bool:
         """Whether a network runs only if all processes run it at once, as each holds a part of it or of its input."""
         strategy = None if self._trainer is None else self.trainer.strategy
-        return getattr(strategy, "sharding", None) is not None or self.mesh.sharing > 1
+        return getattr(strategy, "sharding", None) is not None or Mesh.of(self._trainer).sharing > 1
 
     def _check_finite(self) -> None:
-        """Raise DataError if the run would begin with weights that have no values."""
-        for name, value in self.learned.named_parameters():
-            if not torch.isfinite(value).all():
-                raise DataError(
-                    f"the weights that the run begins with have numbers that are not finite ({name}); begin with others"
-                )
+        """Raise DataError if the run would begin with weights that have no values, in all processes at once."""
+        names = [name for name, _ in self.learned.named_parameters()]
+        wrong = [not torch.isfinite(local(value)).all() for value in self.learned.parameters()]
+        first = torch.tensor(wrong.index(True) if True in wrong else len(wrong))
+        if self.works_together:
+            first = self.trainer.strategy.reduce(first.to(self.trainer.strategy.root_device), reduce_op="min")
+        if first < len(names):
+            raise DataError(
+                "the weights that the run begins with have numbers that are not finite "
+                f"({names[int(first)]}); begin with others"
+            )
 
     def prepare(self, data: ClipDataModule) -> None:
         """Look at the data before anything begins. Raises UsageError or DataError if it does not suit the model."""

@@ -11,6 +11,7 @@ from osp.checks import check_number
 from osp.conditioning import EncodedText, SeenWords, TextEncoder, draw_dropped, drop_prompts
 from osp.data.features.format import TextIdentity
 from osp.data.sources import ClipSource
+from osp.parallel import kind_of
 from osp.training.encode_features import text_identities
 from osp.training.module import Batch
 
@@ -80,7 +81,7 @@ class TextInput:
         """A checkpoint's entry on its text, as plain values: the encoder that learned along, or what made the text."""
         if self.is_trained:
             assert isinstance(trained, nn.Module)
-            return {"encoder": type(trained).__name__, "settings": trained.settings}
+            return {"encoder": kind_of(trained).__name__, "settings": trained.settings}
         return {"encoder": None, "settings": {}, "made_by": [one and asdict(one) for one in self._made_by]}
 
 
