@@ -4,7 +4,7 @@ from osp.parallel.apply import Parallelism, Sharding, apply
 from osp.parallel.drawing import drawn_weights
 from osp.parallel.exchange import Exchange
 from osp.parallel.sequence import split_sequence
-from osp.parallel.shards import fill_model, kind_of, local, whole
+from osp.parallel.shards import fill_model, kind_of, local, passing_through, whole
 from osp.parallel.strategy import ReplicatedStrategy, ShardedStrategy
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "fill_model",
     "kind_of",
     "local",
+    "passing_through",
     "split_sequence",
     "whole",
 ]

@@ -1,9 +1,10 @@
 """The treatment of a model from outside, in one written order; a model itself knows nothing of processes.
 
 1. **Sequence split**: the processes that share a clip each take a part of its tokens.
-2. **Recompute**: parts of the model keep only their inputs, and are computed again for the backward pass.
-3. **Compile**: each part by itself.
-4. **Shard**: each part's weights are split among the processes, and gathered when it runs; the rest, that lies in no
+2. **Share norms**: norms over a batch see the clips of all processes.
+3. **Recompute**: parts of the model keep only their inputs, and are computed again for the backward pass.
+4. **Compile**: each part by itself.
+5. **Shard**: each part's weights are split among the processes, and gathered when it runs; the rest, that lies in no
    part, is gathered when the model runs.
 
 The parts are those that the model lists as `parts`: a denoiser its blocks, a VAE its levels.
@@ -26,6 +27,7 @@ from torch.distributed.fsdp import (
 )
 
 from osp.denoiser import Denoiser
+from osp.parallel.norms import share_norms
 from osp.parallel.sequence import split_sequence
 
 _ENTRANCES = ("encode", "decode")
@@ -86,6 +88,7 @@ class Parallelism:
     `Denoiser.recompute_every`, and `compile` wants a denoiser too.
     """
 
+    processes: int = 1
     sequence: dist.ProcessGroup | None = None
     recompute_every: int = 0
     compile: bool = False
@@ -97,6 +100,8 @@ def apply(model: nn.Module, how: Parallelism) -> None:
 
     Raises UsageError for a denoiser whose tokens cannot be split.
     """
+    if how.processes > 1:
+        share_norms(model)
     if isinstance(model, Denoiser):
         if how.sequence is not None:
             split_sequence(model, how.sequence)

@@ -1,5 +1,7 @@
 """The 3D patch discriminator that sharpens the VAE's reconstructions."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,13 +46,20 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
-def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(
+    reconstruction_loss: Tensor,
+    generator_loss: Tensor,
+    last_layer: Tensor,
+    mean: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """How much to weigh the generator's loss so that both losses pull equally at the decoder's last layer.
 
     ||grad of reconstruction|| / (||grad of generator|| + 1e-6), at most 1e6 (Esser et al., arXiv:2012.09841, eq. 7).
+    `mean` averages a gradient over all processes; None: there is one.
     """
-    pull = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0].norm()
-    push = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)[0].norm()
+    losses = (reconstruction_loss, generator_loss)
+    gradients = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in losses)
+    pull, push = ((gradient if mean is None else mean(gradient)).norm() for gradient in gradients)
     return (pull / (push + 1e-6)).clamp(max=1e6).detach()
 
 

@@ -120,7 +120,8 @@ class TrainingModule(lightning.LightningModule):
                 f"trainer.strategy.sequence={self.mesh.sequence}: splits the tokens of a denoiser, and none is trained "
                 "here; use sequence=1"
             )
-        return Parallelism(sequence, sharding=getattr(strategy, "sharding", None))
+        processes = 1 if self._trainer is None else self.trainer.world_size
+        return Parallelism(processes, sequence, sharding=getattr(strategy, "sharding", None))
 
     @property
     def works_together(self) -> bool:
@@ -175,6 +176,10 @@ class TrainingModule(lightning.LightningModule):
         """The sum of a value of clips over all different clips of all processes."""
         total: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")
         return total / self.mesh.sharing  # processes that share a clip have added it as often
+
+    def averaged(self, value: Tensor) -> Tensor:
+        """The mean of a value, which clips of equal numbers gave in each process, over all different clips."""
+        return self.summed(value) / self.mesh.data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave in the checkpoint what this run takes over (`osp.training.resumed`). Raises errors as that."""

@@ -12,6 +12,7 @@ from osp.data.datamodule import ClipDataModule
 from osp.data.media.video import to_float
 from osp.errors import UsageError
 from osp.evaluation.metrics import psnr
+from osp.parallel import passing_through
 from osp.seeds import stable_seed
 from osp.training.build import with_memory
 from osp.training.clipping import NormClipping
@@ -21,6 +22,7 @@ from osp.training.module import Batch, TrainingModule
 from osp.training.optimisation import Optimisation
 from osp.training.peek import clip_shapes
 from osp.vae import WFVAE
+from osp.vae.wfvae import Autoencoding
 
 
 class VAEModule(TrainingModule):
@@ -29,9 +31,10 @@ class VAEModule(TrainingModule):
     One training step is one update of the VAE, on `accumulate` batches, then, once the discriminator has started, one
     update of the discriminator on `accumulate` batches of its own; the loader asks `batches_per_step` how many to hand
     over. Only the VAE's updates count as Lightning's `global_step`, so `max_steps`, checkpoints and validation mean VAE
-    steps with and without a discriminator. All randomness of a step (latents, dropout) derives from the seed, the step
-    and the rank among different clips: a resumed run repeats an uninterrupted one. Without a `discriminator_start`
-    there is no discriminator.
+    steps with and without a discriminator. All randomness of a step derives from the seed and the step, that of dropout
+    also from the rank among different clips: a resumed run repeats an uninterrupted one, and without dropout the loss
+    does not depend on how the clips of a batch are split into processes. Without a `discriminator_start` there is no
+    discriminator.
 
     `optimisation` are the settings of `Optimisation`, `lr` and so on. Raises UsageError for values out of range.
     """
@@ -65,6 +68,7 @@ class VAEModule(TrainingModule):
         self.discriminator_start = discriminator_start or 0
         self.discriminator_weight = discriminator_weight
         self.discriminator_lr = discriminator_lr
+        self._noise = torch.Generator()
 
     def build(self) -> None:
         """See `TrainingModule.build`."""
@@ -109,6 +113,7 @@ class VAEModule(TrainingModule):
         """Bring the perceptual network to the device."""
         super().on_fit_start()
         self._place_perceptual()
+        self._noise = torch.Generator(self.device)
 
     def on_validation_start(self) -> None:
         """Validation may run without a fit."""
@@ -121,6 +126,7 @@ class VAEModule(TrainingModule):
         """
         step = self.global_step
         torch.manual_seed(stable_seed(self.seed, step, self.mesh.data_rank))
+        self._noise.manual_seed(stable_seed(self.seed, step, 0))
         optimizers = self.optimizers()
         vae_optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
 
@@ -131,6 +137,7 @@ class VAEModule(TrainingModule):
         for batch in batches[: self.accumulate]:
             for name, value in self._vae_backward(to_float(batch["video"]), step).items():
                 logs[name] = logs.get(name, 0.0) + value / self.accumulate
+        logs = self._averaged(logs)
         loss = logs["total"]
         taken = self.take_step([vae_optimizer], loss, logs)
 
@@ -143,6 +150,7 @@ class VAEModule(TrainingModule):
                 self.manual_backward(against / self.accumulate)
                 logs["discriminator"] = logs.get("discriminator", 0.0) + against.detach() / self.accumulate
             others[0].optimizer.step()
+            logs |= self._averaged({"discriminator": logs["discriminator"]})
 
         clips = sum(len(batch["video"]) for batch in batches[: self.accumulate])
         self.log_step(logs | taken | rate | self.speed(clips), loss, batches, len(batches[0]["video"]))
@@ -167,25 +175,42 @@ class VAEModule(TrainingModule):
         """A checkpoint says how to build its VAE."""
         checkpoint["vae_settings"] = self.vae.settings
 
+    def _averaged(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars by name -> their means over the clips of all processes."""
+        means = self.averaged(torch.stack([value.float() for value in logs.values()]))
+        return dict(zip(logs, means.unbind(), strict=True))
+
+    def _through(self, video: Tensor) -> Autoencoding:
+        """A pass through the VAE, whose noise is the same however the step's clips are split into processes."""
+        mesh = self.mesh
+        return self.vae(video, self._noise if mesh.data > 1 else None, (mesh.data_rank, mesh.data))
+
     def _vae_backward(self, video: Tensor, step: int) -> dict[str, Tensor]:
-        result = self.vae(video)
+        weights: list[Tensor] = []  # of the last layer, as the pass has them: between passes they may be split
+        hook = self.vae.last_layer.register_forward_hook(lambda layer, *_: weights.append(layer.weight))
+        result = self._through(video)
+        hook.remove()
         losses = self.loss(video, result)
         total, logs = losses.total, dict(losses.terms)
         if self.discriminating(step):
             assert self.discriminator is not None
             adversarial = -self.discriminator(result.reconstruction).float().mean()
-            weight = self.discriminator_weight * adaptive_weight(
-                losses.reconstruction, adversarial, self.vae.last_layer
-            )
+            with passing_through(self.vae, self.discriminator):
+                pulls = adaptive_weight(losses.reconstruction, adversarial, weights[0], self._mean_over_processes)
+            weight = self.discriminator_weight * pulls
             total = total + weight * adversarial
             logs |= {"adversarial": adversarial, "adversarial_weight": weight}
         self.manual_backward(total / self.accumulate)
         return {name: value.detach() for name, value in (logs | {"total": total}).items()}
 
+    def _mean_over_processes(self, gradient: Tensor) -> Tensor:
+        mean: Tensor = self.trainer.strategy.reduce(gradient, reduce_op="mean")
+        return mean
+
     def _discriminator_loss(self, video: Tensor) -> Tensor:
         assert self.discriminator is not None
         with torch.no_grad():
-            reconstruction = self.vae(video).reconstruction
+            reconstruction = self._through(video).reconstruction
         return hinge_loss(self.discriminator(video).float(), self.discriminator(reconstruction).float())
 
     def _place_perceptual(self) -> None:

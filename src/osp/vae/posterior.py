@@ -27,9 +27,15 @@ class GaussianPosterior:
         """The most likely latent, `B C T H W`."""
         return self.mean
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """A latent drawn with the reparameterisation trick, `B C T H W`."""
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+    def sample(self, generator: torch.Generator | None = None, share: tuple[int, int] = (0, 1)) -> Tensor:
+        """A latent drawn with the reparameterisation trick, `B C T H W`.
+
+        With a `share` (i, n) this is the i-th of n equal batches, for all of which the noise is drawn at once.
+        """
+        index, batches = share
+        shape = (batches * len(self.mean), *self.mean.shape[1:])
+        noise = torch.randn(shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        noise = noise.unflatten(0, (batches, -1))[index]
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:

@@ -212,9 +212,9 @@ class WFVAE(VideoVAE):
         return [self.encoder.down1, self.encoder.down2, self.encoder.mid, self.decoder.mid, self.decoder.up2]
 
     @property
-    def last_layer(self) -> Tensor:
-        """The weight of the last learned layer, where the adversarial loss is balanced."""
-        return self.decoder.conv_out.weight
+    def last_layer(self) -> CausalConv3d:
+        """The last layer that learns, where the adversarial loss is balanced."""
+        return self.decoder.conv_out
 
     def encode_moments(self, video: Tensor, state: StreamState | None = None) -> Tensor:
         """Mean and log variance, see `VideoVAE`."""
@@ -224,11 +224,13 @@ class WFVAE(VideoVAE):
         """Video, see `VideoVAE`."""
         return self.decoder(latent, state)[0]
 
-    def forward(self, video: Tensor, generator: torch.Generator | None = None) -> Autoencoding:
-        """`B 3 T H W` through a sampled latent and back, with what the losses need."""
+    def forward(
+        self, video: Tensor, generator: torch.Generator | None = None, share: tuple[int, int] = (0, 1)
+    ) -> Autoencoding:
+        """`B 3 T H W` to a latent (`GaussianPosterior.sample`) and back, with what the losses need."""
         moments, encoder_coefficients = self.encoder(self.pad_frames(video))
         posterior = GaussianPosterior.from_moments(moments, video.shape[2])
-        reconstruction, decoder_coefficients = self.decoder(posterior.sample(generator))
+        reconstruction, decoder_coefficients = self.decoder(posterior.sample(generator, share))
         return Autoencoding(
             reconstruction[:, :, : video.shape[2]], posterior, encoder_coefficients, decoder_coefficients
         )
