@@ -120,8 +120,8 @@ def _trained(name: str, model: nn.Module, loss: Loss, device: torch.device) -> R
 
 
 def _written_and_read(model: nn.Module, path: Path) -> Result:
-    from osp.training.optimisation import Optimisation  # here: Lightning may be missing
-    from osp.training.saving import AtomicCheckpointIO
+    from osp.training.checkpoint_io import AtomicCheckpointIO  # here: Lightning may be missing
+    from osp.training.optimisation import Optimisation
 
     name = "checkpoint.folder"
     optimizer = Optimisation(lr=_RATE).adamw(model.parameters())
