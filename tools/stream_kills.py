@@ -98,7 +98,7 @@ def start(url: str, folder: Path, steps: int, devices: int, workers: int) -> "su
 
 
 def steps_seen(folder: Path) -> dict[int, set[str]]:
-    """What each step saw, over all ranks, as JSON; more than one way for a step that was not the same each time."""
+    """The clips of each step, over all ranks, as JSON; too many for a step that did not see the same each time."""
     ranks = []
     for file in sorted(folder.glob("rank?.jsonl")):
         whole = [line for line in file.read_text().split("\n")[:-1] if line]  # the last line may have been cut

@@ -140,7 +140,7 @@ class ListedClips(ClipSource, Protocol):
         return None if self.elsewhere is None else self.elsewhere.order(self.entries, group, seed, shuffle)
 
     def _sequence(self) -> str:
-        """What a fingerprint says of the order, where shards are read in sequence."""
+        """The end of a fingerprint, on the order in which shards are read; empty where any clip can be read as well."""
         return "" if self.elsewhere is None else f" {self.elsewhere.fingerprint(self.entries)}"
 
     def record(self, index: int) -> Mapping[str, Any]:
