@@ -59,7 +59,7 @@ class Watched(BoringModel):
 
 def trained(**trainer: Any) -> Watched:
     model = Watched()
-    Trainer(**QUIET | trainer).fit(model)
+    Trainer(**QUIET | {"devices": 1} | trainer).fit(model)
     return model
 
 
@@ -142,7 +142,7 @@ def test_random_state_statistics_and_throughput_know_cuda_only_and_ours_know_the
 
     stats, logger = DeviceStatsMonitor(cpu_stats=False), CSVLogger(tmp_path)
     trained(accelerator="npu", strategy="npu", callbacks=[stats], logger=logger, log_every_n_steps=1)
-    assert any("allocated_bytes.all.peak" in key for line in logger.experiment.metrics for key in line)
+    assert "allocated_bytes.all.peak" in Path(logger.log_dir, "metrics.csv").read_text()
 
     def synchronised(monitor: ThroughputMonitor) -> bool:
         driver().calls.clear()
@@ -170,7 +170,7 @@ def test_random_numbers_of_the_device_go_on_where_a_checkpoint_left_them(tmp_pat
     def drawn(steps: int, resume: Path | None = None, **trainer: Any) -> list[float]:
         driver().manual_seed_all(random.randrange(1000))
         model = Drawing()
-        runner = Trainer(**QUIET | {"max_steps": steps}, accelerator="npu", strategy="npu", **trainer)
+        runner = Trainer(**QUIET | {"max_steps": steps, "devices": 1}, accelerator="npu", strategy="npu", **trainer)
         runner.fit(model, ckpt_path=resume, weights_only=False)
         runner.save_checkpoint(tmp_path / f"{steps}.ckpt")
         return model.drawn

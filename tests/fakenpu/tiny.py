@@ -12,11 +12,12 @@ from osp.data.datamodule import ClipDataModule
 from osp.data.sources import SyntheticClips
 from osp.denoiser import CrossTransformer
 from osp.diffusion import Flow
+from osp.training.checkpoint_io import AtomicCheckpointIO
 from osp.training.denoiser_module import DenoiserModule
 from osp.training.discriminator import PatchDiscriminator3d
 from osp.training.losses import VAELoss
 from osp.training.module import TrainingModule
-from osp.training.saving import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from osp.training.saving import BestCheckpoint, LastCheckpoint
 from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE, LatentCodec
 
