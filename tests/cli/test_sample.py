@@ -453,3 +453,20 @@ def test_words_that_no_caption_had_are_named_in_one_line(caplog: pytest.LogCaptu
     text.seen |= {"cube\x1b", *map(str, range(12))}
     sample_verb._warn_of_words(plan)
     assert len(caplog.records) == 1
+
+
+def test_two_devices_make_the_videos_of_one(sample: Run, tmp_path: Path) -> None:
+    """Each device has a branch of guidance; only the first process writes and logs."""
+    command = ["checkpoint=MODELS/joint.ckpt", "prompt=circle", "format=png", "videos_per_prompt=2", "batch_size=2"]
+    for devices in (1, 2):
+        code, result, err = sample(*command, f"devices={devices}", f"output=on_{devices}")
+        assert code == 0, err
+        assert result["videos"] == 2
+        assert err.count("memory: at most") == 1
+    first, second = made(tmp_path / "on_1"), made(tmp_path / "on_2")
+    assert first.keys() == second.keys() - {"sample.log"} | first.keys() & {"sample.log"}
+    for name in [name for name in first if name.endswith(".png")]:
+        one, two = (read_clip(tmp_path / folder / name, frames=1, size=(16, 32)) for folder in ("on_1", "on_2"))
+        assert (one.int() - two.int()).abs().max() <= 1
+    code, _, err = sample(*command, "devices=0")
+    assert (code, err.count("\n")) == (2, 1)

@@ -4,16 +4,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
-from osp.cli.checks import check_generator_source
+from osp.cli.checks import check_generator_source, check_numbers
 from osp.cli.plain import instantiate
 from osp.cli.settings import read_sampling
 from osp.devices import choose_device
 from osp.documents import printable
 from osp.errors import UsageError
+from osp.parallel.launch import on_devices
 from osp.report.progress import shown_progress
 from osp.sampling import VideoGenerator
 from osp.sampling.jobs import Plan, list_asked, plan_jobs, run_jobs
@@ -26,21 +28,30 @@ log = logging.getLogger(__name__)
 _NAMED = 10  # words that are unknown
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
+def run(cfg: DictConfig) -> dict[str, Any] | None:
     """Sample as configured; gives how many videos were made, and where they and their list lie.
 
     Raises UsageError and DataError for what can be known to be wrong before the model is read, and for the rest before
     the first video is made.
     """
-    sampling = read_sampling(cfg)
-    device = choose_device(cfg.device)
+    read_sampling(cfg)
+    check_numbers(cfg, {"devices": 1})
     check_generator_source(cfg)
-    folder = SampleFolder(Path(HydraConfig.get().runtime.output_dir), cfg.format, cfg.overwrite)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    return on_devices(cfg.devices, choose_device(cfg.device), _sample, cfg, folder)
+
+
+def _sample(device: torch.device, cfg: DictConfig, output: Path) -> dict[str, Any]:
+    """Sample on a device; where several work together, it is called in a process for each."""
+    sampling, folder = read_sampling(cfg), SampleFolder(output, cfg.format, cfg.overwrite)
     asked = list_asked(_requests(cfg), sampling, _pictures(cfg))
     generator = instantiate(cfg.generator)
     if not isinstance(generator, VideoGenerator):
         raise UsageError(f"generator is a {type(generator).__name__}; choose one of conf/generator")
-    plan = plan_jobs(generator.to(device), sampling, asked, folder)
+    generator.to(device)
+    if cfg.devices > 1:
+        generator.share(sampling.guidance)
+    plan = plan_jobs(generator, sampling, asked, folder)
     _tell(plan)
     if "path" in cfg.generator and (differs := plan.unlike_training()):  # published ones were trained at many sizes
         log.warning("unlike the clips of training: %s; the model may not know how to make such videos", differs)

@@ -1,11 +1,15 @@
 """Many processes for one model: strategies of the Trainer, and what is applied to a model from outside."""
 
+from typing import TYPE_CHECKING, Any
+
 from osp.parallel.apply import Parallelism, Sharding, apply
 from osp.parallel.drawing import drawn_weights
 from osp.parallel.exchange import Exchange
 from osp.parallel.sequence import split_sequence
 from osp.parallel.shards import fill_model, kind_of, local, passing_through, whole
-from osp.parallel.strategy import ReplicatedStrategy, ShardedStrategy
+
+if TYPE_CHECKING:
+    from osp.parallel.strategy import ReplicatedStrategy, ShardedStrategy
 
 __all__ = [
     "Exchange",
@@ -22,3 +26,14 @@ __all__ = [
     "split_sequence",
     "whole",
 ]
+
+_STRATEGIES = ("ReplicatedStrategy", "ShardedStrategy")
+
+
+def __getattr__(name: str) -> Any:
+    """The strategies, which bring Lightning, where somebody asks for them; sampling does without."""
+    if name in _STRATEGIES:
+        from osp.parallel import strategy
+
+        return getattr(strategy, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

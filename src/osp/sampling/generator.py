@@ -24,12 +24,16 @@ from osp.conditioning.text import LengthCheck
 from osp.data.media.shape import Shape
 from osp.denoiser import Denoiser, Grid
 from osp.diffusion import Objective, Solver, draw_normal, guided_prediction, held_prediction, sample
+from osp.diffusion.guidance import Predict
 from osp.errors import UsageError
+from osp.parallel.exchange import Exchange
+from osp.parallel.guidance import branch_prediction, split_sampling
 from osp.sampling.decoding import decode_in_pieces
 from osp.sampling.defaults import GUIDANCE, named_solver
 from osp.sampling.offload import offloaded
 from osp.sampling.progress import Progress, Watch, unwatched
 from osp.vae import LatentCodec
+from osp.vae.streaming import PieceProgress
 
 MOST_SEED = 2**63 - 1
 
@@ -76,6 +80,8 @@ class VideoGenerator:
         self.denoiser, self.text, self.objective, self.codec, self.fps = denoiser, text, objective, codec, fps
         self.clip = None if clip is None else {key: int(clip[key]) for key in ("frames", "height", "width")}
         self.device = denoiser.out.weight.device
+        self._every: Exchange | None = None
+        self._branches: Exchange | None = None
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -111,6 +117,21 @@ class VideoGenerator:
         """Work on this device from now on."""
         self.device = torch.device(device)
         return self
+
+    def share(self, guidance: float) -> Self:
+        """Make each video together with all other processes, which are given the same and get the same.
+
+        With guidance an even number is halved: one half predicts with the prompt and the other without. The processes
+        of a half share the tokens; all share the videos of a batch that are to be decoded. Raises UsageError for a
+        denoiser that cannot be split so.
+        """
+        self._every, self._branches = split_sampling(self.denoiser, self.device, guidance != 1)
+        return self
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one of those that share their videos which writes them."""
+        return self._every is None or self._every.rank == 0
 
     def check_size(self, frames: int, height: int, width: int) -> Grid:
         """The grid of tokens of such a video. Raises UsageError naming the nearest sizes that fit, if it does not."""
@@ -307,14 +328,7 @@ class VideoGenerator:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = self.codec.latent_shape(*encoded.size)
         tokens = shape[2] * shape[3] // self.denoiser.patch_size**2
-        predict = guided_prediction(
-            partial(call_denoiser, self.denoiser),
-            denoiser_inputs(self.denoiser, encoded.text, encoded.condition),
-            denoiser_inputs(self.denoiser, encoded.without_text, encoded.without_condition),
-            scale=guidance,
-            rescale=rescale,
-            together=together and not low_memory,
-        )
+        predict = self._predict(encoded, guidance, rescale, together and not low_memory)
         held = encoded.condition
         if hold_given and held is not None and held.clean is not None and held.known is not None:
             predict = held_prediction(predict, self.objective, held.clean, held.known)
@@ -329,6 +343,17 @@ class VideoGenerator:
             latent = sample(predict, noise, solver, generators, tokens=tokens, callback=tell)
         check_finite(f"the latents that the denoiser ({type(self.denoiser).__name__}) gives", latent)
         return latent
+
+    def _predict(self, encoded: Encoded, guidance: float, rescale: float, together: bool) -> Predict:
+        """The prediction to sample with; of its two calls this process makes one if another makes the other."""
+        model = partial(call_denoiser, self.denoiser)
+        inputs = (
+            denoiser_inputs(self.denoiser, encoded.text, encoded.condition),
+            denoiser_inputs(self.denoiser, encoded.without_text, encoded.without_condition),
+        )
+        if self._branches is not None and guidance != 1:
+            return branch_prediction(model, *inputs, scale=guidance, rescale=rescale, over=self._branches)
+        return guided_prediction(model, *inputs, scale=guidance, rescale=rescale, together=together)
 
     @torch.no_grad()
     def decode(self, latent: Tensor, frames: int, *, low_memory: bool = False, progress: Watch = unwatched) -> Tensor:
@@ -345,7 +370,17 @@ class VideoGenerator:
             if low_memory:
                 return decode_in_pieces(self.codec, latent, frames, tell)
             tell(0, frames)
-            return self.codec.decode(latent, frames, tell).cpu()
+            if self._every is None:
+                return self.codec.decode(latent, frames, tell).cpu()
+            return self._decode_share(self._every, latent, frames, tell).cpu()
+
+    def _decode_share(self, every: Exchange, latent: Tensor, frames: int, tell: PieceProgress) -> Tensor:
+        """All videos, of which this process has decoded some."""
+        parts = latent.tensor_split(every.size)
+        own, (_, height, width) = parts[every.rank], self.codec.strides.pixels(*latent.shape[2:])
+        empty = latent.new_empty(0, 3, frames, height, width, dtype=torch.float32)
+        video = self.codec.decode(own, frames, tell) if len(own) else empty
+        return every.gathered(video, [len(part) for part in parts], "videos")
 
 
 class _Movable(Protocol):

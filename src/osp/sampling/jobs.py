@@ -170,9 +170,10 @@ def run_jobs(plan: Plan, watch: Callable[[RunProgress], None] | None = None) -> 
         arguments = _arguments(plan.generator, plan.sampling, batch.jobs)
         videos = generate_batch(plan.generator, plan.sampling, arguments, tell)
         for job, video in zip(batch.jobs, videos, strict=True):
-            if job in batch.missing:
+            if job in batch.missing and plan.generator.writes:
                 written.append(plan.folder.write(job.stem, video, job.settings))
-    plan.folder.finish()
+    if plan.generator.writes:
+        plan.folder.finish()
     return written
 
 
