@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import signal
 import socket
 import threading
@@ -84,7 +85,7 @@ def _results(pipes: list[Connection]) -> dict[int, Any]:
             assert isinstance(pipe, Connection)
             rank = pipes.index(pipe)
             try:
-                kind, value = pipe.recv()
+                kind, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 failed.append(DataError(f"devices={len(pipes)}: the process of device {rank} ended without a word"))
                 continue
@@ -112,9 +113,9 @@ def _serve(
     root.setLevel(logging.INFO)
     with _together(own, rank, count):
         try:
-            pipe.send(("result", function(own, *arguments)))
+            _send(pipe, "result", function(own, *arguments))
         except BaseException as error:  # noqa: BLE001  (it is raised where this process was started)
-            pipe.send(("error", error))
+            _send(pipe, "error", error)
 
 
 class _Told(QueueHandler):
@@ -122,7 +123,12 @@ class _Told(QueueHandler):
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Send one."""
-        self.queue.send(("log", record))  # type: ignore[attr-defined]
+        _send(self.queue, "log", record)  # type: ignore[arg-type]
+
+
+def _send(pipe: Connection, kind: str, value: Any) -> None:
+    """Send plain bytes: `pipe.send` leaves tensors with the sender, which may be gone when they are read."""
+    pipe.send_bytes(pickle.dumps((kind, value)))
 
 
 def _end_with_parent() -> None:
