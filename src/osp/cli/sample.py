@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from osp.cli.checks import check_generator_source, check_numbers
 from osp.cli.plain import instantiate
 from osp.cli.settings import read_sampling
-from osp.devices import choose_device
+from osp.devices import choose_device, choose_kernels
 from osp.documents import printable
 from osp.errors import UsageError
 from osp.parallel.launch import on_devices
@@ -43,6 +43,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
 
 def _sample(device: torch.device, cfg: DictConfig, output: Path) -> dict[str, Any]:
     """Sample on a device; where several work together, it is called in a process for each."""
+    choose_kernels(cfg.kernels)
     sampling, folder = read_sampling(cfg), SampleFolder(output, cfg.format, cfg.overwrite)
     asked = list_asked(_requests(cfg), sampling, _pictures(cfg))
     generator = instantiate(cfg.generator)
