@@ -8,12 +8,12 @@ import torch
 from osp.conditioning import WordText
 from osp.denoiser import CrossTransformer, Denoiser, JointTransformer, Stage
 from osp.devices import PeakMemory
+from osp.devices.live import LiveBytes
 from osp.diffusion import Flow, Solver
 from osp.errors import UsageError
 from osp.sampling import VideoGenerator
 from osp.sampling.memory import MemoryPlan, call_bytes, plan_memory
 from osp.vae import WFVAE, LatentCodec
-from osp.vae.memory import LiveBytes
 
 CPU = torch.device("cpu")
 STAGES = [Stage(1), Stage(2, "skiparse", 2), Stage(1)]

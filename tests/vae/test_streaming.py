@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from osp.devices.live import LiveBytes
 from osp.errors import UsageError
 from osp.vae import WFVAE, GaussianPosterior, VideoVAE, stream_decode, stream_encode
 from osp.vae.layers import CausalConv3d
-from osp.vae.memory import LiveBytes
 from osp.vae.wavelet import HaarTransform, InverseHaarTransform
 
 CHUNKS = (1, 2, 3, 5, 8, 16)

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from osp.devices.live import LiveBytes
 from osp.errors import UsageError
 from osp.vae import WFVAE, Tiling, VideoVAE, fit_tiling, stream_decode, stream_encode
-from osp.vae.memory import LiveBytes, parse_bytes, working_bytes
+from osp.vae.memory import parse_bytes, working_bytes
 from osp.vae.tiling import in_tiles
 
 

@@ -23,6 +23,7 @@ VERBS = {
     "shards": "cut a folder of videos and images into WebDataset shards",
     "cache": "encode clips once with a VAE and a text encoder, for training on features",
     "train": "train what an experiment composes",
+    "plan": "say whether a training run fits its devices, and what time and money it takes",
     "chain": "train the stages of a recipe one after another, each from the one before",
     "eval": "measure what a VAE keeps of videos, or how well a denoiser follows prompts",
     "sample": "make videos of prompts",

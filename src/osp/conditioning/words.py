@@ -94,7 +94,10 @@ class WordText(nn.Module):
         self.check_length(prompts, [len(words) for words in spelled], strict)
         rows = _table_rows(spelled, self.max_tokens)
         is_padded = bool((rows[..., 0] == _NONE).any())  # found out before it is on the device
-        rows = rows.to(self.places.device)
+        return self.read(rows.to(self.places.device), is_padded)
+
+    def read(self, rows: Tensor, is_padded: bool) -> EncodedText:
+        """Words as rows of the table, `B L WORD_BYTES` -> their text; `is_padded` says whether any is none."""
         mask = rows[..., 0] != _NONE
         padding = mask if is_padded else None
         x = self.spelling(rows.flatten(0, 1)).unflatten(0, mask.shape)

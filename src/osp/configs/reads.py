@@ -44,6 +44,12 @@ _CHOSEN_CLIPS = dict.fromkeys((f"data.{key}" for key in _LOADING), Where("osp tr
 }
 """The clips in `data` that other verbs than training read; `split` chooses them."""
 
+_TRAINING = (
+    dict.fromkeys(("limits", "denoiser", "text", "objective", "clipping", "perceptual", "buckets"), BY_REFERENCE)
+    | dict.fromkeys(("clip", "path", "checkpoint", "checkpoint_every"), BY_REFERENCE)
+    | {"vae": _DENOISER, "latent": _ON_CLIPS}
+)
+
 SOMETIMES: Mapping[str, Mapping[str, Where]] = {
     "shards": {"synthetic": _DRAWN}
     | dict.fromkeys(("captions", "clip_seconds", "drop_gone", "min_frames", "limits"), _FOLDER),
@@ -53,11 +59,8 @@ SOMETIMES: Mapping[str, Mapping[str, Where]] = {
     | dict.fromkeys(("path", "checkpoint", "seed"), BY_REFERENCE)
     | {"buckets": _FOLDER, "limits": _FOLDER, "split": _DATA}
     | _CHOSEN_CLIPS,
-    "train": dict.fromkeys(
-        ("limits", "denoiser", "text", "objective", "clipping", "perceptual", "buckets"), BY_REFERENCE
-    )
-    | dict.fromkeys(("clip", "path", "checkpoint", "checkpoint_every"), BY_REFERENCE)
-    | {"vae": _DENOISER, "latent": _ON_CLIPS},
+    "train": _TRAINING,
+    "plan": _TRAINING,
     "eval": dict.fromkeys(("path", "checkpoint", "denoiser", "text"), BY_REFERENCE)
     | dict.fromkeys(("generator", "solver", "guidance", "rescale", "negative_prompt", "hold_given"), _GENERATED)
     | {"vae": _RECONSTRUCTED, "split": _DATA}

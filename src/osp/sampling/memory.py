@@ -10,10 +10,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from osp.denoiser import Denoiser
+from osp.devices.live import LiveBytes
 from osp.devices.measure import available_memory
 from osp.sampling.generator import VideoGenerator
 from osp.sampling.offload import BLOCKS_ON_DEVICE
-from osp.vae.memory import LiveBytes, working_bytes
+from osp.vae.memory import working_bytes
 
 _MIB, _GIB = 2**20, 2**30
 # The solver's state, and the model's input and output, each of them twice with guidance.

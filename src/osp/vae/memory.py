@@ -2,15 +2,11 @@
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, get_args
+from typing import get_args
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from osp.devices.live import LiveBytes
 from osp.errors import UsageError
 from osp.vae.autoencoder import COLOURS, VideoVAE
 from osp.vae.streaming import Half
@@ -30,35 +26,6 @@ def parse_bytes(value: int | str) -> int:
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise UsageError(f"max_memory={value}: must be an amount of memory, for example 6GiB")
     return int(float(match[1]) * _UNITS[match[2]])
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows the tensors made inside the block: `peak` is the most that was alive at once, in bytes.
-
-    Works on the meta device, where nothing is computed.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._bytes = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Run the operation and count what it made."""
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                held = self._alive.get(storage._cdata)
-                if held is None or held[0].expired():
-                    self._bytes += storage.nbytes() - (held[1] if held else 0)
-                    self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        if self._bytes > self.peak:  # only then does it matter what has gone meanwhile
-            self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-            self._bytes = sum(size for _, size in self._alive.values())
-            self.peak = max(self.peak, self._bytes)
-        return result
 
 
 def working_bytes(vae: VideoVAE, half: Half, height: int, width: int, dtype: torch.dtype = torch.float32) -> int:

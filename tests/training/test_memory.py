@@ -1,0 +1,109 @@
+"""The memory of a training step, counted without memory."""
+
+import pytest
+import torch
+from torch import nn
+
+from osp.denoiser import CrossTransformer
+from osp.denoiser.flops import denoiser_flops
+from osp.devices.live import LiveBytes
+from osp.diffusion import Flow
+from osp.errors import UsageError
+from osp.training.memory.layout import Layout
+from osp.training.memory.rehearsal import ACTIVATIONS, COPIES, GRADIENTS, Rehearsal, rehearse_denoiser
+
+LATENT, WORDS = (2, 3, 8, 8), 8
+
+
+def model() -> CrossTransformer:
+    with torch.device("meta"):
+        return CrossTransformer(
+            stages=[{"blocks": 3, "pattern": "skiparse", "k": 2}], heads=2, head_dim=12, channels=4, out_channels=4,
+            text_channels=16,
+        )  # fmt: skip
+
+
+def rehearsed(recompute_every: int = 0, precision: str = "32-true") -> Rehearsal:
+    return rehearse_denoiser(model(), None, Flow(), LATENT, WORDS, recompute_every, precision, True)
+
+
+def test_live_bytes_follow_tensors_until_they_are_gone() -> None:
+    with LiveBytes() as live:
+        kept = torch.empty(100, device="meta")
+        passing = torch.empty(50, device="meta")
+        live.kind = "others"
+        view = kept[:10]
+        assert (live.now, live.peak) == (600, 600)
+        live.rename(passing, "named")
+        assert live.kinds["named"] == 200
+        del passing
+        assert (live.now, live.peak) == (400, 600)
+        del kept
+        assert live.now == 400  # the view holds it
+        del view
+    assert live.now == 0
+
+
+def test_operations_are_those_that_are_counted_from_the_layers() -> None:
+    counted = denoiser_flops(model(), LATENT[1:], WORDS, LATENT[0])
+    assert rehearsed().flops == counted.forward + counted.backward
+
+
+def test_recomputing_keeps_less_and_computes_the_blocks_once_more() -> None:
+    plain, again = rehearsed(), rehearsed(recompute_every=1)
+    assert list(again.kept) == list(plain.kept) == ["block 0", "block 1", "block 2"]
+    tokens = 2 * 3 * 4 * 4 * 24 * 4
+    assert again.kept["block 1"] == tokens  # the block's input
+    assert plain.kept["block 1"] > 10 * tokens
+    assert again.peak({})[ACTIVATIONS] < plain.peak({})[ACTIVATIONS]
+    assert again.flops > plain.flops
+
+
+def test_shares_of_gradients_and_tokens_move_the_peak() -> None:
+    whole = rehearsed().peak({})
+    shared = rehearsed().peak({ACTIVATIONS: 0.5, GRADIENTS: 0.25})
+    assert sum(shared.values()) < sum(whole.values())
+
+
+def test_gradients_at_the_end_are_those_of_all_weights() -> None:
+    only = rehearsed().peak({ACTIVATIONS: 0.0, "activations outside the blocks": 0.0, COPIES: 0.0})
+    assert only[GRADIENTS] == 4 * sum(parameter.numel() for parameter in model().parameters())
+
+
+def test_half_precision_holds_copies_of_the_weights() -> None:
+    half = rehearsed(precision="bf16-mixed").peak({ACTIVATIONS: 0.0, "activations outside the blocks": 0.0})
+    linear = sum(layer.weight.numel() for layer in model().modules() if isinstance(layer, nn.Linear))
+    assert 2 * linear <= half[COPIES] <= 2 * sum(parameter.numel() for parameter in model().parameters())
+
+
+def test_a_rehearsal_leaves_nothing_fake_behind() -> None:
+    rehearsed()
+    real = CrossTransformer(
+        stages=[{"blocks": 1, "pattern": "skiparse", "k": 2}], heads=2, head_dim=12, channels=4, out_channels=4,
+        text_channels=16,
+    )  # fmt: skip
+    out = real(torch.randn(2, 4, 3, 8, 8), torch.zeros(2), torch.randn(2, WORDS, 16))
+    assert type(out) is torch.Tensor
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "devices", "wanted"),
+    [
+        ({"devices": 1, "strategy": "auto"}, None, Layout()),
+        ({"devices": -1, "strategy": "ddp"}, None, Layout(8, "ddp")),
+        ({"devices": 2, "num_nodes": 2, "strategy": "ddp"}, None, Layout(4, "ddp")),
+        (
+            {"strategy": {"_target_": "osp.parallel.ShardedStrategy", "sequence": 2, "replicas": None}, "num_nodes": 2},
+            16,
+            Layout(16, "fsdp", 2, 2),
+        ),
+    ],
+)
+def test_a_layout_is_read_from_the_trainer(trainer: dict[str, object], devices: int | None, wanted: Layout) -> None:
+    assert Layout.of(trainer, devices, here=8) == wanted
+
+
+def test_devices_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"trainer.strategy.sequence=3: must divide the 8 devices"):
+        Layout(8, "fsdp", sequence=3)
