@@ -25,28 +25,30 @@ from osp.report.tables import markdown_table
 MIB = 2**20
 _DENOISER = (
     "module=denoiser", "denoiser=cross_tiny", "text=words", "objective=flow_tiny", "vae=pretrained", "data=synthetic",
-    "trainer=cpu", "denoiser.heads=16", "clip.frames=17", "clip.height=128", "clip.width=128", "data.batch_size=8",
+    "trainer=cpu", "denoiser.heads=8", "clip.frames=9", "clip.height=64", "clip.width=64", "data.batch_size=24",
 )  # fmt: skip
-_JOINT = (*_DENOISER, "denoiser=suv_tiny", "denoiser.heads=8")
+_HEAVY = (*_DENOISER, "denoiser.heads=24", "data.batch_size=2")
+_JOINT = (*_DENOISER, "denoiser=suv_tiny", "data.batch_size=24")
 _VAE = (
     "module=vae", "vae=wfvae_tiny", "data=synthetic", "trainer=cpu", "module.loss.perceptual=null",
-    "clip.frames=17", "clip.height=128", "clip.width=128", "data.batch_size=4",
+    "clip.frames=9", "clip.height=64", "clip.width=64", "data.batch_size=16",
 )  # fmt: skip
 _TWO = ("trainer=fsdp_cpu",)
 
 CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     "cross": _DENOISER,
-    "cross, recomputed": (*_DENOISER, "module.recompute_every=1", "data.batch_size=16"),
-    "cross, large weights": (*_DENOISER, "denoiser.heads=32", "data.batch_size=1"),
-    "cross, accumulated": (*_DENOISER, "denoiser.heads=32", "module.accumulate=4", "data.batch_size=2"),
-    "cross, buckets of tokens": (*_DENOISER, "data.batch_size=12", "clip.height=96"),
+    "cross, recomputed": (*_DENOISER, "module.recompute_every=1", "data.batch_size=64"),
+    "cross, large weights": _HEAVY,
+    "cross, accumulated": (*_HEAVY, "module.accumulate=3", "data.batch_size=4"),
+    "cross, larger clips": (*_DENOISER, "clip.frames=17", "clip.height=96", "data.batch_size=10"),
+    "cross, FSDP2 x2": (*_HEAVY, "trainer=fsdp_cpu"),
+    "cross, DDP x2": (*_HEAVY, "trainer=ddp_cpu"),
     "joint": _JOINT,
-    "joint, recomputed": (*_JOINT, "module.recompute_every=1", "data.batch_size=16"),
+    "joint, recomputed": (*_JOINT, "module.recompute_every=1", "data.batch_size=64"),
     "joint, Muon": (*_JOINT, "module.muon_lr=1e-3", "denoiser.heads=16", "data.batch_size=2"),
     "VAE": _VAE,
-    "VAE, wide, accumulated": (*_VAE, "vae.base_channels=32", "module.accumulate=2", "data.batch_size=2"),
-    "VAE with discriminator": (*_VAE, "module.discriminator_start=0"),
-    "cross, DDP x2": (*_DENOISER, "denoiser.heads=32", "data.batch_size=1", "trainer=ddp_cpu"),
+    "VAE, accumulated": (*_VAE, "vae.base_channels=32", "module.accumulate=2", "data.batch_size=8"),
+    "VAE with discriminator": (*_VAE, "module.discriminator_start=0", "data.batch_size=8"),
 }
 WARM_UP = ("denoiser.heads=2", "vae.base_channels=8", "clip.frames=5", "clip.height=32", "clip.width=32")
 

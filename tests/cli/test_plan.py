@@ -38,7 +38,7 @@ def test_a_run_that_fits_ends_with_code_0(osp: Osp) -> None:
 
 
 def test_a_run_that_does_not_fit_ends_with_code_1_and_what_to_change(osp: Osp) -> None:
-    code, out, said = osp("plan", *TINY, "memory_gb=0.12", "devices=8")
+    code, out, said = osp("plan", *TINY, "memory_gb=0.085", "devices=8")
     assert code == 1
     found = json.loads(out.splitlines()[-1])
     assert not found["fits"]

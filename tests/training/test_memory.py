@@ -67,7 +67,8 @@ def test_shares_of_gradients_and_tokens_move_the_peak() -> None:
 
 def test_gradients_at_the_end_are_those_of_all_weights() -> None:
     only = rehearsed().peak({ACTIVATIONS: 0.0, "activations outside the blocks": 0.0, COPIES: 0.0})
-    assert only[GRADIENTS] == 4 * sum(parameter.numel() for parameter in model().parameters())
+    weights = 4 * sum(parameter.numel() for parameter in model().parameters())
+    assert only[GRADIENTS] == pytest.approx(weights, rel=0.01)
 
 
 def test_half_precision_holds_copies_of_the_weights() -> None:

@@ -3,6 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,9 +33,10 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Run the operation and count what it made."""
         result = func(*args, **(kwargs or {}))
-        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf, func, args)
+        if not _gives_views(func):
+            for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self._follow(leaf, func, args)
         self.peak = max(self.peak, self.now)
         return result
 
@@ -68,6 +70,12 @@ class LiveBytes(TorchDispatchMode):
     def _add(self, kind: str, size: int) -> None:
         self.kinds[kind] += size
         self.now += size
+
+
+@cache
+def _gives_views(func: Any) -> bool:
+    """Whether an operation gives what it was given: nothing new, also where that was made before anyone followed."""
+    return any(one.alias_info is not None for one in func._schema.returns)
 
 
 def flops_of(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> int:

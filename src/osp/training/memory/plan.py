@@ -110,7 +110,7 @@ def _encoded(asked: Asked) -> Rehearsal | None:
 
 
 def _learned(work: DenoiserWork | VAEWork) -> list[nn.ModuleList]:
-    """What has averaged weights, and what learns without them."""
+    """The models with averaged weights, and those that learn without them."""
     if isinstance(work, VAEWork):
         return [nn.ModuleList([work.vae]), nn.ModuleList([] if work.discriminator is None else [work.discriminator])]
     return [nn.ModuleList([work.denoiser, *([] if work.text is None else [work.text])])]
