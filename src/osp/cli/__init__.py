@@ -31,6 +31,7 @@ VERBS = {
     "bench": "measure speed and memory of a part, as one table and one plot",
     "doctor": "ask a new machine what a week of training would find out",
     "import-weights": "turn published weights into a folder of ours",
+    "export": "write what a run has trained as a folder of weights",
     "export-weights": "turn a model of ours into a folder for the published code",
 }
 

@@ -17,7 +17,8 @@ from osp.configs.texts import escaped
 from osp.documents import printable
 from osp.errors import DataError
 
-_WITHOUT = ("doctor", "page", "import-weights", "export-weights")  # these write a file or a folder at their end, no log
+# These write a file or a folder at their end, and no log.
+_WITHOUT = ("doctor", "page", "import-weights", "export", "export-weights")
 _ONE_FOR_ALL = ("cache",)  # the jobs of a multirun work on parts of one folder
 
 

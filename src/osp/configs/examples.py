@@ -94,6 +94,13 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, Sequence[str]]]] = {
             ["kind=opensora_v13", "source=DOWNLOADED", "output=weights/opensora_v13", "dtype=bfloat16"],
         ),
     ),
+    "export": (
+        ("a trained denoiser", ["checkpoint=outputs/run/checkpoints/last.ckpt", "output=weights/mine"]),
+        (
+            "a trained VAE for the published code",
+            ["checkpoint=outputs/tuned/checkpoints/best.ckpt", "output=weights/theirs", "form=published"],
+        ),
+    ),
     "export-weights": (
         ("a trained VAE", ["source=outputs/tuned/checkpoints/best.ckpt", "output=weights/for_published_code"]),
     ),

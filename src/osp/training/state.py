@@ -15,11 +15,16 @@ from osp.errors import DataError
 from osp.files import whole_at
 from osp.training.sharded import WEIGHTS
 from osp.weights.files import open_checkpoint
+from osp.weights.folders import CONFIG, read_json
 from osp.weights.lazy import Weights
+from osp.weights.pretrained import as_written, open_pretrained, read_entries
 from osp.weights.sharded import INDEX, Sharded, open_sharded
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
+
+GENERATOR, TEXT = "generator", "text"
+"""Entries of the configuration of an exported denoiser; `text.safetensors` is the text encoder that learned along."""
 
 _AVERAGED = "ema.model."
 
@@ -102,6 +107,38 @@ class FolderCheckpoint:
         return _below(self.content.weights, WEIGHTS + prefix)
 
 
+@dataclass(frozen=True)
+class ExportedCheckpoint:
+    """What `osp export` has kept of a `TrainingCheckpoint`: a denoiser, and what makes a generator of it."""
+
+    path: Path
+    config: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """See `TrainingCheckpoint.step`."""
+        return _step(self.path, self.config.get(GENERATOR, {}).get("step"))
+
+    def entry(self, name: str) -> Any:
+        """See `TrainingCheckpoint.entry`."""
+        return self.config.get(GENERATOR) if name == GENERATOR else None
+
+    def weights(self, prefix: str) -> dict[str, Tensor]:
+        """See `TrainingCheckpoint.weights`."""
+        return {key: value.clone() for key, value in self.stored(prefix).items()}
+
+    def stored(self, prefix: str) -> Weights:
+        """See `TrainingCheckpoint.stored`; the weights that were written count as the averaged ones."""
+        if not prefix.startswith(_AVERAGED):
+            return Weights({})
+        _, weights = open_pretrained(self.path)
+        parts = {"denoiser.": weights}
+        if (file := self.path / f"{TEXT}.safetensors").exists():
+            parts["text."] = as_written(Weights.of(open_checkpoint(file)), self.config.get(TEXT, {}), file)
+        named = {_AVERAGED + part + key: one for part, held in parts.items() for key, one in held.stored.items()}
+        return _below(Weights(named), prefix)
+
+
 def _step(path: Path, step: Any) -> int:
     if not isinstance(step, int):
         raise DataError(f"{path}: is no checkpoint of `osp train`, as it does not say its step")
@@ -119,6 +156,8 @@ def open_state(path: str | Path) -> TrainingCheckpoint:
     """
     path = Path(path)
     if (place := whole_at(path)).is_dir():
+        if not (place / INDEX).exists() and (place / CONFIG).exists():
+            return ExportedCheckpoint(path, read_entries(path))
         return FolderCheckpoint(path, open_sharded(place))
     return FileCheckpoint(path, open_checkpoint(place))
 
@@ -131,7 +170,9 @@ def is_stored(path: str | Path) -> bool:
 def is_state(path: str | Path) -> bool:
     """Whether what lies at `path` is to be read as a run's state, and not as a folder of `osp import-weights`."""
     place = whole_at(Path(path))
-    return not place.is_dir() or (place / INDEX).exists() or any(place.glob("rank-*.safetensors"))
+    if not place.is_dir() or (place / INDEX).exists() or any(place.glob("rank-*.safetensors")):
+        return True
+    return (place / CONFIG).is_file() and GENERATOR in read_json(place / CONFIG)
 
 
 def averaged_weights(state: TrainingCheckpoint, part: str = "") -> dict[str, Tensor]:

@@ -19,7 +19,15 @@ from osp.weights.lazy import Stored, Weights, filled, parse_dtype
 from osp.weights.published import published_scaling
 
 _WEIGHTS = "model.safetensors"
-_FORM = {"model": Any, "settings": Any, "published?": dict, f"{CHECKSUMS}?": {...: str}, f"{SEAL}?": str}
+_FORM = {
+    "model": Any,
+    "settings": Any,
+    "published?": dict,
+    "generator?": dict,  # what belongs to a denoiser that was trained here (`osp.training.export`)
+    "text?": {...: str},  # the checksums of the weights of a text encoder that was trained along
+    f"{CHECKSUMS}?": {...: str},
+    f"{SEAL}?": str,
+}
 _KNOWN = {key.removesuffix("?") for key in _FORM}
 
 
@@ -28,18 +36,19 @@ def save_pretrained(
     folder: str | Path,
     published: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    entries: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model: its weights, and settings that build it again. A model that is there already is replaced.
 
     `published` holds what a published configuration says beyond the model's shape. `weights` are written instead of the
-    model's own, one after another, so that they need not be in memory. Raises UsageError for another model and for a
-    folder that holds something else.
+    model's own, one after another, so that they need not be in memory. `entries` go into `config.json` too. Raises
+    UsageError for another model and for a folder that holds something else.
     """
     name = type(model).__name__
     if family_of(model) is None:
         known = (family.model.__name__ for family in FAMILIES.values())
         raise UsageError(f"a {name} cannot be saved; a {' or '.join(known)} can")
-    config = {"model": name, "settings": model.settings, "published": dict(published or {})}
+    config = {"model": name, "settings": model.settings, "published": dict(published or {}), **(entries or {})}
     stored = Weights.of(model.state_dict() if weights is None else weights)
     # Each tensor is read once: to be written, and for its checksum.
     write_model(Path(folder), _WEIGHTS, stored, config, is_alike=lambda other: "model" in other, seals=True)
@@ -74,12 +83,14 @@ def open_pretrained(path: str | Path | None) -> tuple[nn.Module, Weights]:
     wanted = model.state_dict()
     check_keys(Weights.of(wanted).shapes, stored, str(folder / _WEIGHTS))
     check_seal(config, str(folder / CONFIG))
-    return model, sound(_as_written(stored, config, folder), wanted, str(folder / _WEIGHTS))
+    return model, sound(as_written(stored, config.get(CHECKSUMS), folder / _WEIGHTS), wanted, str(folder / _WEIGHTS))
 
 
-def _as_written(stored: Weights, config: Mapping[str, Any], folder: Path) -> Weights:
-    """The weights, each of which is compared with its checksum when it is read; without any in old folders."""
-    checksums = config.get(CHECKSUMS)
+def as_written(stored: Weights, checksums: Mapping[str, str] | None, file: Path) -> Weights:
+    """The weights of a file, each of which is compared with its checksum when it is read, if there are any.
+
+    Raises WeightImportError, then, for one that is another.
+    """
     if checksums is None:
         return stored
 
@@ -87,7 +98,7 @@ def _as_written(stored: Weights, config: Mapping[str, Any], folder: Path) -> Wei
         value = one.read()
         if checksum(value) != checksums.get(key):
             raise WeightImportError(
-                f"{folder / _WEIGHTS}: {printable(key)} is not what was written; its checksum is another. "
+                f"{file}: {printable(key)} is not what was written; its checksum is another. "
                 "Import or copy the weights again"
             )
         return value
@@ -95,11 +106,16 @@ def _as_written(stored: Weights, config: Mapping[str, Any], folder: Path) -> Wei
     return Weights({key: Stored(one.shape, one.dtype, partial(read, key, one)) for key, one in stored.stored.items()})
 
 
-def published_part(path: str | Path) -> dict[str, Any]:
-    """The published configuration that `save_pretrained` was given. Raises WeightImportError as `load_pretrained`."""
+def read_entries(path: str | Path) -> dict[str, Any]:
+    """The `config.json` of a folder of `save_pretrained`. Raises WeightImportError as `load_pretrained`."""
     config = _config(path)
     check_seal(config, str(Path(path) / CONFIG))
-    published: dict[str, Any] = config.get("published", {})
+    return config
+
+
+def published_part(path: str | Path) -> dict[str, Any]:
+    """The published configuration that `save_pretrained` was given. Raises WeightImportError as `load_pretrained`."""
+    published: dict[str, Any] = read_entries(path).get("published", {})
     return published
 
 

@@ -1,0 +1,138 @@
+"""What a run has trained, as a folder of weights: in our own form, or in that of the published code."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osp.checks import check_choice
+from osp.conditioning import WordText
+from osp.denoiser import Denoiser
+from osp.errors import DataError, UsageError
+from osp.files import discard, put_in_place
+from osp.training.checkpoints import open_generator
+from osp.training.state import GENERATOR, TEXT, TrainingCheckpoint, is_state, open_state
+from osp.vae import WFVAE
+from osp.weights.built import build_empty
+from osp.weights.families import find_class
+from osp.weights.files import check_keys, save_weights, sound
+from osp.weights.folders import read_config
+from osp.weights.lazy import Stored, Weights, filled, parse_dtype
+from osp.weights.pretrained import open_pretrained, published_part, save_pretrained
+from osp.weights.published import save_published
+
+FORMS = ("osp", "published")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model without memory, and its weights, which are read when they are asked for.
+
+    `text` are those of a text encoder that was trained along. `entries` go into the configuration in our own form,
+    `published` is what a published configuration said beyond the model's shape.
+    """
+
+    model: nn.Module
+    weights: Weights
+    text: Weights | None
+    entries: dict[str, Any]
+    published: dict[str, Any]
+
+
+def export(
+    source: str | Path, output: str | Path, *, averaged: bool = True, form: str = "osp", dtype: str = "float32"
+) -> dict[str, Any]:
+    """Write what was trained in a checkpoint of any form, tensor by tensor, as a folder that is whole or not there.
+
+    `source` is a checkpoint, or a folder of `osp import-weights`, which has one kind of weights only. `averaged`
+    chooses between the averaged weights and those of the last step. In our own form (`osp`) the folder is one that
+    `path=FOLDER` takes; of a denoiser it holds what makes a generator too, so that `checkpoint=FOLDER` and
+    `start_from=FOLDER` take it as well. Gives what the folder holds. Raises UsageError for settings that do not fit and
+    for a folder of something else, and errors as the readers.
+    """
+    check_choice("form", form, FORMS)
+    kind, place = parse_dtype(dtype), Path(output)
+    if not is_state(source) and not averaged:
+        raise UsageError(f"averaged=false: {source} holds one kind of weights only; leave it out")
+    found = _trained(open_state(source), averaged) if is_state(source) else _pretrained(Path(source))
+    _check_output(place, form)
+    part = place.with_name(f".{place.name}.part")
+    discard(part)
+    try:
+        settings = _write(found, part, form, kind)
+        put_in_place(part, place)
+    finally:
+        discard(part)
+    parameters = sum(parameter.numel() for parameter in found.model.parameters())
+    return {"output": str(place), "parameters": parameters, "settings": settings}
+
+
+def _write(found: Model, folder: Path, form: str, dtype: torch.dtype) -> dict[str, Any]:
+    weights = _cast(found.weights, dtype)
+    if form == "published":
+        own = {key: value.clone() for key, value in weights.items()}  # the file may be replaced
+        return save_published(filled(found.model, own), folder, found.published)
+    folder.mkdir(parents=True)
+    entries = dict(found.entries)
+    if found.text is not None:
+        entries[TEXT] = save_weights(folder / f"{TEXT}.safetensors", _cast(found.text, dtype))
+    save_pretrained(found.model, folder, found.published, weights, entries)
+    settings: dict[str, Any] = found.model.settings  # type: ignore[assignment]
+    return settings
+
+
+def _check_output(folder: Path, form: str) -> None:
+    """Raise UsageError for a folder with anything in it that is not a model of this form."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    config = read_config(folder) if folder.is_dir() else None
+    if config is None or ("model" if form == "osp" else "_class_name") not in config:
+        raise UsageError(f"{folder} is of something else; choose another output folder")
+
+
+def _pretrained(folder: Path) -> Model:
+    model, weights = open_pretrained(folder)
+    return Model(model, weights, None, {}, published_part(folder))
+
+
+def _trained(state: TrainingCheckpoint, averaged: bool) -> Model:
+    settings = state.entry("vae_settings")
+    if settings is not None:
+        weights = state.stored("ema.model." if averaged else "vae.")
+        vae = build_empty(WFVAE, settings, len(weights), f"{state.path}: vae_settings")
+        return Model(vae, _fitting(vae, weights, state), None, {}, {})
+    _, entry = open_generator(state.path)
+    prefix = "ema.model." if averaged else "model."
+    weights = state.stored(f"{prefix}denoiser.")
+    kind = find_class(entry["denoiser"]["model"], Denoiser, f"{state.path}: generator.denoiser.model", DataError)
+    settings = entry["denoiser"]["settings"]
+    denoiser = build_empty(kind, settings, len(weights), f"{state.path}: generator.denoiser.settings")
+    text = None
+    if entry["text"]["encoder"] == WordText.__name__:
+        found = state.stored(f"{prefix}text.")
+        words = build_empty(WordText, entry["text"]["settings"], len(found), f"{state.path}: generator.text.settings")
+        text = _fitting(words, found, state)
+    return Model(denoiser, _fitting(denoiser, weights, state), text, {GENERATOR: {**entry, "step": state.step}}, {})
+
+
+def _fitting(model: nn.Module, weights: Weights, state: TrainingCheckpoint) -> Weights:
+    """The weights, if they are all that the model has. Raises WeightImportError."""
+    wanted = model.state_dict()
+    check_keys(Weights.of(wanted).shapes, weights, str(state.path))
+    return sound(weights, wanted, str(state.path))
+
+
+def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    def read(stored: Stored) -> Tensor:
+        value = stored.read()
+        return value.to(dtype) if stored.dtype.is_floating_point else value
+
+    return Weights(
+        {
+            key: Stored(one.shape, dtype if one.dtype.is_floating_point else one.dtype, partial(read, one))
+            for key, one in weights.stored.items()
+        }
+    )
