@@ -1,11 +1,13 @@
 """The part that both transformers share: the checks of their inputs, and the way through their blocks."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from osp.checks import check_number
@@ -93,6 +95,7 @@ class Denoiser(nn.Module):
         self.stages: tuple[Stage, ...] = config.stages
         self.schedule: list[Pattern] = [pattern for stage in self.stages for pattern in stage.patterns]
         self.recompute_every = 0
+        self.offload_activations = False
         self.placement = Placement
 
     def neutral_parts(self) -> list[Any]:
@@ -182,7 +185,9 @@ class Denoiser(nn.Module):
         """One block, which is computed again for the backward pass if `recompute_every` says so."""
         block = self.blocks[index]
         if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            pinned = inputs[0].device.type != "cpu"
+            with save_on_cpu(pin_memory=pinned) if self.offload_activations else nullcontext():
+                return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
     def to_latent(self, patches: Tensor, grid: Grid) -> Tensor:

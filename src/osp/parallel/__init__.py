@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from osp.parallel.apply import Parallelism, Sharding, apply
 from osp.parallel.drawing import drawn_weights
 from osp.parallel.exchange import Exchange
+from osp.parallel.muon import Muon
 from osp.parallel.sequence import split_sequence
 from osp.parallel.shards import fill_model, kind_of, local, passing_through, whole
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Exchange",
+    "Muon",
     "Parallelism",
     "ReplicatedStrategy",
     "ShardedStrategy",

@@ -85,12 +85,13 @@ class Parallelism:
     """All that is applied to a model; see the module. Without anything the model stays as it is.
 
     `sequence` is the group of processes that share a clip's tokens. `recompute_every` is that of
-    `Denoiser.recompute_every`, and `compile` wants a denoiser too.
+    `Denoiser.recompute_every`, and so is `offload_activations`; both, and `compile`, are for denoisers.
     """
 
     processes: int = 1
     sequence: dist.ProcessGroup | None = None
     recompute_every: int = 0
+    offload_activations: bool = False
     compile: bool = False
     sharding: Sharding | None = None
 
@@ -105,7 +106,7 @@ def apply(model: nn.Module, how: Parallelism) -> None:
     if isinstance(model, Denoiser):
         if how.sequence is not None:
             split_sequence(model, how.sequence)
-        model.recompute_every = how.recompute_every
+        model.recompute_every, model.offload_activations = how.recompute_every, how.offload_activations
         if how.compile:
             model.compile_blocks()
     if how.sharding is not None:

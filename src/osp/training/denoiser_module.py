@@ -66,6 +66,8 @@ class DenoiserModule(TrainingModule):
         image_text: where given frames are trained, half of the images have this text instead of their caption (v1.3).
         scaling_clips: the scaling of the codec is not its own but measured at the run's start, on so many clips.
         recompute_every: gradient checkpointing, see `Denoiser.recompute_every`.
+        offload_activations: see `Denoiser`; needs `recompute_every`.
+        compile: compile each block with torch.compile.
         seed: of all the noise.
         optimisation: the settings of `Optimisation`, `lr` and so on.
 
@@ -91,16 +93,24 @@ class DenoiserModule(TrainingModule):
         image_text: str | None = None,
         scaling_clips: int = 0,
         recompute_every: int = 0,
+        offload_activations: bool = False,
+        compile: bool = False,
         seed: int = 0,
         **optimisation: Any,
     ) -> None:
         super().__init__(Optimisation(**optimisation), seed)
         check_number("module.recompute_every", recompute_every, least=0, whole=True)
+        if offload_activations and not recompute_every:
+            raise UsageError(
+                "module.offload_activations=true: keeps the inputs of blocks that are computed again; give "
+                "module.recompute_every=1 too"
+            )
         check_number("module.muon_lr", muon_lr, least=0, null="all by AdamW")
         for name, part, kind in (("denoiser", denoiser, Denoiser), ("objective", objective, Objective)):
             if not isinstance(part, kind):
                 raise UsageError(f"module=denoiser needs {name}=NAME; choose one of conf/{name}")
         self.muon_lr, self.recompute_every = muon_lr, recompute_every
+        self.offload_activations, self.compile_blocks = offload_activations, compile
         self.masks = None if masks is None else find_mix(masks)
         self.objective, self.codec = objective, codec
         self.condition_noise, self.scaling_clips = condition_noise, scaling_clips
@@ -158,7 +168,12 @@ class DenoiserModule(TrainingModule):
 
     def parallelism(self) -> Parallelism:
         """See `TrainingModule`."""
-        return replace(super().parallelism(), recompute_every=self.recompute_every)
+        return replace(
+            super().parallelism(),
+            recompute_every=self.recompute_every,
+            offload_activations=self.offload_activations,
+            compile=self.compile_blocks,
+        )
 
     @property
     def _trained_text(self) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from osp.checks import check_number
+from osp.parallel import Muon
 from osp.training.resumed import own_settings
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
@@ -64,7 +65,7 @@ class Optimisation:
         for name, parameter in model.named_parameters():
             inside = parameter.ndim == 2 and ".blocks." in name and name.endswith("weight")
             (matrices if inside else rest).append(parameter)
-        muon = torch.optim.Muon(matrices, muon_lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw")
+        muon = Muon(matrices, muon_lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw")
         return [self.adamw(rest), _restorable(muon)]
 
 

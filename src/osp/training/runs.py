@@ -26,7 +26,7 @@ _FIXED = (
 _FREE = {
     *("data.workers", "data.batch_size", "data.batch_tokens", "data.val_batch_size", "data.devices"),
     *("vae.path", "module.vae.path", "latent.vae.path"),
-    "module.recompute_every",
+    *("module.recompute_every", "module.offload_activations", "module.compile"),
 }
 _LIMITS = ".limits."  # limits of files may change as well: the loader compares the list of clips
 # Settings that may change from some step on.
