@@ -93,6 +93,7 @@ def _composed(verb: str, command: Command, overrides: list[str]) -> list[OspErro
 
     from osp.cli.composed import check_read
     from osp.cli.folders import job_folder
+    from osp.training.own_process import refuse_several_processes
 
     argv = sys.argv
     failures: list[OspError] = []
@@ -120,6 +121,8 @@ def _composed(verb: str, command: Command, overrides: list[str]) -> list[OspErro
             return None
         return result
 
+    if verb == "chain" or (verb == "train" and command.has("--multirun")):
+        refuse_several_processes("a chain" if verb == "chain" else "a sweep")
     sys.argv = [argv[0], *command.options, *overrides]  # Hydra reads its overrides from there
     if command.has("--multirun") and is_prompt_with_commas(command.overrides):
         say(f"osp {verb}: commas in a prompt make no sweep; for several use prompts=FILE")

@@ -33,7 +33,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     Every stage begins with the averaged weights in the last checkpoint of the one before. All stages are composed, and
     compared with what is in their folders, before the first one runs.
 
-    Raises UsageError before any work for stages that do not compose, or folders that hold other runs, and StageError
+    Raises UsageError before any work for stages that do not compose, or folders that hold other runs, and RunError
     with the line and the exit code of a stage that fails.
     """
     output = Path(HydraConfig.get().runtime.output_dir)

@@ -48,10 +48,11 @@ class CompareRuns(Callback):
         return Path(config.hydra.sweep.dir) / "comparison.csv"
 
     def _table(self) -> tuple[list[str], list[dict[str, str]]]:
-        shared = set.intersection(*(set(result["overrides"]) for result in self._results))
+        given = [[one for one in result["overrides"] if not one.startswith("output=")] for result in self._results]
+        shared = set.intersection(*map(set, given))
         runs = [
-            result | {"run": " ".join(override for override in result["overrides"] if override not in shared)}
-            for result in self._results
+            result | {"run": " ".join(override for override in overrides if override not in shared)}
+            for result, overrides in zip(self._results, given, strict=True)
         ]
         best = next(key for key in runs[0] if key.startswith("best_val_"))
         sign = -1 if runs[0]["mode"] == "max" else 1

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from osp.cli.checks import CLIP, build_vae, check_checkpoint, check_numbers
 from osp.cli.plain import instantiate, plain
+from osp.cli.sweep import is_own_process_needed, run_job
 from osp.configs.texts import escaped
 from osp.data.datamodule import ClipDataModule
 from osp.devices.device import placed_trainer
@@ -19,6 +20,7 @@ from osp.devices.mesh import Mesh
 from osp.errors import UsageError
 from osp.training.build import is_drawn
 from osp.training.checkpoint_io import AtomicCheckpointIO
+from osp.training.cluster import cluster_plugins, tell_rank_of_node
 from osp.training.codec import codec_of
 from osp.training.endings import Ended, Endings, leave
 from osp.training.failures import failures_told
@@ -53,8 +55,11 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     Gives what is also written to `result.json` there (rank 0), or None (other ranks). Raises UsageError before any
     training for settings that do not fit together.
     """
+    tell_rank_of_node(cfg.trainer.get("num_nodes", 1))
     quiet_lightning()
     training = TrainingRun(Path(HydraConfig.get().runtime.output_dir))
+    if is_own_process_needed(cfg):
+        return run_job(training)
     files = _hydra_files(cfg)
     cfg.output = escaped(str(training.folder))  # that of this job in a sweep
     endings = Endings(training)
@@ -159,7 +164,10 @@ def _trainer(cfg: DictConfig, folder: Path) -> lightning.Trainer:
         **placed_trainer(cfg.trainer.accelerator, cfg.trainer.strategy, plain(cfg.trainer).get("devices")),
         callbacks=[instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()],
         logger=[instantiate(logger) for logger in (cfg.logger or {}).values()],
-        plugins=[AtomicCheckpointIO(cfg.checkpoint_form, cfg.checkpoint_keep, cfg.checkpoint_background)],
+        plugins=[
+            AtomicCheckpointIO(cfg.checkpoint_form, cfg.checkpoint_keep, cfg.checkpoint_background),
+            *cluster_plugins(),
+        ],
         enable_progress_bar=False,  # a callback shows the steps
         default_root_dir=folder,
     )

@@ -1,33 +1,22 @@
 """Runs of `osp train` one after another, each in a process of its own, beginning with the weights of the one before."""
 
 import logging
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from osp.errors import OspError, UsageError
+from osp.errors import UsageError
 from osp.files import folder_lock, write_whole
 from osp.report.tables import as_texts, csv_text
+from osp.training.own_process import RunError, run_train
 from osp.training.runs import TrainingRun
 
 log = logging.getLogger(__name__)
 
 TABLE = "chain.csv"
 COLUMNS = ("stage", "experiment", "best_val_loss", "val/loss", "steps", "parameters", "seconds", "checkpoint")
-
-
-class StageError(OspError):
-    """A stage has failed; the chain ends as it did."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -75,7 +64,7 @@ def first_to_run(stages: Sequence[Stage]) -> int:
 def run_stages(stages: Sequence[Stage], first: int, output: Path) -> list[dict[str, Any]]:
     """Train the stages from number `first` on; gives a row of `COLUMNS` for each of all, which `chain.csv` holds too.
 
-    Raises UsageError if another chain is at work in `output`, and StageError with the line and the exit code of a
+    Raises UsageError if another chain is at work in `output`, and RunError with the line and the exit code of a
     stage that fails.
     """
     with _locked(output) as lock:
@@ -84,7 +73,7 @@ def run_stages(stages: Sequence[Stage], first: int, output: Path) -> list[dict[s
             log.info("stage %s (%d of %d) %s, in %s", stage.name, number, len(stages), how, stage.run.folder)
             _train(stage, lock)
             if not stage.finished():
-                raise StageError(f"stage {stage.name}: ended before its last step; the same command goes on", 1)
+                raise RunError(f"stage {stage.name}: ended before its last step; the same command goes on", 1)
             write_whole(output / TABLE, csv_text(COLUMNS, as_texts(_rows(stages[:number]))))
     rows = _rows(stages)
     write_whole(output / TABLE, csv_text(COLUMNS, as_texts(rows)))
@@ -102,65 +91,12 @@ def _locked(output: Path) -> Iterator[int]:
 
 
 def _train(stage: Stage, lock: int) -> None:
-    """Run a stage, passing its messages on, and signals to it. Raises StageError if it fails or is ended."""
-    command = [sys.executable, "-m", "osp.cli", "train", *stage.overrides]
-    said = ""
-    with (
-        _passed_on() as signals,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", pass_fds=[lock]
-        ) as child,
-    ):
-        assert child.stdout is not None
-        signals.reach(child)
-        try:
-            for line in child.stdout:
-                if line.startswith("osp train: "):
-                    said = said or line.removeprefix("osp train: ").strip()
-                elif not line.startswith("{"):  # its result, which is read from its folder
-                    sys.stderr.write(line)
-        except BaseException:
-            child.terminate()
-            raise
-    if signals.first is not None:
-        raise StageError(f"stage {stage.name}: ended; the same command goes on", 128 + signals.first)
-    if child.returncode:
-        code = child.returncode if child.returncode > 0 else 128 - child.returncode
-        said = said or f"`osp train` ended with exit code {code}; its messages are above"
-        raise StageError(f"stage {stage.name}: {said}", code)
-
-
-class _Signals:
-    """Signals on their way to a stage, which writes a checkpoint and ends by the first, and at once by the second."""
-
-    def __init__(self) -> None:
-        self.first: int | None = None
-        self._stage: subprocess.Popen[str] | None = None
-
-    def reach(self, stage: "subprocess.Popen[str]") -> None:
-        """Send on what comes from now on, and what came before."""
-        self._stage = stage
-        if self.first is not None:
-            stage.terminate()
-
-    def take(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on. A terminal sends ^C to the stage too: this one must not be its second."""
-        again, self.first = self.first is not None, self.first or number
-        if self._stage is not None:
-            self._stage.send_signal(signal.SIGINT if again and number == signal.SIGINT else signal.SIGTERM)
-
-
-@contextmanager
-def _passed_on() -> Iterator[_Signals]:
-    """Takes the signals that end a chain, in the block, so that no stage is left behind."""
-    signals = _Signals()
-    taken = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
-    before = {number: signal.signal(number, signals.take) for number in taken}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    """Run a stage in a process that holds the lock too. Raises RunError if it fails or is ended."""
+    outcome = run_train(stage.overrides, keep=[lock])
+    if outcome.signal is not None:
+        raise RunError(f"stage {stage.name}: ended; the same command goes on", 128 + outcome.signal)
+    if outcome.code:
+        raise RunError(f"stage {stage.name}: {outcome.said}", outcome.code)
 
 
 def _rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:
