@@ -38,7 +38,7 @@ from osp.weights.pretrained import save_pretrained
 _FORK = multiprocessing.get_context("fork")
 _CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _VOLATILE = ("seconds", "overrides")  # of a result
-_OWN = (".lock", "config.yaml", "history.jsonl")  # other in each folder, or after each start
+_OWN = (".lock", "config.yaml", "run.json")  # other in each folder, or after each start
 _CHECKED = frozenset({"loops", "callbacks", "hparams_name", "pytorch-lightning_version"})  # not part of the state
 _SIZE = ["clip.frames=9", "clip.height=32", "clip.width=32"]
 _TRAIN = [
@@ -129,7 +129,7 @@ def content(folder: Path) -> dict[str, str]:
             found[name] = digest({key: value for key, value in result.items() if key not in (*_VOLATILE, "output")})
         elif (
             path.suffix == ".log"
-            or path.name in (".lock", "history.jsonl")
+            or path.name in (".lock", "run.json")
             or ".hydra" in path.parts
             or path.name == "config.yaml"
         ):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,7 +37,7 @@ def start(folder: Path, *arguments: str, **environ: str) -> "subprocess.Popen[st
         )
 
 
-def wait_for(happened: Callable[[], bool], running: "subprocess.Popen[str]", seconds: float = 250) -> None:
+def wait_for(happened: Callable[[], bool], running: "subprocess.Popen[str]", seconds: float = 500) -> None:
     limit = time.monotonic() + seconds
     while not happened():
         assert running.poll() is None
@@ -56,6 +58,7 @@ def left_of(group: int) -> list[str]:
     return found
 
 
+@pytest.mark.timeout(700)
 def test_jobs_of_two_processes_do_not_replay_the_sweep_and_ctrl_c_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
     steps = ["trainer.max_steps=2,100000", "trainer.val_check_interval=100", "checkpoint_every=1"]
     sweep = start(tmp_path, "train", "--multirun", *TINY, *steps, "output=sweep")
@@ -88,3 +91,55 @@ def test_a_sweep_in_several_processes_is_refused(launcher: str, environ: dict[st
     with pytest.raises(UsageError, match=f"{launcher} has started it [24] times; leave {launcher} out"):
         refuse_several_processes("a sweep", environ)
     refuse_several_processes("a sweep", {"WORLD_SIZE": "1", "RANK": "0", "SLURM_NTASKS": "8"})
+
+
+HANGS = """
+import time
+
+from lightning.pytorch.callbacks import Callback
+
+
+class Hangs(Callback):
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_rank == 1 and trainer.global_step == 3:
+            time.sleep(1000)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def tasks(folder: Path, count: int, *arguments: str) -> "list[subprocess.Popen[str]]":
+    """The command in so many tasks of one node, with the variables that srun sets."""
+    step = {"STEP_ID": 0, "STEP_NUM_TASKS": count, "STEP_NUM_NODES": 1, "NTASKS": count, "NNODES": 1, "JOB_ID": 77}
+    shared = {"SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port())}
+    shared |= {f"SLURM_{key}": str(value) for key, value in step.items()}
+    return [
+        start(folder, *arguments, **shared, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(count)
+    ]
+
+
+@pytest.mark.timeout(700)
+def test_tasks_of_slurm_train_together_and_one_that_hangs_is_named_and_ends_them_all(tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(HANGS)
+    steps = ["trainer.max_steps=100", "trainer.val_check_interval=100", "checkpoint_every=2", "watchdog=5"]
+    running = tasks(tmp_path, 2, "train", *TINY, *steps, "+callbacks.hangs._target_=hangs.Hangs", "output=run")
+    try:
+        assert [one.wait(500) for one in running] == [1, 1]
+    finally:
+        for one in running:
+            one.kill()
+    lines = [line for line in (tmp_path / "said.txt").read_text().splitlines() if line.startswith("osp train: ")]
+    (line,) = lines
+    host = socket.gethostname()
+    assert re.search(rf"all 2 processes wait for rank 1 \(host {host}, process {running[1].pid}\) at step 3", line)
+    assert re.search(r"nothing has moved for 5 s \(watchdog\).*in the forward pass; its stack is in", line)
+    assert "time.sleep(1000)" in (tmp_path / "run" / "hung_rank_1.txt").read_text()
+    assert line.removeprefix("osp train: ") in (tmp_path / "run" / "train.log").read_text()
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    (began,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert began["layout"] == {"data": 2, "sequence": 1, "tensor": 1}
+    assert [process["process"] for process in began["processes"]] == [one.pid for one in running]

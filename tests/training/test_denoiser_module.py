@@ -1,6 +1,7 @@
 """Training a denoiser: the loss and its gradient, however a step is split; exact resume; what a run begins with."""
 
 import copy
+import json
 import math
 import subprocess
 import sys
@@ -159,6 +160,7 @@ def fit(
             "logger": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
+            "default_root_dir": folder,
             "callbacks": [record, BestCheckpoint(folder), LastCheckpoint(folder, 3)],
             "plugins": [AtomicCheckpointIO()],
         }
@@ -313,6 +315,29 @@ def test_a_run_without_finite_losses_ends_in_one_line(tmp_path: Path, one_size: 
         module.denoiser.out.bias.fill_(float("nan"))
     with pytest.raises(DivergedError, match=r"not finite at step 9 \(and 9 steps before\).*lower module\.lr"):
         fit(tmp_path, module, feature_data(one_size), 20)
+
+
+def test_the_clip_of_a_loss_that_is_not_finite_is_named_and_listed(tmp_path: Path, one_size: Path) -> None:
+    clipping = AdaptiveClipping()
+    clipping.patience = 1
+    module = new_module(clipping=clipping)
+    right = module._clean
+
+    def one_is_wrong(batch: Any, generators: Any) -> Tensor:
+        batch["latent"][batch["sample"] == 5] = float("nan")
+        return right(batch, generators)
+
+    module._clean = one_is_wrong  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match=r"not finite at step \d.*, in (\S+); its clips are listed in") as raised:
+        fit(tmp_path, module, feature_data(one_size), 20)
+    (file,) = (tmp_path / "not_finite").iterdir()
+    listed = json.loads(file.read_text())
+    (wrong,) = [clip for clip in listed["clips"] if clip["sample"] == 5]
+    assert listed["suspect"] == [wrong["key"]]
+    assert wrong["key"] in str(raised.value)
+    assert (wrong["loss"], wrong["finite"]) == ("nan", False)
+    assert all(0 <= clip["time"] <= FLOW.time_span and clip["shape"] for clip in listed["clips"])
+    assert sum(clip["loss"] != "nan" for clip in listed["clips"]) == len(listed["clips"]) - 1
 
 
 def test_validation_is_the_same_each_time_and_splits_by_time(tmp_path: Path, one_size: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -191,7 +192,10 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
 def test_the_record_is_written_when_the_training_begins_and_says_with_what(tmp_path: Path) -> None:
     run = TrainingRun(tmp_path)
     files = {".hydra/overrides.yaml": "[]\n"}
-    trainer: Any = type("Trainer", (), {"is_global_zero": True, "global_step": 4, "max_steps": 9})
+    (tmp_path / "history.jsonl").write_text('{"from_step": 0, "changed": []}\n')  # of an earlier version
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=9, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
     for changed in ([], ["module.lr=2 (was 1)"]):
         record = Record(run, yaml.safe_dump({"name": "toy"}), files, ["seed=1"], changed)
         assert run.config() is None or not changed or run.name() == "toy"
@@ -202,9 +206,16 @@ def test_the_record_is_written_when_the_training_begins_and_says_with_what(tmp_p
     assert config["made_with"]["torch"] == torch.__version__
     assert config["made_with"]["git"] is None or len(config["made_with"]["git"]["commit"]) == 40
     assert (tmp_path / ".hydra" / "overrides.yaml").read_text() == "[]\n"
-    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    assert [line["changed"] for line in history] == [[], ["module.lr=2 (was 1)"]]
-    assert history[0]["from_step"] == 4
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert written["config"] == {"name": "toy"}
+    assert [start["changed"] for start in written["starts"]] == [[], [], ["module.lr=2 (was 1)"]]
+    last = written["starts"][-1]
+    assert (last["from_step"], last["max_steps"], last["overrides"]) == (0, 9, ["seed=1"])
+    assert last["layout"] == {"data": 1, "sequence": 1, "tensor": 1}
+    (process,) = last["processes"]
+    assert (process["process"], process["device"], process["host"]) == (os.getpid(), "cpu", socket.gethostname())
+    assert process["memory_gib"] > 0
+    assert last["command"] == sys.argv
 
 
 @pytest.mark.parametrize(

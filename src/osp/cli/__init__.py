@@ -95,7 +95,7 @@ def _composed(verb: str, command: Command, overrides: list[str]) -> list[OspErro
     from osp.cli.folders import job_folder
     from osp.training.own_process import refuse_several_processes
 
-    argv = sys.argv
+    argv, process = sys.argv, os.getpid()
     failures: list[OspError] = []
 
     begun = False
@@ -117,6 +117,8 @@ def _composed(verb: str, command: Command, overrides: list[str]) -> list[OspErro
         except Exception as error:
             if (mended := user_error(error, verb)) is None:
                 raise
+            if os.getpid() != process:  # a launcher's, which brings the error back
+                raise mended from error
             failures.append(mended)  # raised here, Hydra would put a line of its own before it
             return None
         return result

@@ -37,6 +37,11 @@ class CompareRuns(Callback):
         if not is_first_process():
             return
         path = self._path(config)
+        if not self._results:  # the jobs have run in processes of a launcher
+            results = (TrainingRun(file.parent).result() for file in sorted(path.parent.glob("*/result.json")))
+            self._results = [result for result in results if result is not None]
+            if self._results:
+                write_whole(path, csv_text(*self._table()))
         if not self._results:
             log.warning("%s: no run of the sweep left a result", path.parent)
             return

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from osp.checks import check_choice
 from osp.cli.checks import CLIP, build_vae, check_checkpoint, check_numbers
 from osp.cli.plain import instantiate, plain
 from osp.cli.sweep import is_own_process_needed, run_job
@@ -62,7 +63,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         return run_job(training)
     files = _hydra_files(cfg)
     cfg.output = escaped(str(training.folder))  # that of this job in a sweep
-    endings = Endings(training)
+    endings = Endings(training, requeue=cfg.requeue)
     endings.install()
     try:
         with training.locked(), failures_told(training.folder):
@@ -70,7 +71,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         endings.leave_if_asked()
         return result
     except Ended as ended:
-        leave(training, ended)
+        leave(training, ended, requeue=endings.requeue)
     finally:
         endings.restore()
 
@@ -115,6 +116,7 @@ def _hydra_files(cfg: DictConfig) -> dict[str, str]:
 
 
 def _check(cfg: DictConfig) -> None:
+    check_choice("requeue", cfg.requeue, (True, False))
     steps = {"checkpoint_every": 1, "trainer.max_steps": 1, "trainer.val_check_interval": 1}
     for key, instead in _TRAINER_KEYS.items():
         if key in cfg.trainer:

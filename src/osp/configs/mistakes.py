@@ -1,5 +1,6 @@
 """Mistakes in a command, found before anything is composed of it: unknown verbs, options, words and choices."""
 
+import importlib.util
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -72,6 +73,8 @@ def check_words(verb: str, command: Command, configs: Path) -> None:
             hint = f"give {key}=VALUE" if known else "a value with spaces needs quotes around all of it"
             raise UsageError(f"{override}: must be KEY=VALUE; {hint}")
         group = key.lstrip("+").partition("@")[0]
+        if group == "hydra/launcher":
+            _check_launcher(override, value)
         if equals and group in groups_of(verb, configs):
             _check_choices(verb, override, group, value, command, configs)
 
@@ -107,6 +110,18 @@ def _check_choices(verb: str, override: str, group: str, value: str, command: Co
             close = _or(name, names)
             said = f"{group.removeprefix(f'{verb}/')}={name}"
             raise UsageError(f"{said}: is not known{close}; choose {', '.join(sorted(names))}")
+
+
+def _check_launcher(override: str, value: str) -> None:
+    """Raise UsageError for a launcher of a sweep whose package is not installed."""
+    kind = "joblib" if value == "joblib" else "submitit"
+    plugins = importlib.util.find_spec("hydra_plugins")
+    places = () if plugins is None else plugins.submodule_search_locations or ()
+    there = any((Path(place) / f"hydra_{kind}_launcher").is_dir() for place in places)
+    if value in ("slurm", "joblib", "submitit_slurm", "submitit_local") and not there:
+        raise UsageError(
+            f"{override}: needs the package hydra-{kind}-launcher; install it by `pip install osp[cluster]`"
+        )
 
 
 def _or(word: str, known: Collection[str]) -> str:

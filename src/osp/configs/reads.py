@@ -46,7 +46,7 @@ _CHOSEN_CLIPS = dict.fromkeys((f"data.{key}" for key in _LOADING), Where("osp tr
 
 _TRAINING = (
     dict.fromkeys(("limits", "denoiser", "text", "objective", "clipping", "perceptual", "buckets"), BY_REFERENCE)
-    | dict.fromkeys(("clip", "path", "checkpoint", "checkpoint_every"), BY_REFERENCE)
+    | dict.fromkeys(("clip", "path", "checkpoint", "checkpoint_every", "watchdog", "peak_flops"), BY_REFERENCE)
     | {"vae": _DENOISER, "latent": _ON_CLIPS}
 )
 

@@ -54,6 +54,14 @@ class PeakMemory:
         return None if self.before is None else max(0, self.peak - self.before)
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use at once so far: what torch's allocator has handed out on an accelerator, or the resident
+    set of the process."""
+    if device.type != "cpu":
+        return int(backend(device).max_memory_allocated(device))
+    return _SinceStart().stop()
+
+
 class _Gauge(Protocol):
     how: str
 

@@ -23,11 +23,15 @@ class DivergedError(OspError):
 
 @dataclass(frozen=True)
 class Clipped:
-    """The outcome for a gradient: its norm before clipping, whether its step is dropped, whether the run is over."""
+    """The outcome for a gradient: its norm before clipping, whether its step is dropped, whether the run is over.
+
+    `finite` is whether gradient and loss were.
+    """
 
     norm: float
     dropped: bool = False
     diverged: bool = False
+    finite: bool = True
 
 
 class Clipping(nn.Module):
@@ -55,7 +59,7 @@ class Clipping(nn.Module):
         # The norm alone is not enough: the L1 distance sends no gradient where a reconstruction is NaN.
         if not math.isfinite(norm) or (loss is not None and not math.isfinite(float(loss))):
             self.not_finite += 1
-            return Clipped(norm, dropped=True, diverged=self.not_finite >= self.patience)
+            return Clipped(norm, dropped=True, diverged=self.not_finite >= self.patience, finite=False)
         self.not_finite = 0
         limit = self.limit(norm)
         if limit is None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -116,4 +117,22 @@ def tell_rank_of_node(nodes: int, environ: Mapping[str, str] = os.environ) -> No
     """Let no process on a further node take itself for the first one, before the Trainer has numbered them all."""
     node = environ.get("NODE_RANK", environ.get("GROUP_RANK", environ.get("SLURM_NODEID", "0")))
     if nodes > 1 and "RANK" not in environ and node != "0":
-        rank_zero_only.rank = max(1, getattr(rank_zero_only, "rank", 0))
+        setattr(rank_zero_only, "rank", max(1, getattr(rank_zero_only, "rank", 0)))  # noqa: B010  (its type hides it)
+
+
+def requeued(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Put this process's SLURM job into the queue again; gives in words what came of it, None outside SLURM."""
+    if (job := environ.get("SLURM_ARRAY_JOB_ID")) is not None:
+        job = f"{job}_{environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    elif (job := environ.get("SLURM_JOB_ID")) is None:
+        return None
+    try:
+        done = subprocess.run(
+            ["scontrol", "requeue", job], capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"SLURM job {job} could not be queued again ({error})"
+    if done.returncode:
+        reason = " ".join(done.stderr.split())[:200] or f"exit code {done.returncode}"
+        return f"SLURM job {job} could not be queued again (scontrol: {reason})"
+    return f"SLURM job {job} is queued again"

@@ -265,6 +265,7 @@ class DenoiserModule(TrainingModule):
                 # The mean over all processes is taken, although a sum over different clips is meant.
                 self.manual_backward(errors.sum() * (self.mesh.data / values))
             found.add(sample.times, errors, counted)
+            self.suspects.add(time=sample.times, loss=errors / counted)
         loss, by_time = mean_errors(self.summed(found.sums))
         logs: dict[str, Any] = {"lr": self.optimisation.lr * self.optimisation.rate_at(self.global_step)}
         logs |= self.take_step(optimizers, loss, {"loss": loss}) | by_time

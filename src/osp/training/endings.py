@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from osp.training.checkpoint_io import finish_saving
+from osp.training.cluster import requeued
 from osp.training.runs import TrainingRun, is_first_process
 from osp.training.saving import LastCheckpoint, remove_parts, validates
 
@@ -44,10 +45,12 @@ class Endings:
 
     `asked` is the first that came. While nothing would be lost (`may_leave`) it raises `Ended` where the program
     stands; else the training looks at `asked` when a step is over. A second ^C ends the process at once.
+
+    With `requeue` SIGUSR1, as SLURM sends before a job's time is over, puts the job into the queue again.
     """
 
-    def __init__(self, run: TrainingRun) -> None:
-        self.run = run
+    def __init__(self, run: TrainingRun, requeue: bool = False) -> None:
+        self.run, self.requeue = run, requeue
         self.asked: int | None = None
         self.may_leave = True
         self._when = 0.0
@@ -185,16 +188,22 @@ class EndBySignal(Callback):
         trainer.training, connector._first_loop_iter = True, first
 
 
-def leave(run: TrainingRun, ended: Ended, saved: int | None = None, steps: int | None = None) -> NoReturn:
+def leave(
+    run: TrainingRun, ended: Ended, saved: int | None = None, steps: int | None = None, requeue: bool = False
+) -> NoReturn:
     """Say how the run goes on, and end the process with the code of the signal."""
     name = _SIGNALS.get(signal.Signals(ended.number), str(ended.number))
     if not is_first_process():
         sys.exit(128 + ended.number)
+    goes_on = "the same command goes on"
+    if requeue and ended.number == signal.SIGUSR1 and (queued := requeued()) is not None:
+        goes_on = f"{queued}, and the same command goes on"
     if saved is not None:
         where = f" at step {saved}" + (f" of {steps}" if steps else "")
-        log.warning("ended by %s%s: the same command goes on from %s", name, where, run.last)
+        log.warning("ended by %s%s: %s from %s", name, where, goes_on, run.last)
     elif run.started:
-        log.warning("ended by %s before another step: the same command goes on from %s", name, run.last)
+        log.warning("ended by %s before another step: %s from %s", name, goes_on, run.last)
     else:
-        log.warning("ended by %s: there is no checkpoint yet, and the same command starts anew", name)
+        anew = goes_on.replace("goes on", "starts anew")
+        log.warning("ended by %s: there is no checkpoint yet, and %s", name, anew)
     sys.exit(128 + ended.number)

@@ -1,7 +1,10 @@
 """Errors of the machine, as a run meets them, in one line: memory, disks, and processes that have died."""
 
 import errno
+import os
 import re
+import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import torch
 
 from osp.errors import DataError, OspError
+from osp.files import write_whole
 from osp.training.runs import is_first_process
 
 _DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS}
@@ -20,18 +24,66 @@ _MEMORY = re.compile(
 _GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|NCCL.*(abort|remote)", re.IGNORECASE)
 
 
+PLACE = "process: "
+"""How the note at an exception begins that says in which process of several it came."""
+MISSING = "missing: "
+"""How the note begins that says which other process is no more."""
+
+
+class ProcessError(OspError):
+    """An error in one process of several, which says in which."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 @contextmanager
 def failures_told(folder: Path) -> Iterator[None]:
-    """Raise what the block meets of the machine as DataError, naming the folder of the run where the disk is full."""
+    """Raise what the block meets of the machine as DataError, naming the folder of the run where the disk is full.
+
+    Of several processes each says its rank and host. An exception that is a bug passes through the first one with its
+    traceback; those of the others are written into the folder.
+    """
     try:
         yield
-    except OspError:
-        raise
     except Exception as error:
-        told = _told(error, folder)
-        if told is None:
+        told, place = error if isinstance(error, OspError) else _told(error, folder), _place(error)
+        if told is None and place is not None and not is_first_process():
+            told = _with_file(error, folder)
+        if told is None or (told is error and place is None):
             raise
-        raise told from error
+        raise (told if place is None else ProcessError(f"{place}: {told}", told.exit_code)) from error
+
+
+def _place(error: BaseException) -> str | None:
+    """Rank, number of processes and host, where there are several."""
+    if (noted := _note(error, PLACE)) is not None:
+        return noted
+    count = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if not count.isdigit() or int(count) < 2:
+        return None
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return f"rank {getattr(rank_zero_only, 'rank', 0)} of {count} on {socket.gethostname()}"
+
+
+def _note(error: BaseException, kind: str) -> str | None:
+    notes = getattr(error, "__notes__", ())
+    return next((note.removeprefix(kind) for note in notes if note.startswith(kind)), None)
+
+
+def _with_file(error: Exception, folder: Path) -> OspError:
+    """The error of another process than the first one in a line, its traceback in a file."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    line = f"{type(error).__name__}: {str(error).split(chr(10))[0][:300]}"
+    path = folder / f"traceback_rank_{getattr(rank_zero_only, 'rank', 0)}.txt"
+    try:
+        write_whole(path, "".join(traceback.format_exception(error)))
+    except OSError:
+        return OspError(line)
+    return OspError(f"{line} (its traceback is in {path})")
 
 
 def _told(error: Exception, folder: Path) -> OspError | None:
@@ -54,6 +106,8 @@ def _told(error: Exception, folder: Path) -> OspError | None:
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return worker_died(text)
     if isinstance(error, RuntimeError) and _GONE.search(str(error)):
+        if (lost := _note(error, MISSING)) is not None:
+            return DataError(f"{lost}; the same command goes on from the last checkpoint")
         which = "another process of the run" if is_first_process() else "the first process of the run"
         return DataError(f"{which} has ended; its message tells why")
     return None

@@ -178,7 +178,7 @@ def fit(
     except (Ended, SIGTERMException) as error:  # the latter before the first step, where Lightning has the signal
         _end_others(trainer, signal.SIGTERM)
         ended = error if isinstance(error, Ended) else Ended(signal.SIGTERM)
-        leave(endings.run, ended, by_signal.saved, trainer.max_steps)
+        leave(endings.run, ended, by_signal.saved, trainer.max_steps, endings.requeue)
     except BaseException:
         _end_others(trainer, signal.SIGKILL)  # they wait for this one
         raise

@@ -20,6 +20,7 @@ from osp.training.clipping import Clipping, DivergedError
 from osp.training.ema import ExponentialMovingAverage
 from osp.training.optimisation import Optimisation
 from osp.training.resumed import take_over
+from osp.training.suspects import Suspects
 from osp.weights.lazy import Weights
 
 Batch = dict[str, Any]
@@ -48,6 +49,7 @@ class TrainingModule(lightning.LightningModule):
         self.optimisation = optimisation
         self.accumulate = optimisation.accumulate
         self.seed = seed
+        self.suspects = Suspects()
         self._drawn_from = torch.get_rng_state()
         self._is_configured = False
         self._restored: int | None = None  # states of optimisers in the checkpoint that the run goes on from
@@ -197,6 +199,7 @@ class TrainingModule(lightning.LightningModule):
     def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
         """Put the loggers' axis where the run is: Lightning's own count loses a step with each checkpoint."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+        self.suspects.begin(batch)
 
     def set_rates(self, optimizers: Sequence[LightningOptimizer]) -> None:
         """Give each optimiser its rate for this step."""
@@ -221,15 +224,17 @@ class TrainingModule(lightning.LightningModule):
         """Clip the gradients and update weights and averages, unless the step is dropped; gives what to log.
 
         A dropped step counts in `global_step` too, so that steps, batches and validations stay together. Raises
-        DivergedError, naming the terms of the loss, if there is no going on.
+        DivergedError, naming the terms of the loss, if there is no going on. The clips of a step that was not finite
+        are listed in a file (`osp.training.suspects`).
         """
         step = self.global_step
         clipped = self.clipping(self.learned.parameters(), loss)
+        dumped = "" if clipped.finite else self.suspects.write(self.trainer, step, clipped.norm, terms)
         if clipped.diverged:
             listed = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             often = f" (and {self.clipping.patience - 1} steps before)" if self.clipping.patience > 1 else ""
             raise DivergedError(
-                f"the loss or its gradients are not finite at step {step}{often} ({listed}); "
+                f"the loss or its gradients are not finite at step {step}{often} ({listed}){dumped}; "
                 "continue from the last checkpoint with a lower module.lr or trainer.precision=32-true"
             )
         if clipped.dropped:  # without gradients optimisers change nothing, not even their own state

@@ -1,9 +1,10 @@
 """The record in a run's folder of how it was made: settings, command, versions, and each time that it went on."""
 
 import json
-import os
+import logging
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,17 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 import osp
-from osp.files import write_whole
+from osp.devices.mesh import Mesh
+from osp.devices.processes import gathered, this_process
+from osp.documents import DocumentError, read_json
+from osp.files import write_json, write_whole
 from osp.training.runs import CONFIG, TrainingRun
 
-HISTORY = "history.jsonl"
+RUN = "run.json"
+"""The file of a run's settings and of its starts: when, with what, on which devices."""
+_FORMER = "history.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 class Record(Callback):
@@ -43,7 +51,8 @@ class Record(Callback):
         self.overrides, self.changed = [*overrides], [*changed]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the files, and a line of the history."""
+        """Write the files, and add this start to `run.json`."""
+        processes = gathered(this_process(trainer.strategy.root_device))
         if not trainer.is_global_zero:
             return
         versions = made_with()
@@ -52,17 +61,38 @@ class Record(Callback):
             path = self.run.folder / name
             path.parent.mkdir(exist_ok=True)
             write_whole(path, text)
-        line = {
+        mesh = Mesh.of(trainer)
+        start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "from_step": trainer.global_step,
             "max_steps": trainer.max_steps,
+            "command": sys.argv,
             "overrides": self.overrides,
             "changed": self.changed,
             "made_with": versions,
+            "strategy": type(trainer.strategy).__name__,
+            "precision": trainer.precision,
+            "layout": {"data": mesh.data, "sequence": mesh.sequence, "tensor": mesh.tensor},
+            "processes": processes,
         }
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # no link that somebody put there is followed
-        with open(os.open(self.run.folder / HISTORY, flags, 0o666), "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        starts = [*_starts(self.run.folder), start]
+        write_json(self.run.folder / RUN, {"config": yaml.safe_load(self.config), "starts": starts})
+
+
+def _starts(folder: Path) -> list[Any]:
+    """The starts of a run before this one; those of earlier versions are lines of a file of their own."""
+    try:
+        starts: list[Any] = read_json(folder / RUN, {"starts": [dict]})["starts"]
+        return starts
+    except FileNotFoundError:
+        pass
+    except DocumentError as error:
+        log.warning("%s; the record of earlier starts is lost", error)
+        return []
+    try:
+        return [json.loads(line) for line in (folder / _FORMER).read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
 
 
 def made_with() -> dict[str, Any]:
