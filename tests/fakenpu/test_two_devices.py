@@ -36,7 +36,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[floa
     return found
 
 
-@pytest.mark.parametrize(("kind", "sharded"), [("denoiser", True)])
+@pytest.mark.parametrize(("kind", "sharded"), [("denoiser", False), ("denoiser", True), ("vae", False)])
 def test_two_devices_train_as_one_process_and_go_on(
     kind: str, sharded: bool, tmp_path: Path, processes: Processes, alone: dict[str, Any]
 ) -> None:

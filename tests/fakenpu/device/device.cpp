@@ -26,6 +26,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <map>
 #include <mutex>
 #include <unordered_map>
 
@@ -94,6 +95,38 @@ struct Allocator final : c10::DeviceAllocator {
 };
 Allocator allocator;
 REGISTER_ALLOCATOR(kNpu, &allocator);
+
+// ---- pinned memory: the CPU's own, and remembered
+std::map<const char*, size_t> pinned;
+void release_pinned(void* pointer) {
+  if (!pointer) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    pinned.erase(static_cast<const char*>(pointer));
+  }
+  c10::free_cpu(pointer);
+}
+bool is_pinned(const void* pointer) {
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto* place = static_cast<const char*>(pointer);
+  auto after = pinned.upper_bound(place);
+  if (after == pinned.begin()) return false;
+  const auto& [first, bytes] = *std::prev(after);
+  return place < first + bytes;
+}
+struct PinnedAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* pointer = bytes ? c10::alloc_cpu(bytes) : nullptr;
+    if (pointer) {
+      std::lock_guard<std::mutex> lock(mutex);
+      pinned[static_cast<const char*>(pointer)] = bytes;
+    }
+    return {pointer, pointer, &release_pinned, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release_pinned; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+PinnedAllocator pinned_allocator;
 
 // ---- the current device; there is one stream, and all is done when a call returns
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -174,8 +207,8 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     auto found = blocks.find(pointer);
     return at::Device(kNpu, found == blocks.end() ? current_device : found->second.device);
   }
-  bool isPinnedPtr(const void*) const override { return false; }
-  at::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+  bool isPinnedPtr(const void* pointer) const override { return is_pinned(pointer); }
+  at::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
     at::native::resize_bytes_cpu(storage.unsafeGetStorageImpl(), bytes);
   }
