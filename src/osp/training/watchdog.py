@@ -74,6 +74,7 @@ class Watchdog(Callback):
         self._beat, self._world = Beat.here(start, trainer.global_rank), trainer.world_size
         self._others_end = lambda seconds: _end_children(trainer, seconds)
         _quiet_observer()
+        self._stack_file(trainer.global_rank).unlink(missing_ok=True)  # of an earlier start
         if trainer.is_global_zero:
             self.beats.clear(start)
         self.beats.write(self._beat)
@@ -208,9 +209,11 @@ class Watchdog(Callback):
         more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
         waits = f"all {self._world} processes wait for " if len(slow) < self._world and self._world > 1 else ""
         assert self.limit is not None
+        file = self._stack_file(slow[0].rank)
+        stack = f"its stack is in {file}" if file.exists() else "it is frozen, and wrote no stack"
         self._end(
-            f"nothing has moved for {self.limit:g} s (watchdog): {waits}{slow[0].where}{more}; its stack is in "
-            f"{self._stack_file(slow[0].rank)}, and the same command goes on from the last checkpoint",
+            f"nothing has moved for {self.limit:g} s (watchdog): {waits}{slow[0].where}{more}; {stack}, and the same "
+            "command goes on from the last checkpoint",
             leave=0.0,
         )
 
