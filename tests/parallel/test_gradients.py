@@ -36,7 +36,7 @@ def weights_of(model: nn.Module, dtype: torch.dtype) -> Weights:
     """The same ones in every process, none of which is zero."""
     draw = torch.Generator().manual_seed(1)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
-    return Weights.of({key: torch.randn(shape, generator=draw).to(dtype) * 0.3 for key, shape in shapes.items()})
+    return Weights.of({key: torch.randn(shape, generator=draw).to(dtype) * 0.1 for key, shape in shapes.items()})
 
 
 def inputs(dtype: torch.dtype, *, padded: bool) -> dict[str, Tensor]:
@@ -73,7 +73,11 @@ def shared(layout: str, model: nn.Module, weights: Weights, **how: Any) -> nn.Mo
 
 
 def differences(layout: str, dtype: torch.dtype) -> dict[str, float]:
-    """The largest difference of any gradient, as a part of the largest gradient of that weight, by model and input."""
+    """The largest difference of any gradient by model, input and weight.
+
+    In double precision it is a part of the weight's own largest gradient. In float32 it is one of the model's, since a
+    gradient that nearly cancels (of the queries of a saturated softmax) is rounding noise in any layout.
+    """
     found, rank, size = {}, dist.get_rank(), dist.get_world_size()
     share = slice(rank * CLIPS // size, (rank + 1) * CLIPS // size)
     for padded in (False, True):
@@ -84,13 +88,15 @@ def differences(layout: str, dtype: torch.dtype) -> dict[str, float]:
             backward(one, given)
             mine = shared(layout, mine, weights, recompute_every=2, offload_activations=padded)
             backward(mine, {key: value[share] for key, value in given.items()})
+            largest = max(float(p.grad.abs().max()) for p in one.parameters() if p.grad is not None)
             for (key, expected), parameter in zip(one.named_parameters(), mine.parameters(), strict=True):
                 assert (expected.grad is None) == (parameter.grad is None), key
                 if expected.grad is not None:
                     own = local(read_like(parameter.grad, Stored.of(expected.grad)))
                     off = (local(parameter.grad) - own).abs().max() if own.numel() else torch.tensor(0.0)
                     place = f"{name}, padded={padded}, {key}"
-                    found[place] = float(off / expected.grad.abs().max().clamp_min(1e-3))
+                    scale = max(float(expected.grad.abs().max()), 1e-3) if dtype == torch.float64 else largest
+                    found[place] = float(off) / scale
     return found
 
 

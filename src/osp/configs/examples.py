@@ -35,6 +35,7 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, Sequence[str]]]] = {
             ["--multirun", "experiment=wfvae_tiny", "vae.latent_channels=4,8", "output=outputs/sweep"],
         ),
     ),
+    "plan": (("a stage of v1.3 on eight GPUs", ["experiment=v13_stage1", "trainer=fsdp", "devices=8", "device=h100"]),),
     "chain": (
         ("what would be run", ["chain=tiny", "checkpoint=outputs/vae/checkpoints/best.ckpt", "dry_run=true"]),
         ("all stages, on two devices", ["chain=tiny", "checkpoint=CHECKPOINT", "overrides=['trainer.devices=2']"]),

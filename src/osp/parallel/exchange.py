@@ -1,4 +1,4 @@
-"""What processes send each other within a model's forward and backward pass, and how many bytes that is.
+"""Exchanges of processes within a model's forward and backward pass, and a count of their bytes.
 
 The backward pass of each is its transpose: that of the sum of all processes' losses.
 """

@@ -1,4 +1,4 @@
-"""What a run has trained, as a folder of weights: in our own form, or in that of the published code."""
+"""Export of trained weights as a folder: in our own form, or in that of the published code."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -37,7 +37,7 @@ def parameter_names(module: nn.Module, optimizers: Sequence[torch.optim.Optimize
 
 
 def pieces_of(checkpoint: Mapping[str, Any], names: Sequence[Mapping[int, str]], first: bool) -> Iterator[Piece]:
-    """What this process writes of a checkpoint: its rows of sharded tensors, and the others if it is the first."""
+    """The pieces of a checkpoint that this process writes: its rows of sharded tensors, and the rest if it is first."""
     for key, value in checkpoint["state_dict"].items():
         if isinstance(value, Tensor):
             yield from _own(WEIGHTS + key, value, first)

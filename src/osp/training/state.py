@@ -109,7 +109,7 @@ class FolderCheckpoint:
 
 @dataclass(frozen=True)
 class ExportedCheckpoint:
-    """What `osp export` has kept of a `TrainingCheckpoint`: a denoiser, and what makes a generator of it."""
+    """A `TrainingCheckpoint` as `osp export` keeps it: a denoiser, and what makes a generator of it."""
 
     path: Path
     config: Mapping[str, Any]

@@ -51,7 +51,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Sharded:
-    """What a folder holds: tensors, which are read when they are asked for, and plain values."""
+    """The content of a folder: tensors, which are read when they are asked for, and plain values."""
 
     folder: Path
     weights: Weights
@@ -91,7 +91,7 @@ def write_index(folder: Path, ranks: int, entries: Mapping[str, Any]) -> None:
 
 
 def open_sharded(folder: Path) -> Sharded:
-    """What the folder holds. Raises WeightImportError if it is not as it was written, naming what is gone or cut."""
+    """The content of the folder. Raises WeightImportError naming what is gone, cut or changed."""
     if not (folder / INDEX).exists():
         raise WeightImportError(f"{folder}: has no {INDEX}, so it was not written to its end, or is no checkpoint")
     try:
