@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_LIMIT = 120.0  # seconds for one call
+_LIMIT = 240.0  # seconds for one call
 
 
 class Processes:

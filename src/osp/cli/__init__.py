@@ -30,8 +30,8 @@ VERBS = {
     "page": "put what runs left on one HTML page, videos included",
     "bench": "measure speed and memory of a part, as one table and one plot",
     "doctor": "ask a new machine what a week of training would find out",
-    "import-weights": "turn published weights into a folder of ours",
     "export": "write what a run has trained as a folder of weights",
+    "import-weights": "turn published weights into a folder of ours",
     "export-weights": "turn a model of ours into a folder for the published code",
 }
 
