@@ -24,6 +24,8 @@ FRAMES = 3
 class Shows(TrainingModule):
     """Makes two clips of any batch."""
 
+    works_together = False
+
     def __init__(self) -> None:
         torch.nn.Module.__init__(self)
 

@@ -187,7 +187,7 @@ def test_checkpoint_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.M
     def dies(source: str, target: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("osp.training.saving.os.replace", dies)
+    monkeypatch.setattr("osp.files.os.replace", dies)
     with pytest.raises(KeyboardInterrupt):
         AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}

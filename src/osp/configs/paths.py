@@ -5,7 +5,7 @@ from collections.abc import Mapping
 _EVERYWHERE = frozenset(
     {
         *("output", "input", "captions", "checkpoint", "path", "source", "start_from", "scaling_from", "generated"),
-        *("trunk", "tokenizer", "save_dir", "dirpath", "folder", "dataset"),
+        *("trunk", "tokenizer", "save_dir", "dirpath", "folder", "dataset", "cache"),
     }
 )
 _OF_VERBS: Mapping[str, frozenset[str]] = {

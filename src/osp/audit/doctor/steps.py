@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from osp.audit.doctor.kernels import drawn
 from osp.audit.doctor.result import Result, failed, passed
 from osp.audit.doctor.subject import Subject
-from osp.denoiser import CrossTransformer, JointTransformer
 from osp.devices import autocast_dtype, fast_precision
 from osp.vae import WFVAE
+from osp.weights.families import FAMILIES
 from osp.weights.files import open_checkpoint
 
 _STEPS, _RATE = 4, 2e-4
@@ -59,8 +59,7 @@ def denoiser_loss(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
     latent, target = (drawn(2, 4, 3, 8, 8, seed=seed).to(device, dtype) for seed in (1, 2))
     text, pooled = drawn(2, 9, 32, seed=3).to(device, dtype), drawn(2, 32, seed=4).to(device, dtype)
     mask = torch.arange(9, device=device) < torch.tensor([[9], [5]], device=device)
-    more = {"pooled_text": pooled} if isinstance(model, JointTransformer) else {}
-    return (model(latent, torch.tensor([0.2, 0.7], device=device), text, mask, **more) - target).square().mean()
+    return (model(latent, torch.tensor([0.2, 0.7], device=device), text, mask, pooled) - target).square().mean()
 
 
 def vae_loss(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -142,11 +141,11 @@ def _written_and_read(model: nn.Module, path: Path) -> Result:
 
 
 def _cross() -> nn.Module:
-    return _awake(CrossTransformer(stages=_STAGES, **_WIDTHS))
+    return _awake(FAMILIES["cross"].model(stages=_STAGES, **_WIDTHS))
 
 
 def _joint() -> nn.Module:
-    return _awake(JointTransformer(stages=_STAGES, pooled_channels=32, modulation_width=32, **_WIDTHS))
+    return _awake(FAMILIES["joint"].model(stages=_STAGES, pooled_channels=32, modulation_width=32, **_WIDTHS))
 
 
 def _vae() -> nn.Module:
