@@ -26,21 +26,13 @@ _FLOAT32 = ("layer_norm", "group_norm")
 def simulated(precision: str, accelerated: bool) -> Iterator[None]:
     """Make tensors inside the block fake ones, and compute them in the format of a name in AUTOCAST.
 
-    `accelerated` means an accelerator instead of the CPU.
+    `accelerated` means an accelerator instead of the CPU. Casted weights are not cached, as they are not under
+    Lightning's mixed precision either: they go with what is computed from them.
     """
     dtype = autocast_dtype(precision)
-    before = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-    torch.set_autocast_enabled("cpu", dtype is not None)
-    torch.set_autocast_dtype("cpu", dtype or before[1])
-    torch.autocast_increment_nesting()
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _in_float32(_FLOAT32 if accelerated else ()):
-            yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cpu", before[0])
-        torch.set_autocast_dtype("cpu", before[1])
+    half = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+    with half, FakeTensorMode(allow_non_fake_inputs=True), _in_float32(_FLOAT32 if accelerated else ()):
+        yield
 
 
 def fake_twin(model: Model) -> Model:
