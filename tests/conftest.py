@@ -17,6 +17,13 @@ settings.register_profile("search", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
+_ENTRIES = pytest.StashKey[set[str]]()
+
+
+def _visible() -> set[str]:
+    return {entry.name for entry in ROOT.iterdir() if not entry.name.startswith(".")}
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of third-party files beside the checkout; tests that need it are skipped without it."""
@@ -24,6 +31,18 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder {folder.name}/ beside the checkout (third-party clips, golden vectors)")
     return folder
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Remember what lies in the checkout."""
+    session.config.stash[_ENTRIES] = _visible()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail if a test has left something in the checkout; tests write to folders of their own."""
+    left = _visible() - session.config.stash[_ENTRIES] - {"data", "outputs"}
+    if left and not hasattr(session.config, "workerinput"):
+        raise pytest.UsageError(f"tests have left {', '.join(sorted(left))} in {ROOT}")
 
 
 def pytest_collection_finish() -> None:

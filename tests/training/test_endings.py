@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE
 
 TINY = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4}
+
+
+@pytest.fixture(autouse=True)
+def _hangup_ends_a_process() -> Iterator[None]:
+    """Let SIGHUP do what it does by default, also where the tests run under nohup, which ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 class Signals(Callback):

@@ -60,6 +60,7 @@ def fit(
     )
     runner = lightning.Trainer(
         accelerator="cpu",
+        default_root_dir=folder,
         max_steps=steps,
         max_epochs=-1,
         val_check_interval=3,

@@ -17,6 +17,7 @@ from osp.conditioning import WordText
 from osp.data.datamodule import ClipDataModule
 from osp.data.sources import SyntheticClips
 from osp.denoiser import CrossTransformer, Denoiser, JointTransformer, Stage
+from osp.denoiser.attention import TokenBatch
 from osp.denoiser.denoiser import LinearLayers, make_config
 from osp.denoiser.flops import denoiser_flops, linear_layers
 from osp.denoiser.layers import MLP, PatchEmbedding, initialise, sinusoid
@@ -118,7 +119,7 @@ class PlainTransformer(Denoiser):
     ) -> Tensor:
         """See `Denoiser`; masks are not looked at."""
         grid = self.check(latent, time, text, text_mask, None, video_mask)
-        placement = self.placed(grid, len(latent), latent.device, None)
+        placement = self.placed(TokenBatch(grid, len(latent), latent.device))
         x = self.patch(latent) + self.time(sinusoid(time, 32))[:, None]
         text = self.text(text)
         for i in range(len(self.blocks)):

@@ -1,5 +1,7 @@
 """Attention inside the groups of a pattern."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,32 +13,38 @@ from osp.devices import attention
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class TokenBatch:
+    """What a denoiser's attention has to know of a batch.
+
+    The masks, of the video (`B N`) and of the text in the patterns' attention (`B L`), are True where a token is real,
+    None where all are. `text` is the length L of that text, 0 where attention is among video tokens only.
+    """
+
+    grid: Grid
+    batch: int
+    device: torch.device
+    video_mask: Tensor | None = None
+    text_mask: Tensor | None = None
+    text: int = 0
+
+
 class GroupAttention:
     """The attention of one pattern over one batch: what all blocks with this pattern have in common.
 
-    `text` is the length of the text that takes part, 0 where attention is among video tokens only. The masks, of the
-    video (`B N`) and of the text (`B L`), are True where a token is real, None where all are. Padding that a pattern
-    adds is left out of the groups that have it, not masked.
+    Padding that a pattern adds is left out of the groups that have it, not masked.
     """
 
-    def __init__(
-        self,
-        pattern: Pattern,
-        grid: Grid,
-        batch: int,
-        device: torch.device,
-        video_mask: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        text: int = 0,
-    ) -> None:
+    def __init__(self, pattern: Pattern, tokens: TokenBatch) -> None:
+        grid, device, text, text_mask = tokens.grid, tokens.device, tokens.text, tokens.text_mask
         self.pattern, self.grid = pattern, grid
         self.places = pattern.split(grid).shape[1]
         self.runs = pattern.runs(grid)
-        video_mask = None if video_mask is None else pattern.arrange(video_mask, grid)
+        video_mask = None if tokens.video_mask is None else pattern.arrange(tokens.video_mask, grid)
         self.key_padding: list[Tensor | None] = []
         self.alive: list[Tensor | None] = []
         for run in self.runs:
-            shape = (batch, run.stop - run.start)
+            shape = (tokens.batch, run.stop - run.start)
             real = None if run.real is None else run.real.to(device).expand(*shape, -1)
             alive = None
             if video_mask is not None:
@@ -45,9 +53,11 @@ class GroupAttention:
                     # A group that was filled up and holds no real token attends to zeros in the published models.
                     alive = real.any(dim=2)[:, :, None, None, None]
             if text and not (real is None and text_mask is None):
-                video_part = torch.ones(*shape, run.length, dtype=torch.bool, device=device) if real is None else real
-                text_part = torch.ones(batch, text, dtype=torch.bool, device=device) if text_mask is None else text_mask
-                real = torch.cat((video_part, text_part[:, None].expand(*shape, -1)), dim=2)
+                if real is None:
+                    real = torch.ones(*shape, run.length, dtype=torch.bool, device=device)
+                every = torch.ones(tokens.batch, text, dtype=torch.bool, device=device)
+                words = every if text_mask is None else text_mask
+                real = torch.cat((real, words[:, None].expand(*shape, -1)), dim=2)
             self.key_padding.append(None if real is None else real.flatten(0, 1))
             self.alive.append(alive)
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from osp.denoiser.attention import TokenBatch
 from osp.denoiser.denoiser import Denoiser, LinearLayers, check_heads, make_config, trim_text
 from osp.denoiser.layers import MLP, FeedForward, PatchEmbedding, initialise, modulated_norm, sinusoid
 from osp.denoiser.placement import Attend
@@ -121,7 +122,7 @@ class CrossTransformer(Denoiser):
         c = self.config
         grid = self.check(latent, time, text, text_mask, None, video_mask)
         text, text_mask = trim_text(text, text_mask, empty_is_all=True)
-        placement = self.placed(grid, len(latent), latent.device, self.token_mask(video_mask))
+        placement = self.placed(TokenBatch(grid, len(latent), latent.device, self.token_mask(video_mask)))
 
         dtype = self.out.weight.dtype
         noisy, *conditions = latent.to(dtype).split([c.channels, *c.frame_channels], dim=1)

@@ -11,6 +11,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from osp.checks import check_number
+from osp.denoiser.attention import TokenBatch
 from osp.denoiser.grid import Grid
 from osp.denoiser.layers import PatchEmbedding
 from osp.denoiser.patterns import Pattern
@@ -156,17 +157,9 @@ class Denoiser(nn.Module):
         return patches.any(dim=5).any(dim=3).flatten(1)
 
     @torch.compiler.disable  # it looks into the masks; the blocks themselves compile as a whole
-    def placed(
-        self,
-        grid: Grid,
-        batch: int,
-        device: torch.device,
-        video_mask: Tensor | None,
-        text_mask: Tensor | None = None,
-        text: int = 0,
-    ) -> Placement:
-        """The placement of a call's tokens, where `text` is the length of the text in the patterns' attention."""
-        return self.placement(self.schedule, grid, batch, device, video_mask, text_mask, text)
+    def placed(self, tokens: TokenBatch) -> Placement:
+        """The placement of a call's tokens."""
+        return self.placement(self.schedule, tokens)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block in place, with the options of torch.compile.

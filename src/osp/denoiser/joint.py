@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osp.denoiser.attention import QKV
+from osp.denoiser.attention import QKV, TokenBatch
 from osp.denoiser.denoiser import Denoiser, LinearLayers, check_heads, make_config, trim_text
 from osp.denoiser.layers import MLP, NORM_EPS, FeedForward, PatchEmbedding, initialise, modulated_norm, sinusoid
 from osp.denoiser.placement import Attend
@@ -139,7 +139,7 @@ class JointTransformer(Denoiser):
         assert pooled_text is not None
         text, text_mask = trim_text(text, text_mask, empty_is_all=False)
         masks = self.token_mask(video_mask), text_mask
-        placement = self.placed(grid, len(latent), latent.device, *masks, text.shape[1])
+        placement = self.placed(TokenBatch(grid, len(latent), latent.device, *masks, text.shape[1]))
 
         dtype = self.out.weight.dtype
         x, text = self.patch(latent.to(dtype)), self.text(text.to(dtype))

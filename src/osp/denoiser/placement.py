@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from osp.denoiser.attention import QKV, GroupAttention
-from osp.denoiser.grid import Grid
+from osp.denoiser.attention import QKV, GroupAttention, TokenBatch
 from osp.denoiser.patterns import Pattern
 
 Tables = tuple[Tensor, Tensor]
@@ -26,25 +24,12 @@ class Placement:
 
     A denoiser hands its tokens through these methods, block by block, and takes the attention of its blocks from here.
     `osp.parallel.split_sequence` installs another class, of which each process holds a part of the tokens.
-
-    `text` is the length of the text in the attention, 0 where it is among video tokens only. The masks, of the video
-    (`B N`) and of that text (`B L`), are True where a token is real, None where all are.
     """
 
-    def __init__(
-        self,
-        schedule: Sequence[Pattern],
-        grid: Grid,
-        batch: int,
-        device: torch.device,
-        video_mask: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        text: int = 0,
-    ) -> None:
+    def __init__(self, schedule: Sequence[Pattern], tokens: TokenBatch) -> None:
         self.schedule = schedule
         self._attentions: dict[Any, Attend] = {
-            pattern: GroupAttention(pattern, grid, batch, device, video_mask, text_mask, text)
-            for pattern in dict.fromkeys(schedule)
+            pattern: GroupAttention(pattern, tokens) for pattern in dict.fromkeys(schedule)
         }
 
     def split(self, tokens: Tensor) -> Tensor:

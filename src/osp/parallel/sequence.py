@@ -6,14 +6,15 @@ the output move, as in DeepSpeed Ulysses (arXiv:2309.14509). Text is in all proc
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from osp.denoiser import Denoiser, Grid
-from osp.denoiser.attention import QKV, GroupAttention
+from osp.denoiser import Denoiser
+from osp.denoiser.attention import QKV, GroupAttention, TokenBatch
 from osp.denoiser.patterns import Pattern
 from osp.denoiser.placement import Attend, Placement, Tables
 from osp.errors import UsageError
@@ -50,19 +51,10 @@ def check_splits(denoiser: Denoiser, ranks: int) -> None:
 class SplitTokens(Placement):
     """A part of the video tokens lies in each process; see the module and `Placement`."""
 
-    def __init__(
-        self,
-        over: Exchange,
-        schedule: Sequence[Pattern],
-        grid: Grid,
-        batch: int,
-        device: torch.device,
-        video_mask: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        text: int = 0,
-    ) -> None:
+    def __init__(self, over: Exchange, schedule: Sequence[Pattern], tokens: TokenBatch) -> None:
+        device, video_mask = tokens.device, tokens.video_mask
         self.over, self.device = over, device
-        self.layouts = plan_layouts(tuple(schedule), grid, over.size)
+        self.layouts = plan_layouts(tuple(schedule), tokens.grid, over.size)
         self._here = {one: one.tokens(over.rank).to(device) for one in dict.fromkeys(self.layouts)}
         self._cut: dict[Layout, Tables] = {}
         self._whole: dict[Pattern, GroupAttention] = {}
@@ -71,13 +63,12 @@ class SplitTokens(Placement):
             if layout.pattern == pattern:
                 mask = None if video_mask is None else video_mask[:, self._here[layout]]
                 groups = local_groups(layout, over.rank, device)
-                local = GroupAttention(groups, grid, batch, device, mask, text_mask, text)
+                local = GroupAttention(groups, replace(tokens, video_mask=mask))
                 share = layout.places.groups[over.rank] / sum(layout.places.groups)
                 self._by_layout[pattern, layout] = WholeGroups(over, local, share)
             else:
                 if pattern not in self._whole:
-                    whole = GroupAttention(pattern, grid, batch, device, video_mask, text_mask, text)
-                    self._whole[pattern] = whole
+                    self._whole[pattern] = GroupAttention(pattern, tokens)
                 self._by_layout[pattern, layout] = SplitHeads(over, self._whole[pattern], layout, device)
         self._attends = [self._by_layout[each] for each in zip(schedule, self.layouts, strict=True)]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from osp.denoiser import Denoiser, Grid
-from osp.denoiser.attention import QKV
+from osp.denoiser.attention import QKV, TokenBatch
 from osp.denoiser.patterns import Pattern
 from osp.denoiser.placement import Attend, Placement
 from osp.parallel.sequence import check_splits
@@ -44,20 +44,9 @@ def exchanged_bytes(
 class CountedTokens(Placement):
     """All tokens lie here, and what `SplitTokens` would send is counted; of the attention only the shapes are made."""
 
-    def __init__(
-        self,
-        sent: Counter[str],
-        ranks: int,
-        schedule: Sequence[Pattern],
-        grid: Grid,
-        batch: int,
-        device: torch.device,
-        video_mask: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        text: int = 0,
-    ) -> None:
+    def __init__(self, sent: Counter[str], ranks: int, schedule: Sequence[Pattern], tokens: TokenBatch) -> None:
         self.sent, self.ranks, self.schedule = sent, ranks, schedule
-        self.layouts = plan_layouts(tuple(schedule), grid, ranks)
+        self.layouts = plan_layouts(tuple(schedule), tokens.grid, ranks)
 
     def moved(self, tokens: Tensor, before: int, block: int) -> Tensor:
         """See `Placement`."""

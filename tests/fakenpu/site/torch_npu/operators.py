@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 SIGNATURES = (
     "npu_fusion_attention(Tensor query, Tensor key, Tensor value, int head_num, str input_layout, Tensor? pse=None, "
@@ -24,7 +25,7 @@ SIGNATURES = (
 calls: list[tuple[str, dict[str, Any]]] = []
 """The calls that were made, for tests to look at."""
 
-_library = torch.library.Library("npu", "DEF")
+_library = Library("npu", "DEF")
 for _signature in SIGNATURES:
     _library.define(_signature)
 
