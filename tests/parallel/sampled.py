@@ -1,5 +1,6 @@
 """Functions of processes that make videos together; in a module that the processes can import by its name."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from osp.denoiser import CrossTransformer, JointTransformer, Stage
 from osp.diffusion import Flow, Solver
 from osp.errors import UsageError
 from osp.sampling import VideoGenerator
-from osp.vae import WFVAE, LatentCodec
+from osp.sampling.progress import Progress
+from osp.vae import WFVAE, LatentCodec, Tiling
 
 STAGES = [Stage(1), Stage(2, "skiparse", 2), Stage(1)]
 SIZE = (9, 32, 48)
@@ -33,16 +35,25 @@ def generator(kind: str) -> VideoGenerator:
     return VideoGenerator(model.eval(), text, Flow(), codec)
 
 
-def made(device: torch.device, kind: str, guidance: float, is_shared: bool) -> tuple[Tensor, dict[str, int]]:
-    """Two videos, and the bytes by which the branches of guidance told each other their predictions."""
+def made(
+    device: torch.device, kind: str, guidance: float, is_shared: bool, tiling: Tiling | None = None, low: bool = False
+) -> tuple[Tensor, dict[str, int], int]:
+    """Two videos, the bytes sent by use, and how many frames of tiles this process has decoded."""
     one = generator(kind).to(device)
+    one.codec.vae.tiling = tiling
     if is_shared:
         one.share(guidance)
-    solver = Solver(Flow(), "euler_ancestral", 3)
+    solver, decoded = Solver(Flow(), "euler_ancestral", 3), [0]
+
+    def watch(progress: Progress) -> None:
+        decoded.append(progress.done if progress.step == "decode" else 0)
+
     prompts = ["a red circle", "two blue squares turn"]
-    video = one.generate(prompts, *SIZE, seeds=[5, 6], solver=solver, guidance=guidance)
+    asked: dict[str, Any] = {"solver": solver, "guidance": guidance, "low_memory": low, "progress": watch}
+    video = one.generate(prompts, *SIZE, seeds=[5, 6], **asked)
     assert one.writes == (not is_shared or dist.get_rank() == 0)
-    return video, {} if one._branches is None else dict(one._branches.sent)
+    sent = [over.sent for over in (one._every, one._branches) if over is not None]
+    return video, dict(sum(sent, Counter())), max(decoded)
 
 
 def refuses(device: torch.device, rank_that_fails: int) -> str:

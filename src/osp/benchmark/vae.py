@@ -12,7 +12,6 @@ from torch import Tensor
 from osp.benchmark.case import Target, start_compiler
 from osp.benchmark.models import PRECISIONS, ModelSource, weights_dtype
 from osp.benchmark.settings import choices, listed, sizes, whole_numbers
-from osp.checks import check_number
 from osp.devices import count_flops
 from osp.errors import UsageError
 from osp.vae import Tiling, VideoVAE, stream_decode, stream_encode
@@ -160,7 +159,7 @@ class VAESweep:
             sizes=sizes(settings, "sizes", "HEIGHTxWIDTH", "256x256"),
             lengths=whole_numbers(settings, "frames"),
             chunks=whole_numbers(settings, "chunk_frames", null="the VAE's own"),
-            tilings=[None if value is None else _tiling(value) for value in listed(settings, "tiling")],
+            tilings=[Tiling.read(value) for value in listed(settings, "tiling")],
         )
 
     def check(self, vae: VideoVAE) -> None:
@@ -219,14 +218,6 @@ def nominal_flops(vae: VideoVAE, half: str, frames: int, height: int, width: int
         return count_flops(vae.encode_moments, vae.pad_frames(torch.empty(1, 3, frames, height, width, device="meta")))
     size = vae.strides.latent(frames, height, width)
     return count_flops(vae.decode_latent, torch.empty(1, vae.latent_channels, *size, device="meta"))
-
-
-def _tiling(value: Any) -> Tiling:
-    if not isinstance(value, dict) or "size" not in value or not set(value) <= {"size", "overlap"}:
-        raise UsageError(f"tiling={value}: must be null or like {{size: 256, overlap: 64}}")
-    for key, side in value.items():
-        check_number(f"tiling.{key}", side, 1, whole=True)
-    return Tiling(**value)
 
 
 VAE = Target(

@@ -28,12 +28,12 @@ from osp.diffusion.guidance import Predict
 from osp.errors import UsageError
 from osp.parallel.exchange import Exchange
 from osp.parallel.guidance import branch_prediction, split_sampling
+from osp.parallel.tiles import own_tiles
 from osp.sampling.decoding import decode_in_pieces
 from osp.sampling.defaults import GUIDANCE, named_solver
 from osp.sampling.offload import offloaded
 from osp.sampling.progress import Progress, Watch, unwatched
 from osp.vae import LatentCodec
-from osp.vae.streaming import PieceProgress
 
 MOST_SEED = 2**63 - 1
 
@@ -122,8 +122,8 @@ class VideoGenerator:
         """Make each video together with all other processes, which are given the same and get the same.
 
         With guidance an even number is halved: one half predicts with the prompt and the other without. The processes
-        of a half share the tokens; all share the videos of a batch that are to be decoded. Raises UsageError for a
-        denoiser that cannot be split so.
+        of a half share the tokens; all share what is to be decoded: the tiles of each video, where the VAE has a
+        `tiling`, else the videos of a batch. Raises UsageError for a denoiser that cannot be split so.
         """
         self._every, self._branches = split_sampling(self.denoiser, self.device, guidance != 1)
         return self
@@ -360,27 +360,19 @@ class VideoGenerator:
         """Third step: a latent `B C T' H W` -> videos `B 3 T H W` of so many frames, in [-1, 1], float32 on the CPU.
 
         With `low_memory` one video is decoded after another, in pieces that leave the device at once, and so does the
-        VAE at the end. The pieces of `progress` are frames of all videos together, or of one after another.
+        VAE at the end. The pieces of `progress` are frames: of all videos together, or of one tile after another, of
+        those that are decoded here.
         """
 
         def tell(done: int, total: int) -> None:
             progress(Progress("decode", done, total))
 
         with _working(self.codec, self.device, low_memory):
-            if low_memory:
-                return decode_in_pieces(self.codec, latent, frames, tell)
-            tell(0, frames)
-            if self._every is None:
-                return self.codec.decode(latent, frames, tell).cpu()
-            return self._decode_share(self._every, latent, frames, tell).cpu()
-
-    def _decode_share(self, every: Exchange, latent: Tensor, frames: int, tell: PieceProgress) -> Tensor:
-        """All videos, of which this process has decoded some."""
-        parts = latent.tensor_split(every.size)
-        own, (_, height, width) = parts[every.rank], self.codec.strides.pixels(*latent.shape[2:])
-        empty = latent.new_empty(0, 3, frames, height, width, dtype=torch.float32)
-        video = self.codec.decode(own, frames, tell) if len(own) else empty
-        return every.gathered(video, [len(part) for part in parts], "videos")
+            if low_memory or self._every is not None:
+                how: dict[str, Any] = {"over": self._every, "leaves": low_memory}
+                return decode_in_pieces(self.codec, latent, frames, tell, **how).cpu()
+            tell(0, frames * own_tiles(self.codec.vae, "decoder", latent[:1], None))
+            return self.codec.decode(latent, frames, tell).cpu()
 
 
 class _Movable(Protocol):

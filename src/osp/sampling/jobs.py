@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class Plan:
         if not sizes:
             return None
         size, videos = max(sizes, key=lambda one: one[1] * torch.Size(one[0]).numel())
-        return plan_memory(self.generator, *size, batch=videos, low_memory=self.low_memory)
+        return plan_memory(self.generator, *size, batch=videos, low_memory=self.low_memory, tiling=self.sampling.tiling)
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,8 @@ def plan_jobs(generator: VideoGenerator, sampling: Sampling, asked: Sequence[Ask
     Raises UsageError for what the generator does not take, and for files that are there and were made otherwise.
     """
     solver = sampling.solver.build(generator.objective)
+    if sampling.tiling is not None:
+        sampling.tiling.check(generator.codec.strides.space)
     jobs = _jobs(generator, sampling, solver, asked)
     todo = []
     for batch in batches(jobs, lambda job: (job.size, job.negative_prompt), sampling.batch_size):
@@ -182,6 +184,7 @@ def generate_batch(
 ) -> Tensor:
     """Videos `B 3 T H W` in the precision and memory of the settings; `arguments` are those of `generator.check`."""
     dtype = autocast_dtype(choose_precision(sampling.precision, generator.device))
+    generator.codec.vae.tiling = sampling.tiling
     with torch.autocast(generator.device.type, dtype, enabled=dtype is not None):
         return generator.generate(
             **arguments, hold_given=sampling.hold_given, low_memory=sampling.memory == "low", progress=progress
@@ -219,6 +222,7 @@ def _jobs(generator: VideoGenerator, sampling: Sampling, solver: Solver, asked: 
         "precision": choose_precision(sampling.precision, generator.device),
         "device": generator.device.type,
         **({} if chosen_kernels() == "plain" else {"kernels": chosen_kernels()}),
+        **({} if sampling.tiling is None else {"tiling": asdict(sampling.tiling)}),
         "model": generator_identity(generator),
         "osp": __version__,
     }

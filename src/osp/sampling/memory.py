@@ -14,6 +14,7 @@ from osp.devices.live import LiveBytes
 from osp.devices.measure import available_memory
 from osp.sampling.generator import VideoGenerator
 from osp.sampling.offload import BLOCKS_ON_DEVICE
+from osp.vae import Tiling
 from osp.vae.memory import working_bytes
 
 _MIB, _GIB = 2**20, 2**30
@@ -62,9 +63,17 @@ class MemoryPlan:
 
 
 def plan_memory(
-    generator: VideoGenerator, frames: int, height: int, width: int, batch: int = 1, low_memory: bool = False
+    generator: VideoGenerator,
+    frames: int,
+    height: int,
+    width: int,
+    batch: int = 1,
+    low_memory: bool = False,
+    tiling: Tiling | None = None,
 ) -> MemoryPlan:
     """The memory that `generate` needs on the generator's device for a batch of such videos with guidance.
+
+    `tiling` is that of the VAE.
 
     The tensors of one call of the denoiser and of the VAE are followed through a copy without memory, so that layers,
     patterns and types count as they are; attention is taken as fused, and autocast, which needs less, as if it were
@@ -78,17 +87,18 @@ def plan_memory(
     rows = batch * (1 if low_memory else 2)
     decoded = 1 if low_memory and codec.vae.can_stream("decoder") else batch
     video = 2 * batch * 3 * frames * height * width * 4  # before and after it is clamped
+    tile = (height, width) if tiling is None else (min(tiling.size, height), min(tiling.size, width))
     parts = {
         "text encoder": sum(map(_bytes, generator.text.networks())),
         "denoiser": _bytes(denoiser),
         "one call of the denoiser": call_bytes(denoiser, (rows, *shape[1:]), generator.text.max_tokens),
         "latents": _LATENTS * latent,
         "VAE": _bytes(codec.vae),
-        "VAE decoder at work": decoded * working_bytes(codec.vae, "decoder", height, width, codec.dtype),
+        "VAE decoder at work": decoded * working_bytes(codec.vae, "decoder", *tile, codec.dtype),
         "video": video,
     }
     if generator.takes_frames:
-        parts["VAE encoder at work"] = batch * working_bytes(codec.vae, "encoder", height, width, codec.dtype)
+        parts["VAE encoder at work"] = batch * working_bytes(codec.vae, "encoder", *tile, codec.dtype)
     text, vae = parts["text encoder"], parts["VAE"]
     offloads = low_memory and generator.device.type != "cpu"
     if offloads:

@@ -4,7 +4,7 @@ The command line, the record beside a video and the evaluation read `Sampling`.
 """
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, Self
 
 from osp.checks import check_choice, check_number
@@ -14,6 +14,7 @@ from osp.devices.precision import AUTOCAST
 from osp.diffusion import Flow, Objective, Solver, Velocity, solvers
 from osp.errors import OspError, UsageError
 from osp.sampling.defaults import GUIDANCE, default_solver
+from osp.vae import Tiling
 
 MEMORY = ("normal", "low")
 FRAMES = "frames"
@@ -112,6 +113,13 @@ class Sampling:
     memory: str = setting(
         "normal", "low: each part is on the device only while it works, and the denoiser block by block", choices=MEMORY
     )
+    tiling: Tiling | None = field(
+        default=None,
+        metadata={
+            "meaning": "tiles that the VAE takes frames in, {size: 256, overlap: 64} in pixels; null: whole frames",
+            "limits": None,
+        },
+    )
 
     def __post_init__(self) -> None:
         for name, value in _flat(self).items():
@@ -122,7 +130,7 @@ class Sampling:
         """The settings in plain values by name, `clip` and `solver` as mappings; missing ones are as by default.
 
         Names that are no setting are passed over, so that a whole configuration may be given, also those of `clip` (of
-        an evaluation it says how clips are read too). Raises UsageError for one of `solver`.
+        an evaluation it says how clips are read too). Raises UsageError for one of `solver` or `tiling`.
         """
         known = {one.name: values[one.name] for one in fields(cls) if one.name in values}
         if "clip" in known:
@@ -131,6 +139,8 @@ class Sampling:
             for key in known["solver"]:
                 check_choice("solver: key", key, [one.name for one in fields(SolverSettings)])
             known["solver"] = SolverSettings(**known["solver"])
+        if "tiling" in known:
+            known["tiling"] = Tiling.read(known["tiling"])
         return cls(**known)
 
     def guiding(self, objective: Objective) -> dict[str, Any]:
@@ -177,7 +187,8 @@ def _flat(part: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for one in fields(part):
         value = getattr(part, one.name)
-        inner = {f"{one.name}.{key}": each for key, each in _flat(value).items()} if is_dataclass(value) else None
+        parts = isinstance(value, ClipSize | SolverSettings)
+        inner = {f"{one.name}.{key}": each for key, each in _flat(value).items()} if parts else None
         flat |= {one.name: value} if inner is None else inner
     return flat
 

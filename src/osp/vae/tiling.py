@@ -1,7 +1,8 @@
 """Frames too large for the memory, in overlapping tiles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +28,17 @@ class Tiling:
         check_number("tiling: size", self.size, 1, whole=True)
         check_number("tiling: overlap", self.overlap, 0, self.size - 1, whole=True)
 
+    @classmethod
+    def read(cls, value: Any) -> Self | None:
+        """The tiling of a setting `tiling`: null, or a mapping. Raises UsageError for anything else."""
+        if value is None:
+            return None
+        if not isinstance(value, dict) or "size" not in value or not set(value) <= {"size", "overlap"}:
+            raise UsageError(f"tiling={value}: must be null or like {{size: 256, overlap: 64}}")
+        for key, side in value.items():
+            check_number(f"tiling.{key}", side, 1, whole=True)
+        return cls(**value)
+
     def check(self, space_stride: int) -> None:
         """Raise UsageError unless tiles begin and end where latent pixels do."""
         for name in ("size", "overlap"):
@@ -45,6 +57,50 @@ def count_tiles(tiling: Tiling | None, height: int, width: int) -> int:
     return 1 if tiling is None else len(tiling.starts(height)) * len(tiling.starts(width))
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A tile of frames: its top left `corner`, where it lies in the input and in the result, and what it counts there.
+
+    `corner` is in pixels of the video; `weight` is `H W` of the tile in the result, None for whole frames.
+    """
+
+    corner: Corner
+    taken: tuple[slice, slice]
+    given: tuple[slice, slice]
+    weight: Tensor | None
+
+    def crop(self, x: Tensor) -> Tensor:
+        """The tile's part of an input `... H W`."""
+        return x[(..., *self.taken)]
+
+    def add(self, result: Tensor, y: Tensor) -> None:
+        """Add the result of the tile, `... h w`, to that of all, `... H W`."""
+        place = result[(..., *self.given)]
+        if self.weight is None:
+            place.add_(y)
+        else:
+            place.addcmul_(y, self.weight.to(y))
+
+
+def tiles(tiling: Tiling | None, height: int, width: int, *, pixel_in: int, pixel_out: int) -> Iterator[Tile]:
+    """The tiles of frames of so many pixels of the video, row by row; `pixel_in` and `pixel_out` are as in `in_tiles`.
+
+    Raises UsageError for tiles that do not begin and end where latent pixels do.
+    """
+    if tiling is None or count_tiles(tiling, height, width) == 1:
+        yield Tile((0, 0), (slice(None), slice(None)), (slice(None), slice(None)), None)
+        return
+    tiling.check(max(pixel_in, pixel_out))
+
+    def place(start: int, length: int, pixel: int) -> slice:
+        return slice(start // pixel, (start + min(tiling.size, length)) // pixel)
+
+    for top, down in _tiles(tiling, height, pixel_out):
+        for left, across in _tiles(tiling, width, pixel_out):
+            taken, given = ((place(top, height, pixel), place(left, width, pixel)) for pixel in (pixel_in, pixel_out))
+            yield Tile((top, left), taken, given, down[:, None] * across)
+
+
 def in_tiles(
     x: Tensor, tiling: Tiling | None, run: Callable[[Tensor, Corner], Tensor], *, pixel_in: int, pixel_out: int
 ) -> Tensor:
@@ -56,18 +112,14 @@ def in_tiles(
     Raises UsageError for tiles that do not begin and end where latent pixels do.
     """
     height, width = (side * pixel_in for side in x.shape[3:])
-    if tiling is None or count_tiles(tiling, height, width) == 1:
-        return run(x, (0, 0))
-    tiling.check(max(pixel_in, pixel_out))
     out = None
-    for top, down in _tiles(tiling, height, pixel_out):
-        for left, across in _tiles(tiling, width, pixel_out):
-            rows, columns = (slice(start // pixel_in, (start + tiling.size) // pixel_in) for start in (top, left))
-            y = run(x[..., rows, columns], (top, left))
-            if out is None:
-                out = y.new_zeros(*y.shape[:3], height // pixel_out, width // pixel_out)
-            rows, columns = (slice(start // pixel_out, (start + tiling.size) // pixel_out) for start in (top, left))
-            out[..., rows, columns].addcmul_(y, (down[:, None] * across).to(y))
+    for tile in tiles(tiling, height, width, pixel_in=pixel_in, pixel_out=pixel_out):
+        y = run(tile.crop(x), tile.corner)
+        if tile.weight is None:
+            return y
+        if out is None:
+            out = y.new_zeros(*y.shape[:3], height // pixel_out, width // pixel_out)
+        tile.add(out, y)
     assert out is not None
     return out
 
