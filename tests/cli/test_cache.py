@@ -110,6 +110,7 @@ def test_several_processes_share_the_work(cache: Cache) -> None:
     assert (result["complete"], result["clips"], result["shards"]) == (True, CLIPS, 3)
     assert set(re.findall(r"part (\d) of 2", said)) == {"0", "1"}
     assert len(re.findall("measuring the scale", said)) == 1
+    assert "shards of" not in said
     # Torch has fewer threads there than in one process, and sums may differ in their last bits.
     scaling = [f"latent.{name}={json.dumps(values).replace(' ', '')}" for name, values in result["scaling"].items()]
     cache("output=whole", *scaling)
@@ -118,6 +119,23 @@ def test_several_processes_share_the_work(cache: Cache) -> None:
         torch.testing.assert_close(one["latent"], other["latent"], rtol=1e-2, atol=1e-2)
     code, _, said = cache.call("output=several", "processes=2", "dtype=float32")
     assert (code, said) == (2, f"osp cache: {Path('several').absolute()}: was begun otherwise: " + DTYPE)
+
+
+def test_devices_share_the_tiles_of_each_batch(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = ["tiling={size:24,overlap:8}", "latent.scale=0.5", "dtype=float32"]
+    cache("output=alone", *tiles)
+    result = cache("output=together", "devices=2", *tiles)
+    assert (result["complete"], result["clips"], result["shards"]) == (True, CLIPS, 3)
+    whole = cache("output=whole", *tiles[1:])
+    assert whole["clips"] == CLIPS
+    for index in range(CLIPS):
+        one, other, untiled = (
+            FeatureClips(name, sample=False).read(index, 0) for name in ("alone", "together", "whole")
+        )
+        torch.testing.assert_close(one["latent"], other["latent"], rtol=1e-4, atol=1e-4)
+        assert (one["latent"] - untiled["latent"]).abs().max() > 1e-3
+    code, _, said = cache.call("output=together", *tiles[1:])
+    assert (code, "precision=32-true tiles=24/8, is " in said) == (2, True), said
 
 
 def test_a_folder_goes_on_only_as_it_was_begun(world: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +191,9 @@ WRONG = [
     (["part=2", "parts=2"], 2, "part=2, parts=2: the parts are 0 to 1"),
     (["parts=0"], 2, "parts=0: must be a"),
     (["processes=none"], 2, "processes=none: must be a"),
+    (["processes=2", "devices=2"], 2, "processes=2 devices=2: is one too many"),
+    (["tiling=256"], 2, "tiling=256: must be null or like {size: 256, overlap: 64}"),
+    (["tiling={{size:20,overlap:8}}"], 2, "tiling: size=20: must be a multiple of 8"),
     (["clip.height=36"], 2, "height=36: must be a multiple of 8"),
     (["clip.frames=99"], 1, "none of its 7 clips is long enough"),
     (["path=null"], 2, "give checkpoint=FILE"),

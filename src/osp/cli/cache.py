@@ -18,6 +18,7 @@ from osp.data.features.format import DTYPES, POSTERIORS
 from osp.devices import choose_device, choose_precision
 from osp.errors import UsageError
 from osp.training.feature_jobs import FeatureJob, FeatureModels, make_features
+from osp.vae import Tiling
 
 # Settings that a job and the command line call the same
 _SAME = (
@@ -31,19 +32,25 @@ _SAME = (
     "part",
     "parts",
     "device",
+    "devices",
 )
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
-    """Encode what is not encoded yet; gives what the folder holds now.
+def run(cfg: DictConfig) -> dict[str, Any] | None:
+    """Encode what is not encoded yet; gives what the folder holds now, if this process is not one of others' helpers.
 
     Raises UsageError before any work for settings that do not fit together or to the folder, and DataError if no clip
     can be used.
     """
     least = {"min_clips": 1, "latent.scaling_clips": 1, "batch_size": 1, "workers": 1, "shard_clips": 1}
-    check_numbers(cfg, CLIP | least | {"processes": 1, "part": 0, "parts": 1})
+    check_numbers(cfg, CLIP | least | {"processes": 1, "devices": 1, "part": 0, "parts": 1})
     if cfg.part >= cfg.parts:
         raise UsageError(f"part={cfg.part}, parts={cfg.parts}: the parts are 0 to {cfg.parts - 1}")
+    if cfg.processes > 1 and cfg.devices > 1:
+        raise UsageError(
+            f"processes={cfg.processes} devices={cfg.devices}: is one too many; with processes each takes a device and "
+            "clips of its own, with devices all encode each batch together"
+        )
     check_choice("posterior", cfg.posterior, POSTERIORS)
     check_choice("dtype", cfg.dtype, DTYPES)
     check_data(cfg)
@@ -56,6 +63,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         **settings["latent"],
         scaling_from=None if cfg.scaling_from is None else Path(to_absolute_path(cfg.scaling_from)),
         limits=instantiate(cfg.limits),
+        tiling=Tiling.read(settings["tiling"]),
         precision=choose_precision(cfg.precision, choose_device(cfg.device)),  # which goes into the folder
         **{name: settings[name] for name in _SAME},
     )
@@ -63,11 +71,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return make_features(job, partial(_models, settings), log_as)
 
 
-def _models(settings: dict[str, Any]) -> FeatureModels:
-    """The models of the settings; also in another process, which errors come from as a user sees them."""
+def _models(settings: dict[str, Any], whole: bool) -> FeatureModels:
+    """The models of the settings, or the VAE alone; also in another process, whose errors come as a user sees them."""
     try:
         cfg = configuration(settings)
         vae = build_vae(cfg.vae)
+        if not whole:
+            return FeatureModels(vae, None, None)
         strides = {"time_stride": vae.time_stride, "space_stride": vae.space_stride}
         rule = None if cfg.get("buckets") is None else instantiate(cfg.buckets, **strides)
         source = None if cfg.get("data") is None else build_source(cfg)

@@ -19,9 +19,10 @@ from osp.data.loader import GIVE_UP_AFTER
 from osp.data.media.shape import Shape
 from osp.data.media.video import ClipError, to_float
 from osp.data.sources import ClipSource
-from osp.devices import autocast_dtype
 from osp.errors import DataError, UsageError
+from osp.parallel.exchange import Exchange
 from osp.seeds import seeded
+from osp.training.encoding_together import ClipEncoder
 from osp.vae import LatentCodec, VideoVAE, measure_scaling
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class FeatureEncoder:
         text: None, or one that trains along, leaves captions only.
         posterior, dtype: as in `FeatureIdentity`.
         precision: of the VAE's arithmetic: `32-true`, `bf16-mixed` or `16-mixed`.
+        over: processes that encode together, of which this is the first; see `ClipEncoder`.
 
     Raises UsageError for a value that is not known.
     """
@@ -50,24 +52,22 @@ class FeatureEncoder:
         dtype: str = "float16",
         device: torch.device | str = "cpu",
         precision: str = "32-true",
+        over: Exchange | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.codec, self.text = codec.to(self.device), None if text is None or text.trained else text
-        self.posterior, self.precision = posterior, precision
+        self.codec, self.text = codec, None if text is None or text.trained else text
+        self.posterior, self.encode = posterior, ClipEncoder(codec.vae, self.device, precision, over)
         tokens, pooled = text_identities(self.text)
         self.identity = FeatureIdentity(
             **codec.identity(), text=tokens, pooled_text=pooled, posterior=posterior, dtype=dtype
         )
-        self._autocast = _autocast(self.device, precision)
         if self.text is not None:
             self.text.to(self.device)
 
     @torch.no_grad()
     def __call__(self, clips: Sequence[Mapping[str, Any]]) -> list[Features]:
         """Clips of one shape, as `osp.data.sources.ClipSource.read` gives them, encoded in one batch."""
-        video = to_float(torch.stack([clip["video"] for clip in clips]).to(self.device))
-        with self._autocast:
-            posterior = self.codec.vae.encode(video)
+        posterior = self.encode(torch.stack([clip["video"] for clip in clips]))
         mean, logvar = posterior.mean.float().cpu(), posterior.logvar.float().cpu()
         captions = [[text for text in clip.get("captions", [clip.get("caption", "")]) if text] for clip in clips]
         texts = iter(self._texts([text for said in captions for text in said]))
@@ -242,8 +242,7 @@ def measure_source_scaling(
 
     Raises UsageError if none of them can be read.
     """
-    device = torch.device(device)
-    vae.to(device).eval()
+    encoder = ClipEncoder(vae.eval(), torch.device(device), precision)
     count = min(clips, len(source))
     chosen = [number * len(source) // count for number in range(count)]
 
@@ -253,13 +252,8 @@ def measure_source_scaling(
                 yield to_float(torch.stack(good).to(device))
 
     log.info("measuring the scale of the latents over %d clips", count)
-    with _autocast(device, precision):
+    with encoder.autocast():
         return measure_scaling(vae, videos())
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    dtype = autocast_dtype(precision)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 class _Progress:

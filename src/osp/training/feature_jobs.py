@@ -20,8 +20,11 @@ from osp.devices import choose_device
 from osp.devices.device import backend
 from osp.errors import DataError, OspError, UsageError
 from osp.files import folder_lock
+from osp.parallel.exchange import Exchange
+from osp.parallel.launch import on_devices
 from osp.training.encode_features import FeatureEncoder, encode_features, measure_source_scaling, read_scaling
-from osp.vae import LatentCodec, VideoVAE
+from osp.training.encoding_together import ClipEncoder
+from osp.vae import LatentCodec, Tiling, VideoVAE
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ class FeatureJob:
         shift, scale: of the latents; both None: those of `scaling_from`, another folder of features, else the
             folder's own, else the published ones, else measured over `scaling_clips`.
         part, parts: of the work of `processes` each.
+        devices: that encode each batch together, where there is one process.
+        tiling: that the VAE takes frames in; None: whole frames.
         limits: what one file may cost.
     """
 
@@ -61,6 +66,8 @@ class FeatureJob:
     device: str
     precision: str
     limits: Limits = DEFAULT_LIMITS
+    devices: int = 1
+    tiling: Tiling | None = None
 
 
 @dataclass(frozen=True)
@@ -73,16 +80,23 @@ class FeatureModels:
     source: ClipSource | None = None  # the clips, where `input` says none
 
 
-def make_features(
-    job: FeatureJob, load: Callable[[], FeatureModels], set_up: Callable[[], None] | None = None
-) -> dict[str, Any]:
-    """Encode what is not encoded yet; gives what the folder holds now.
+Load = Callable[[bool], FeatureModels]
+"""Gives the models that encode: all of them, or the VAE alone."""
+
+
+def make_features(job: FeatureJob, load: Load, set_up: Callable[[], None] | None = None) -> dict[str, Any] | None:
+    """Encode what is not encoded yet; gives what the folder holds now, None in all processes of torchrun but the first.
 
     `load` gives each process its models, after `set_up` in those that are started here; both go there by pickling.
     Raises UsageError before any work for a folder that was begun otherwise, DataError if no clip can be used.
     """
     load_feature_index(job.output)  # another folder is refused before any model is read
-    runs = [encode_part(job, load())] if job.processes == 1 else _encode_in_processes(job, load, set_up)
+    if job.processes == 1:
+        runs = on_devices(job.devices, choose_device(job.device), _encode_on, job, load)
+    else:
+        runs = _encode_in_processes(job, load, set_up)
+    if runs is None:
+        return None
     encoded, seconds = sum(clips for clips, _ in runs), max(seconds for _, seconds in runs)
     report = feature_report(job.output)
     if report["complete"] and not report["clips"]:
@@ -99,12 +113,25 @@ def make_features(
     }
 
 
-def encode_part(job: FeatureJob, models: FeatureModels, process: int = 0) -> tuple[int, float]:
+def _encode_on(device: torch.device, job: FeatureJob, load: Load) -> list[tuple[int, float]]:
+    """`encode_part` on a device, with the other processes of the group if there are any."""
+    over = Exchange() if job.devices > 1 else None
+    if over is None or over.rank == 0:
+        return [encode_part(job, load(True), device, over=over)]
+    vae = load(False).vae.eval()
+    vae.tiling = job.tiling
+    ClipEncoder(vae, device, job.precision, over).assist()
+    return []
+
+
+def encode_part(
+    job: FeatureJob, models: FeatureModels, device: torch.device, process: int = 0, over: Exchange | None = None
+) -> tuple[int, float]:
     """Encode what falls to a process; gives how many clips it encoded, and the seconds that this took."""
-    device = choose_device(job.device)
-    if job.processes > 1 and device.type != "cpu" and device.index is None:
-        device = torch.device(device.type, process % backend(device).device_count())
     vae = models.vae
+    vae.tiling = job.tiling
+    if job.tiling is not None:
+        job.tiling.check(vae.space_stride)
     if vae.origin is None:
         raise UsageError("this VAE has random weights, and what it encodes nothing can decode; give checkpoint=FILE")
     source = _source(job, models)
@@ -115,13 +142,14 @@ def encode_part(job: FeatureJob, models: FeatureModels, process: int = 0) -> tup
             "dtype": job.dtype,
             "device": device,
             "precision": job.precision,
+            "over": over,
         }
         encoder = FeatureEncoder(codec, models.text, **how)
         writer = FeatureWriter(
             job.output,
             encoder.identity,
             clips=len(source),
-            origin=f"{source.fingerprint()} precision={job.precision}",
+            origin=f"{source.fingerprint()} precision={job.precision}{_tiles(job.tiling)}",
             shard_clips=job.shard_clips,
             part=job.part * job.processes + process,
             parts=job.parts * job.processes,
@@ -130,9 +158,25 @@ def encode_part(job: FeatureJob, models: FeatureModels, process: int = 0) -> tup
         )
     if process == job.part == 0:
         source.summary().log()
+        _warn_of_idle(writer)
     begun = time.monotonic()
     encoded = encode_features(source, encoder, writer, job.batch_size, job.workers)
+    encoder.encode.finish()
     return encoded, time.monotonic() - begun
+
+
+def _tiles(tiling: Tiling | None) -> str:
+    return "" if tiling is None else f" tiles={tiling.size}/{tiling.overlap}"
+
+
+def _warn_of_idle(writer: FeatureWriter) -> None:
+    """Each process writes whole shards, so that there is nothing to do for some where there are few."""
+    if writer.shards < writer.parts:
+        clips = max(1, writer.clips // writer.parts)
+        told = (
+            "%d shards of %d clips for %d processes: some have nothing to do; a new folder with shard_clips=%d has more"
+        )
+        log.warning(told, writer.shards, writer.shard_clips, writer.parts, clips)
 
 
 def _source(job: FeatureJob, models: FeatureModels) -> ClipSource:
@@ -167,9 +211,7 @@ def _codec(job: FeatureJob, vae: VideoVAE, source: ClipSource, device: torch.dev
     return LatentCodec(vae, *measure_source_scaling(source, vae, job.scaling_clips, **how))
 
 
-def _encode_in_processes(
-    job: FeatureJob, load: Callable[[], FeatureModels], set_up: Callable[[], None] | None
-) -> Sequence[tuple[int, float]]:
+def _encode_in_processes(job: FeatureJob, load: Load, set_up: Callable[[], None] | None) -> Sequence[tuple[int, float]]:
     """`encode_part` in processes of their own. Raises what the first of them that fails has raised."""
     threads = max(1, torch.get_num_threads() // job.processes)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells that it ends the others
@@ -196,7 +238,7 @@ def _encode_in_processes(
 def _one_process(
     process: int,
     job: FeatureJob,
-    load: Callable[[], FeatureModels],
+    load: Load,
     set_up: Callable[[], None] | None,
     threads: int,
     queue: Any,
@@ -205,7 +247,10 @@ def _one_process(
         set_up()
     torch.set_num_threads(threads)
     try:
-        queue.put(encode_part(job, load(), process))
+        device = choose_device(job.device)
+        if device.type != "cpu" and device.index is None:
+            device = torch.device(device.type, process % backend(device).device_count())
+        queue.put(encode_part(job, load(True), device, process))
     except (OspError, OSError) as error:
         queue.put(error)
         raise SystemExit(1) from error

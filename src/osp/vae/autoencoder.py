@@ -95,10 +95,12 @@ class VideoVAE(nn.Module):
         Raises UsageError for a size that does not fit, and for `chunk_frames` where the VAE cannot stream.
         """
         self.check_video(video)
-        frames, video = video.shape[2], self.pad_frames(video)
-        length = self.strides.latent_frames(frames)
-        moments = self._run("encoder", video, chunk_frames, tiling, length)
-        return GaussianPosterior.from_moments(moments, frames)
+        return GaussianPosterior.from_moments(self.moments(video, chunk_frames, tiling), video.shape[2])
+
+    def moments(self, video: Tensor, chunk_frames: int | None = None, tiling: Tiling | None = None) -> Tensor:
+        """What `encode` makes its posterior of: means and log variances, which are not clamped, `B 2L T H W`."""
+        length = self.strides.latent_frames(video.shape[2])
+        return self._run("encoder", self.pad_frames(video), chunk_frames, tiling, length)
 
     def decode(
         self,
