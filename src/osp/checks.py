@@ -59,7 +59,7 @@ def is_finite(values: Tensor) -> bool:
     if values.dtype.itemsize == 1:  # torch has no sums of these
         values = values.float()
     # The sum of numbers that are finite is finite, unless it is too large; it needs no memory.
-    total = values.sum(dtype=values.dtype if values.dtype.itemsize >= 4 else torch.float32)
+    total = values.sum(dtype=torch.float32 if values.dtype == torch.float16 else None)
     return bool(total.isfinite()) or bool(values.isfinite().all())
 
 

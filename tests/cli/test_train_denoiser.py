@@ -86,6 +86,9 @@ def test_features_to_a_generator_and_on_to_given_frames(world: Path, osp: Osp, t
     clips = ["data=shards", f"data.train.path={world / 'shards'}", "data.train.flip=false", *SIZE, *vae]
     given = ["denoiser=cross_inpaint_tiny", "denoiser.frame_channels=[4,4]", "module.masks=stage2"]
     more = [*T2V, *clips, *given, "start_from=t2v/checkpoints/best.ckpt", "output=i2v"]
+    code, _, said = osp(*more, "output=t2v", "resume=false")
+    assert code == 2
+    assert "resume=false deletes" in said
     assert result(osp(*more))["steps"] == 4
     ours, theirs = (torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True) for run in ("i2v", "t2v"))
     assert ours["generator"]["latent"] == theirs["generator"]["latent"]  # scaling and all

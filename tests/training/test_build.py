@@ -1,5 +1,6 @@
 """Models without memory get the weights that a seed means, when training begins; and their averages after that."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from osp.conditioning import WordText
 from osp.denoiser import CrossTransformer, JointTransformer
 from osp.diffusion import Flow
 from osp.errors import UsageError
-from osp.training.build import has_memory, is_drawn, with_memory
+from osp.training.build import has_memory, is_built_later, with_memory
+from osp.training.checkpoints import load_trained_vae
 from osp.training.denoiser_module import DenoiserModule
 from osp.training.discriminator import PatchDiscriminator3d
 from osp.training.ema import ExponentialMovingAverage
@@ -18,7 +20,8 @@ from osp.training.losses import VAELoss
 from osp.training.module import TrainingModule
 from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE
-from osp.weights import load_pretrained
+from osp.weights import WeightImportError, load_pretrained, load_published, save_pretrained, save_published
+from osp.weights.lazy import unread
 
 SIZES = {"channels": 4, "out_channels": 4, "heads": 1, "text_channels": 8}
 
@@ -71,12 +74,46 @@ def test_weights_are_those_of_the_seed_whenever_they_are_drawn(kind: str) -> Non
         assert module.denoiser.recompute_every == 1
 
 
-def test_what_has_weights_is_kept_and_what_reads_them_is_not_drawn() -> None:
+def test_what_has_weights_is_kept() -> None:
     text = WordText(channels=8, pooled_channels=None, layers=1, heads=2)
     assert with_memory(text) is text
-    assert is_drawn(WFVAE)
-    assert is_drawn(JointTransformer)
-    assert not is_drawn(load_pretrained)
+    assert all(map(is_built_later, (WFVAE, JointTransformer, load_pretrained)))
+    assert not is_built_later(nn.Linear)
+
+
+def test_a_model_that_is_read_stays_without_memory_until_it_is_built(tmp_path: Path) -> None:
+    ready = vae_module().vae
+    save_pretrained(ready, tmp_path / "ours")
+    save_published(ready, tmp_path / "theirs")
+    weights_of = {f"ema.model.{key}": value for key, value in ready.state_dict().items()}
+    torch.save({"state_dict": weights_of, "vae_settings": ready.settings, "global_step": 1}, tmp_path / "last.ckpt")
+    readers = {
+        "ours": lambda: load_pretrained(tmp_path / "ours", "bfloat16"),
+        "theirs": lambda: load_published("wfvae_v13", tmp_path / "theirs"),
+        "last.ckpt": lambda: load_trained_vae(tmp_path / "last.ckpt"),
+    }
+    for name, read in readers.items():
+        with torch.device("meta"):
+            vae = read()
+        assert not has_memory(vae)
+        module = VAEModule(vae, VAELoss())
+        module.check_weights()
+        module.configure_model()
+        assert module.vae is vae
+        assert unread(vae) is None
+        assert vae.training
+        assert vae.origin == str(tmp_path / name)
+        kind = torch.bfloat16 if name == "ours" else torch.float32
+        for model in (vae, module.ema.model):
+            assert all(torch.equal(value, ready.state_dict()[key].to(kind)) for key, value in weights(model).items())
+    file = tmp_path / "ours" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with torch.device("meta"):
+        module = VAEModule(load_pretrained(tmp_path / "ours"), VAELoss())  # type: ignore[arg-type]
+    with pytest.raises(WeightImportError, match="its checksum is another"):
+        module.check_weights()
 
 
 def test_the_twin_has_tensors_of_its_own_that_follow() -> None:

@@ -461,8 +461,8 @@ def test_a_run_begins_where_another_ended(tmp_path: Path, shards: Path, change: 
     for seed in (9, 10):  # whatever was drawn before, what is new is drawn by the run's seed
         torch.manual_seed(seed)
         second.start_from(str(tmp_path / "last.ckpt"))
-        assert second._start is not None
-        starts.append(second._start.denoiser)
+        assert second.start is not None
+        starts.append(second.start[0])
     assert all(torch.equal(starts[0][key], starts[1][key]) for key in starts[0])
     second.configure_model()
     assert first.codec is not None

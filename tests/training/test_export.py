@@ -14,7 +14,7 @@ from osp.sampling import VideoGenerator
 from osp.training.checkpoints import load_generator, load_trained_vae, load_vae
 from osp.training.export import export
 from osp.training.sharded import entries_of, pieces_of
-from osp.training.start import load_start
+from osp.training.start import open_start
 from osp.training.state import is_state, open_state
 from osp.vae import WFVAE, LatentCodec
 from osp.weights import WeightImportError, load_pretrained, load_published, save_pretrained
@@ -121,7 +121,7 @@ def test_a_denoiser_becomes_a_folder_that_makes_the_same_videos(form: str, tmp_p
     assert is_state(tmp_path / "ours")
     assert open_state(tmp_path / "ours").step == 7
     assert torch.equal(video(load_generator(tmp_path / "ours")), video(load_generator(path)))
-    started = load_start(tmp_path / "ours", new_denoiser(9), new_text(9))
+    started = open_start(tmp_path / "ours", new_denoiser(9), new_text(9))
     assert started.words == ["red", "circle"]
     assert started.text is not None
     assert all(torch.equal(value, new_text(2).state_dict()[key]) for key, value in started.text.items())

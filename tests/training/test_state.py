@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from osp.errors import DataError
 from osp.training import checkpoints
@@ -14,6 +13,7 @@ from osp.training.checkpoints import load_trained_vae
 from osp.training.state import FileCheckpoint, TrainingCheckpoint, averaged_weights, is_state, open_state
 from osp.vae import WFVAE
 from osp.weights import WeightImportError
+from osp.weights.lazy import Weights
 
 TINY = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4}
 
@@ -39,8 +39,10 @@ def test_a_file_gives_its_step_its_entries_and_weights_by_key(tmp_path: Path) ->
     part = averaged_weights(state, "decoder.conv_out.")
     assert weights.keys() == new_vae().state_dict().keys()
     assert part.keys() == {"weight", "bias"}
-    path.write_bytes(b"replaced")  # what was read stays
     assert all(torch.equal(weights[key], value) for key, value in new_vae().state_dict().items())
+    loaded = load_trained_vae(path)
+    path.write_bytes(bytes(path.stat().st_size))  # what was read stays
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in new_vae().state_dict().items())
     with pytest.raises(WeightImportError, match="not a checkpoint"):
         open_state(path)
     with pytest.raises(DataError, match=r"other\.ckpt: is no checkpoint of `osp train`"):
@@ -60,9 +62,9 @@ class Shards:
         file = self.path / f"{name}.pt"
         return torch.load(file, weights_only=True) if file.exists() else None
 
-    def weights(self, prefix: str) -> dict[str, Tensor]:
+    def stored(self, prefix: str) -> Weights:
         found = {key: value for number in range(2) for key, value in self.entry(f"weights_{number}").items()}
-        return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+        return Weights.of({key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)})
 
 
 def test_a_folder_of_shards_is_read_by_the_same_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from osp.data.datamodule import ClipDataModule
 from osp.devices.device import placed_trainer
 from osp.devices.mesh import Mesh
 from osp.errors import UsageError
-from osp.training.build import is_drawn
+from osp.training.build import is_built_later
 from osp.training.checkpoint_io import AtomicCheckpointIO
 from osp.training.cluster import cluster_plugins, tell_rank_of_node
 from osp.training.codec import codec_of
@@ -28,6 +28,7 @@ from osp.training.failures import failures_told
 from osp.training.fit import (
     batches_in_step,
     begin,
+    check_kept,
     check_start,
     fit,
     log_clips,
@@ -93,6 +94,9 @@ def _run(cfg: DictConfig, training: TrainingRun, endings: Endings, files: dict[s
     if cfg.global_batch is not None:
         mesh = Mesh(cfg.data.get("devices") or mesh.data)
         module.accumulate = batches_in_step(cfg.global_batch, cfg.data.batch_size, mesh, cfg.module.accumulate)
+    if not cfg.resume:
+        keys = [f"module.{part}.{key}" for part in ("denoiser", "vae") for key in ("path", "source")]
+        check_kept(training, module, [cfg.start_from, *(OmegaConf.select(cfg, key) for key in keys)])
     start = begin(training, plain(cfg), resume=cfg.resume)
     overrides = HydraConfig.get().overrides.task
     if start.result is None:
@@ -151,10 +155,10 @@ def _module(cfg: DictConfig, data: ClipDataModule) -> TrainingModule:
 
 
 def _without_memory(cfg: DictConfig, *parts: str) -> dict[str, Any]:
-    """The parts of a module whose weights are drawn, built without weights; parts that read files are left out."""
-    drawn = [part for part in parts if cfg[part] is not None and is_drawn(get_object(cfg[part]._target_))]
+    """The parts of a module that get weights later, built without any; parts of other classes are left out."""
+    later = [part for part in parts if cfg[part] is not None and is_built_later(get_object(cfg[part]._target_))]
     with torch.device("meta"):
-        return {part: instantiate(cfg[part]) for part in drawn}
+        return {part: instantiate(cfg[part]) for part in later}
 
 
 def _trainer(cfg: DictConfig, folder: Path) -> lightning.Trainer:

@@ -15,6 +15,8 @@ Model = TypeVar("Model", bound=Denoiser)
 def restage(model: Model, stages: Sequence[Stage | Mapping[str, Any]] | None = None, **settings: Any) -> Model:
     """A denoiser with the weights of `model`, which it shares, and other stages (None: the same).
 
+    Without memory it comes of one without; what is new is then still to be `reset_parameters` in `neutral_parts`.
+
     `settings` may change others that leave the blocks as they are: `long_skips`, `frame_channels`. What is new
     starts without effect; what has no place any more is dropped. Long skips stay if the stages have as many blocks as
     before: to make a sparse model dense and keep them, make each of its stages dense. Raises UsageError if the number
@@ -33,7 +35,8 @@ def restage(model: Model, stages: Sequence[Stage | Mapping[str, Any]] | None = N
     for module in new.neutral_parts():
         module.to_empty(device=model.out.weight.device).to(model.out.weight.dtype)
         module.reset_parameters()
-    added = {key for key, value in new.state_dict().items() if not value.is_meta}
+    neutral = {id(value) for module in new.neutral_parts() for value in module.state_dict(keep_vars=True).values()}
+    added = {key for key, value in new.state_dict(keep_vars=True).items() if id(value) in neutral}
     for key, value in wanted.items():
         if weights[key].shape != value.shape if key in weights else key not in added:
             raise UsageError(f"{settings} would change {key}; only the schedule, skips and conditions may change")

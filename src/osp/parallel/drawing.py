@@ -67,6 +67,9 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **options)
         if not isinstance(result, Tensor) or not result.is_meta:
             return result
+        if func._schema.name == "aten::empty_like":  # takes nothing of what the other holds
+            func, args = torch.ops.aten.empty_strided.default, (result.shape, result.stride())
+            options = {"dtype": result.dtype, "device": result.device}
         sources = frozenset(_memory(one) for one in tree_leaves((args, options)) if _is_meta(one))
         target, changes = _memory(result), func._schema.is_mutable
         if target in sources and not changes:

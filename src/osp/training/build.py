@@ -15,19 +15,24 @@ from torch import Tensor, nn
 from osp.conditioning import WordText
 from osp.denoiser import Denoiser
 from osp.parallel import drawn_weights
+from osp.training.checkpoints import load_trained_vae
 from osp.training.discriminator import PatchDiscriminator3d
 from osp.vae import VideoVAE
-from osp.weights.lazy import Weights
+from osp.weights import load_pretrained, load_published
+from osp.weights.lazy import Weights, filled, take_unread
 
 Model = TypeVar("Model", bound=nn.Module)
 
 REBUILT = (Denoiser, VideoVAE, WordText, PatchDiscriminator3d)
 """The classes of models that their own `settings`, plain values, build again."""
 
+READERS = (load_pretrained, load_published, load_trained_vae)
+"""What gives a model with weights of a file or folder; under `torch.device("meta")` these are still to be read."""
 
-def is_drawn(make: object) -> bool:
-    """Whether what a configuration names is a class of such models, whose weights are drawn and not read."""
-    return isinstance(make, type) and issubclass(make, REBUILT)
+
+def is_built_later(make: object) -> bool:
+    """Whether what a configuration names gives a model, under `torch.device("meta")`, that `with_memory` completes."""
+    return make in READERS or (isinstance(make, type) and issubclass(make, REBUILT))
 
 
 def has_memory(model: nn.Module) -> bool:
@@ -36,9 +41,11 @@ def has_memory(model: nn.Module) -> bool:
 
 
 def with_memory(model: Model) -> Model:
-    """The model itself, or, where it has no memory, one of the same settings with newly drawn weights."""
+    """The model itself, or, where it has no memory, with the weights that are to be read, or newly drawn ones."""
     if has_memory(model):
         return model
+    if (weights := take_unread(model)) is not None:
+        return filled(model, weights)
     assert isinstance(model, REBUILT)
     return type(model)(**model.settings)
 
@@ -46,15 +53,16 @@ def with_memory(model: Model) -> Model:
 def initial_weights(models: Sequence[nn.Module], given: Sequence[Weights | None]) -> list[Weights]:
     """The weights that these models begin with, which are read one by one; the models are left without memory.
 
-    They are the given ones, or the model's own if it has some, or those that `with_memory` would draw for one model
-    after the other.
+    They are the given ones, or the model's own if it has some or they are to be read, or those that `with_memory`
+    would draw for one model after the other.
     """
-    undrawn = [index for index, model in enumerate(models) if not has_memory(model) and given[index] is None]
+    owned = [Weights.of(model.state_dict()) if has_memory(model) else take_unread(model) for model in models]
+    undrawn = [index for index, own in enumerate(owned) if own is None and given[index] is None]
     begins = []
     for index, model in enumerate(models):
         weights = given[index]
-        if has_memory(model):
-            weights = weights or Weights.of(model.state_dict())
+        if (own := owned[index]) is not None:
+            weights = weights or own
             model.to_empty(device="meta")
         elif weights is None or index < max(undrawn, default=0):  # the numbers of those that follow come after its own
             drawn = drawn_weights(partial(with_memory, model))

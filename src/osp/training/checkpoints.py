@@ -2,7 +2,9 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from osp.checks import check_number
 from osp.conditioning import TextEncoder, WordText
@@ -17,7 +19,10 @@ from osp.vae import WFVAE, LatentCodec, VideoVAE
 from osp.weights import load_pretrained
 from osp.weights.built import build_empty, check_plain, check_types
 from osp.weights.families import find_class
-from osp.weights.files import load_exactly
+from osp.weights.files import check_keys, sound
+from osp.weights.lazy import Weights, filled
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _MADE_BY = ({"name": str, "fingerprint": str, "width": SIZE}, None)
 _GENERATOR = {
@@ -47,11 +52,21 @@ _GIVE_TEXT = "text=NAME text.path=FOLDER"
 
 
 def load_trained_vae(path: str | Path) -> WFVAE:
-    """The VAE of a training checkpoint, with its averaged weights, in eval mode.
+    """The VAE of a training checkpoint, with its averaged weights, in eval mode; read later under a device "meta".
 
     Raises WeightImportError for a file that is not a readable checkpoint and DataError for one that holds no VAE.
     """
-    state = open_state(path)
+    vae = filled(*open_vae(open_state(path)))
+    vae.origin = str(path)
+    return vae
+
+
+def open_vae(state: TrainingCheckpoint, averaged: bool = True) -> tuple[WFVAE, Weights]:
+    """The VAE of a training checkpoint, without memory, and its weights: the averaged ones, or those of the last step.
+
+    Raises DataError for a checkpoint that holds no VAE, and WeightImportError for weights that do not fit.
+    """
+    path = state.path
     settings = state.entry("vae_settings")
     if settings is None:
         if isinstance(state.entry("generator"), dict):
@@ -60,11 +75,18 @@ def load_trained_vae(path: str | Path) -> WFVAE:
                 "`osp eval target=generation`"
             )
         raise DataError(f"{path}: holds no VAE trained here; a checkpoint of `osp train` is needed")
-    weights = averaged_weights(state)
-    vae = build_empty(WFVAE, settings, len(weights), f"{path}: vae_settings")
-    load_exactly(vae, weights, path)
-    vae.origin = str(path)
-    return vae.eval()
+    weights = averaged_weights(state) if averaged else state.stored("vae.")
+    return _opened(WFVAE, settings, weights, state, "vae_settings")
+
+
+def _opened(
+    kind: type[Model], settings: Any, weights: Weights, state: TrainingCheckpoint, entry: str
+) -> tuple[Model, Weights]:
+    """A model without memory, and its weights, if they are all that it has."""
+    model = build_empty(kind, settings, len(weights), f"{state.path}: {entry}")
+    wanted = model.state_dict()
+    check_keys(Weights.of(wanted).shapes, weights, str(state.path))
+    return model, sound(weights, wanted, str(state.path))
 
 
 def load_vae(origin: str | Path) -> VideoVAE:
@@ -102,27 +124,28 @@ def open_generator(path: str | Path) -> tuple[TrainingCheckpoint, dict[str, Any]
     return state, entry
 
 
-def averaged_denoiser(state: TrainingCheckpoint) -> Denoiser:
-    """The denoiser of a training checkpoint with its averaged weights, in eval mode."""
+def open_denoiser(state: TrainingCheckpoint, averaged: bool = True) -> tuple[Denoiser, Weights]:
+    """The denoiser of the checkpoint of `open_generator`, as `open_vae`."""
     entry = state.entry("generator")["denoiser"]
     kind = find_class(entry["model"], Denoiser, f"{state.path}: generator.denoiser.model", DataError)
-    weights = averaged_weights(state, "denoiser.")
-    denoiser = build_empty(kind, entry["settings"], len(weights), f"{state.path}: generator.denoiser.settings")
-    load_exactly(denoiser, weights, state.path)
-    return denoiser.eval()
+    weights = _trained(state, "denoiser.", averaged)
+    return _opened(kind, entry["settings"], weights, state, "generator.denoiser.settings")
 
 
-def averaged_text(state: TrainingCheckpoint) -> WordText | None:
-    """The text encoder that was trained along, with its averaged weights, in eval mode; None if there is none."""
+def open_text(state: TrainingCheckpoint, averaged: bool = True) -> tuple[WordText, Weights] | None:
+    """The text encoder that was trained along, as `open_denoiser`; None if there is none."""
     entry = state.entry("generator")["text"]
     if entry["encoder"] != WordText.__name__:
         return None
-    weights = averaged_weights(state, "text.")
-    text = build_empty(WordText, entry["settings"], len(weights), f"{state.path}: generator.text.settings")
-    load_exactly(text, weights, state.path)
+    weights = _trained(state, "text.", averaged)
+    text, weights = _opened(WordText, entry["settings"], weights, state, "generator.text.settings")
     words = state.entry("generator").get("words")
     text.seen = None if words is None else frozenset(words)
-    return text.eval()
+    return text, weights
+
+
+def _trained(state: TrainingCheckpoint, part: str, averaged: bool) -> Weights:
+    return averaged_weights(state, part) if averaged else state.stored(f"model.{part}")
 
 
 def load_trained_generator(
@@ -145,7 +168,7 @@ def load_trained_generator(
             f"give that one: {_GIVE_VAE}"
         )
     return VideoGenerator(
-        averaged_denoiser(state),
+        filled(*open_denoiser(state)),
         _text(state, text),
         _objective(objective, f"{path}: generator.objective"),
         codec,
@@ -179,11 +202,11 @@ def _stored_vae(path: str | Path, origin: str | None) -> VideoVAE:
 
 
 def _text(state: TrainingCheckpoint, text: TextEncoder | None) -> TextEncoder:
-    path, trained = state.path, averaged_text(state)
+    path, trained = state.path, open_text(state)
     if trained is not None:
         if text is not None:
             raise UsageError(f"{path}: brings the text encoder that was trained along; leave text out")
-        return trained
+        return filled(*trained)
     made_by = state.entry("generator")["text"].get("made_by", [])
     names = " and ".join(f"{one['name']} ({one['width']} wide)" for one in made_by if one)
     if text is None:

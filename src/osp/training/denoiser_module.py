@@ -29,10 +29,9 @@ from osp.training.encode_features import measure_source_scaling
 from osp.training.latent_identity import LatentIdentity
 from osp.training.module import Batch, TrainingModule
 from osp.training.optimisation import Optimisation
-from osp.training.start import StartWeights, load_start
+from osp.training.start import open_start
 from osp.training.text_input import TextInput
 from osp.vae import LatentCodec
-from osp.weights.lazy import Weights
 
 _SCALING = ([float], tuple)
 _LATENT_FORM = {"vae": str, "vae_fingerprint": str, "origin": (str, None), "shift": _SCALING, "scale": _SCALING}
@@ -123,7 +122,6 @@ class DenoiserModule(TrainingModule):
         self.clipping = AdaptiveClipping() if clipping is None else clipping
         check_parts(denoiser, text, codec, self.masks)
         self._identity: LatentIdentity | None = None  # known once the data are
-        self._start: StartWeights | None = None
         self._encodes = False  # whether batches are videos
 
     @property
@@ -146,20 +144,9 @@ class DenoiserModule(TrainingModule):
         return model["text"] if self.texts.is_trained else self.texts.frozen
 
     def build(self) -> None:
-        """See `TrainingModule.build`; the weights that the run begins with come last."""
+        """See `TrainingModule.build`."""
         for name, model in list(self.model.items()):
             self.model[name] = with_memory(model).train()
-        if self._start is not None:
-            self._start.give_to(self.denoiser, self._trained_text)
-            self._start = None
-
-    def given_weights(self) -> list[Weights | None]:
-        """See `TrainingModule`."""
-        start, self._start = self._start, None
-        if start is None:
-            return super().given_weights()
-        text = None if start.text is None else Weights.of(start.text)
-        return [Weights.of(start.denoiser), text][: len(self.model)]
 
     def networks(self, learned: nn.Module) -> Sequence[nn.Module]:
         """See `TrainingModule`: the denoiser, and the text encoder if it is trained."""
@@ -189,14 +176,15 @@ class DenoiserModule(TrainingModule):
     def start_from(self, path: str) -> None:
         """Begin with the averaged weights of another run, or with those of a folder; see `osp.training.start`.
 
-        They are checked now, after `prepare`, and taken over when the model is built.
+        Whether they fit is checked now, after `prepare`; they are read when the model is built.
         """
         assert not self._is_configured
         with drawing_from(seeded(self.seed, "start").get_state()):  # parts that the other run has not
-            self._start = load_start(path, self.denoiser, self._trained_text)
-        if self._start.text is not None:
-            self.texts.seen = SeenWords(self._start.words)
-        if (latent := self._start.latent) is None:
+            start = open_start(path, self.denoiser, self._trained_text)
+        self.start = [start.denoiser, start.text][: len(self.model)]
+        if start.text is not None:
+            self.texts.seen = SeenWords(start.words)
+        if (latent := start.latent) is None:
             return
         if self.scaling_clips:
             self._scale(latent["shift"], latent["scale"])

@@ -9,16 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from osp.checks import check_choice
-from osp.conditioning import WordText
-from osp.denoiser import Denoiser
-from osp.errors import DataError, UsageError
+from osp.errors import UsageError
 from osp.files import discard, put_in_place
-from osp.training.checkpoints import open_generator
+from osp.training.checkpoints import open_denoiser, open_generator, open_text, open_vae
 from osp.training.state import GENERATOR, TEXT, TrainingCheckpoint, is_state, open_state
-from osp.vae import WFVAE
-from osp.weights.built import build_empty
-from osp.weights.families import find_class
-from osp.weights.files import check_keys, save_weights, sound
+from osp.weights.files import save_weights
 from osp.weights.folders import read_config
 from osp.weights.lazy import Stored, Weights, filled, parse_dtype
 from osp.weights.pretrained import open_pretrained, published_part, save_pretrained
@@ -73,8 +68,7 @@ def export(
 def _write(found: Model, folder: Path, form: str, dtype: torch.dtype) -> dict[str, Any]:
     weights = _cast(found.weights, dtype)
     if form == "published":
-        own = {key: value.clone() for key, value in weights.items()}  # the file may be replaced
-        return save_published(filled(found.model, own), folder, found.published)
+        return save_published(filled(found.model.to(dtype), weights), folder, found.published)
     folder.mkdir(parents=True)
     entries = dict(found.entries)
     if found.text is not None:
@@ -99,30 +93,12 @@ def _pretrained(folder: Path) -> Model:
 
 
 def _trained(state: TrainingCheckpoint, averaged: bool) -> Model:
-    settings = state.entry("vae_settings")
-    if settings is not None:
-        weights = state.stored("ema.model." if averaged else "vae.")
-        vae = build_empty(WFVAE, settings, len(weights), f"{state.path}: vae_settings")
-        return Model(vae, _fitting(vae, weights, state), None, {}, {})
+    if state.entry("vae_settings") is not None:
+        return Model(*open_vae(state, averaged), None, {}, {})
     _, entry = open_generator(state.path)
-    prefix = "ema.model." if averaged else "model."
-    weights = state.stored(f"{prefix}denoiser.")
-    kind = find_class(entry["denoiser"]["model"], Denoiser, f"{state.path}: generator.denoiser.model", DataError)
-    settings = entry["denoiser"]["settings"]
-    denoiser = build_empty(kind, settings, len(weights), f"{state.path}: generator.denoiser.settings")
-    text = None
-    if entry["text"]["encoder"] == WordText.__name__:
-        found = state.stored(f"{prefix}text.")
-        words = build_empty(WordText, entry["text"]["settings"], len(found), f"{state.path}: generator.text.settings")
-        text = _fitting(words, found, state)
-    return Model(denoiser, _fitting(denoiser, weights, state), text, {GENERATOR: {**entry, "step": state.step}}, {})
-
-
-def _fitting(model: nn.Module, weights: Weights, state: TrainingCheckpoint) -> Weights:
-    """The weights, if they are all that the model has. Raises WeightImportError."""
-    wanted = model.state_dict()
-    check_keys(Weights.of(wanted).shapes, weights, str(state.path))
-    return sound(weights, wanted, str(state.path))
+    text = open_text(state, averaged)
+    entries = {GENERATOR: {**entry, "step": state.step}}
+    return Model(*open_denoiser(state, averaged), text and text[1], entries, {})
 
 
 def _cast(weights: Weights, dtype: torch.dtype) -> Weights:

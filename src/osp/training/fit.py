@@ -5,7 +5,7 @@ import math
 import shutil
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,19 @@ def check_start(start_from: str | None, after: str | None, *, name: str, trains_
             f"start_from={start_from}: no such file or folder; give a checkpoint of `osp train`, or a folder of "
             "`osp import-weights`"
         )
+
+
+def check_kept(run: TrainingRun, module: TrainingModule, sources: Iterable[str | None]) -> None:
+    """Before a folder is cleared for a new start: look at the weights that the run is to begin with, from `sources`.
+
+    Raises UsageError for those that would go as well, and, if there is a run to lose, errors as their readers.
+    """
+    left = [(run.folder / part).resolve() for part in _LEFT]
+    for source in sources:
+        if source is not None and any(Path(source).resolve().is_relative_to(folder) for folder in left):
+            raise UsageError(f"resume=false deletes {source}, which the run is to begin with; take another output=DIR")
+    if run.started:
+        module.check_weights()
 
 
 def begin(run: TrainingRun, settings: dict[str, Any], *, resume: bool) -> Start:

@@ -21,7 +21,7 @@ from osp.training.ema import ExponentialMovingAverage
 from osp.training.optimisation import Optimisation
 from osp.training.resumed import take_over
 from osp.training.suspects import Suspects
-from osp.weights.lazy import Weights
+from osp.weights.lazy import Weights, unread
 
 Batch = dict[str, Any]
 
@@ -42,6 +42,8 @@ class TrainingModule(lightning.LightningModule):
     mode: Literal["min", "max"]
     clipping: Clipping
     ema: ExponentialMovingAverage[Any]
+    start: Sequence[Weights | None] | None = None
+    """The weights that `networks` and `opponents` begin with, until they are read; None: their own, or drawn ones."""
 
     def __init__(self, optimisation: Optimisation, seed: int) -> None:
         super().__init__()
@@ -74,17 +76,20 @@ class TrainingModule(lightning.LightningModule):
         with drawing_from(self._drawn_from):
             if how.sharding is None:
                 self.build()
+                for model, own in zip(self._models, self._started, strict=True):
+                    if own is not None:
+                        fill_model(model, own)
                 self.ema = ExponentialMovingAverage(self.learned, self.optimisation.ema_decay)
                 self._apply_to_all(how)
             else:
                 self._build_shards(how)
         self._check_finite()
-        self._is_configured = True
+        self._is_configured, self.start = True, None
 
     def _build_shards(self, how: Parallelism) -> None:
         """Give weights to models of which this process holds a part; no model ever lies whole in memory."""
-        models = [*self.networks(self.learned), *self.opponents]
-        weights = initial_weights(models, self.given_weights())
+        models = self._models
+        weights = initial_weights(models, self._started)
         for model in models:
             model.train()
         self.ema = ExponentialMovingAverage(self.learned, self.optimisation.ema_decay)
@@ -97,9 +102,20 @@ class TrainingModule(lightning.LightningModule):
         for model in (*self.networks(self.learned), *self.networks(self.ema.model), *self.opponents):
             apply(model, how)
 
-    def given_weights(self) -> list[Weights | None]:
-        """The weights to begin with of each network and opponent; None: its own, or newly drawn ones."""
-        return [None for _ in (*self.networks(self.learned), *self.opponents)]
+    def check_weights(self) -> None:
+        """Read once what is to be read when the models are built, and raise what that would raise."""
+        for model, own in zip(self._models, self._started, strict=True):
+            if (weights := own or unread(model)) is not None:
+                for key in weights:
+                    weights[key]
+
+    @property
+    def _models(self) -> list[nn.Module]:
+        return [*self.networks(self.learned), *self.opponents]
+
+    @property
+    def _started(self) -> Sequence[Weights | None]:
+        return self.start or [None for _ in self._models]
 
     def networks(self, learned: nn.Module) -> Sequence[nn.Module]:
         """The networks in what is learned, or in its averaged twin, each of which is called by itself."""

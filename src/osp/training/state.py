@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from osp.errors import DataError
 from osp.files import whole_at
 from osp.training.sharded import WEIGHTS
@@ -46,12 +44,8 @@ class TrainingCheckpoint(Protocol):
         """The plain values that a module has written under this name; None if there are none."""
         ...
 
-    def weights(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose keys begin so, by the rest of their keys, in memory of their own."""
-        ...
-
     def stored(self, prefix: str) -> Weights:
-        """The same tensors, which are read when they are asked for; they may lie in a mapped file."""
+        """The tensors whose keys begin so, by the rest of their keys; they may lie in a mapped file."""
         ...
 
 
@@ -70,11 +64,6 @@ class FileCheckpoint:
     def entry(self, name: str) -> Any:
         """See `TrainingCheckpoint.entry`."""
         return self.content.get(name)
-
-    def weights(self, prefix: str) -> dict[str, Tensor]:
-        """See `TrainingCheckpoint.weights`."""
-        # The tensors are copied: they lie in the file, which may be replaced.
-        return {key: value.clone() for key, value in self.stored(prefix).items()}
 
     def stored(self, prefix: str) -> Weights:
         """See `TrainingCheckpoint.stored`."""
@@ -98,10 +87,6 @@ class FolderCheckpoint:
         """See `TrainingCheckpoint.entry`."""
         return self.content.entries.get(name)
 
-    def weights(self, prefix: str) -> dict[str, Tensor]:
-        """See `TrainingCheckpoint.weights`."""
-        return dict(self.stored(prefix))
-
     def stored(self, prefix: str) -> Weights:
         """See `TrainingCheckpoint.stored`."""
         return _below(self.content.weights, WEIGHTS + prefix)
@@ -122,10 +107,6 @@ class ExportedCheckpoint:
     def entry(self, name: str) -> Any:
         """See `TrainingCheckpoint.entry`."""
         return self.config.get(GENERATOR) if name == GENERATOR else None
-
-    def weights(self, prefix: str) -> dict[str, Tensor]:
-        """See `TrainingCheckpoint.weights`."""
-        return {key: value.clone() for key, value in self.stored(prefix).items()}
 
     def stored(self, prefix: str) -> Weights:
         """See `TrainingCheckpoint.stored`; the weights that were written count as the averaged ones."""
@@ -175,6 +156,6 @@ def is_state(path: str | Path) -> bool:
     return (place / CONFIG).is_file() and GENERATOR in read_json(place / CONFIG)
 
 
-def averaged_weights(state: TrainingCheckpoint, part: str = "") -> dict[str, Tensor]:
+def averaged_weights(state: TrainingCheckpoint, part: str = "") -> Weights:
     """The averaged weights (EMA) of what was trained, or those of one part of it, by their keys in the model."""
-    return state.weights(_AVERAGED + part)
+    return state.stored(_AVERAGED + part)

@@ -174,18 +174,23 @@ def sound(weights: Weights, wanted: Mapping[str, Any], source: str) -> Weights:
     one with numbers that are not finite: a model with such weights makes nothing else.
     """
 
-    def read(key: str, stored: Stored) -> Tensor:
-        value = stored.read()
+    def finite(key: str, value: Tensor) -> Tensor:
         if not is_finite(value):
             raise WeightImportError(f"{source}: {printable(key)} holds numbers that are not finite (NaN or infinity)")
         return value
+
+    def looked_at(key: str, one: Stored) -> Stored:
+        def part(begin: int, end: int) -> Tensor:
+            return finite(key, one.rows(begin, end))
+
+        return Stored(one.shape, one.dtype, lambda: finite(key, one.read()), part)
 
     for key, stored in weights.stored.items():
         if key in wanted and _is_floating(wanted[key]) and not stored.dtype.is_floating_point:
             raise WeightImportError(
                 f"{source}: {printable(key)} is {stored.dtype}, where floating-point weights belong"
             )
-    return Weights({key: Stored(one.shape, one.dtype, partial(read, key, one)) for key, one in weights.stored.items()})
+    return Weights({key: looked_at(key, one) for key, one in weights.stored.items()})
 
 
 def _is_floating(wanted: Any) -> bool:

@@ -3,12 +3,16 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from osp.checks import check_choice
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_UNREAD = "_unread_weights"
 
 # Where a training checkpoint keeps its weights; the averaged ones come first.
 _WRAPPERS = ("ema_state_dict", "ema_model", "state_dict", "gen_model", "model")
@@ -86,10 +90,31 @@ class Weights(Mapping[str, Tensor]):
         return len(self.stored)
 
 
-def filled(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A model without memory -> with these weights, which become its own, in eval mode."""
-    model.load_state_dict(dict(weights.items()), assign=True)
+def filled(model: Model, weights: Weights) -> Model:
+    """A model without memory -> with copies of these weights, in its own types, in eval mode.
+
+    Under `torch.device("meta")` it stays without memory, and they are read later: `unread` has them.
+    """
+    if torch.get_default_device().type == "meta":
+        model.__dict__[_UNREAD] = weights
+        return model.eval()
+    wanted = model.state_dict()
+    # One after another, so that there is one copy; the files may change afterwards.
+    copies = {key: value.to(wanted[key].dtype, copy=True) for key, value in weights.items()}
+    model.load_state_dict(copies, assign=True)
     return model.eval()
+
+
+def unread(model: nn.Module) -> Weights | None:
+    """The weights of a model that `filled` has left without memory; None for another."""
+    found: Weights | None = model.__dict__.get(_UNREAD)
+    return found
+
+
+def take_unread(model: nn.Module) -> Weights | None:
+    """As `unread`, for whoever reads them now: the model has none any more."""
+    found: Weights | None = model.__dict__.pop(_UNREAD, None)
+    return found
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:

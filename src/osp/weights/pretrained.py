@@ -55,14 +55,13 @@ def save_pretrained(
 
 
 def load_pretrained(path: str | Path | None, dtype: torch.dtype | str = torch.float32) -> nn.Module:
-    """The model in a folder of `save_pretrained`, in eval mode.
+    """The model in a folder of `save_pretrained`, in eval mode; its weights are read later under a device "meta".
 
     Raises UsageError without a path or with another `dtype`, and WeightImportError as `open_pretrained`.
     """
     dtype = parse_dtype(dtype)
     model, weights = open_pretrained(path)
-    # One after another, and copied: the file may be replaced
-    filled(model, {key: value.to(dtype, copy=True) for key, value in weights.items()})
+    model = filled(model.to(dtype), weights)
     if isinstance(model, VideoVAE) and path is not None:
         model.origin = str(path)
         model.scaling = published_scaling(model, published_part(path))

@@ -44,7 +44,7 @@ def load_published(
     config: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = torch.float32,
 ) -> nn.Module:
-    """A published model with its weights, in eval mode.
+    """A published model with its weights, in eval mode; they are read later under a device "meta".
 
     `kind` is one of a family (`osp.weights.families`), as "wfvae_v13". `source` is a checkpoint file (safetensors or
     torch), a folder with one, with shards or with the ranks of a Megatron run, or a state dict with the published keys.
@@ -55,7 +55,7 @@ def load_published(
     cannot be read safely and for unknown, missing or misshapen keys, which it lists.
     """
     opened = open_published(kind, source, config, dtype)
-    model = filled(opened.model, opened.weights)
+    model = filled(opened.model.to(parse_dtype(dtype)), opened.weights)
     if isinstance(model, VideoVAE):
         model.origin = None if isinstance(source, Mapping) else str(source)
         model.scaling = published_scaling(model, opened.further_settings)

@@ -176,7 +176,7 @@ class _Rows:
     def part(self, begin: int, end: int) -> Tensor:
         """Some rows, in memory of their own."""
         rest = self.shape[1:]
-        found = torch.empty(max(0, end - begin), *rest, dtype=self.dtype)
+        found = torch.empty(max(0, end - begin), *rest, dtype=self.dtype, device="cpu")
         for one in self.pieces:
             if one.begin < end and begin < one.end:
                 rows = self._files.read(one, (one.end - one.begin, *rest), self.dtype)

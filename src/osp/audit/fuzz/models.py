@@ -29,7 +29,7 @@ from osp.training.losses import VAELoss
 from osp.training.module import TrainingModule
 from osp.training.runs import TrainingRun
 from osp.training.saving import LastCheckpoint
-from osp.training.start import load_start
+from osp.training.start import open_start
 from osp.training.state import LAST, open_state
 from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE, LatentCodec
@@ -156,7 +156,7 @@ def read_denoiser_checkpoint(folder: Path, reading: Reading) -> None:
     reading(lambda: open_state(last).step)
     _weights(reading, lambda: load_trained_generator(last, vae=new_vae()).denoiser)
     text = WordText(channels=8, pooled_channels=None, layers=1, heads=2)
-    reading(lambda: dict(load_start(last, new_denoiser(), text).denoiser))
+    reading(lambda: dict(open_start(last, new_denoiser(), text).denoiser))
 
 
 def read_run(is_denoiser: bool, folder: Path, reading: Reading) -> None:
