@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import osp  # isort: skip  # noqa: F401  (mends torchvision, which lightning imports)
 import lightning
@@ -133,7 +133,7 @@ def train(cfg: Any, cases: Sequence[Case], steps: int, folder: Path) -> tuple[to
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
     trainer: lightning.Trainer = instantiate(kept | options | {"max_steps": len(turns)}, callbacks=[Turns(turns)])
     trainer.fit(module, data)
-    return trainer.strategy.root_device, module.denoiser
+    return trainer.strategy.root_device, cast(Denoiser, module.denoiser)
 
 
 def write_features(folder: Path, channels: int, text_channels: int) -> None:

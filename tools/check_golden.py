@@ -1,5 +1,7 @@
 """Run every recorded case of the published code's numbers below a folder: `python tools/check_golden.py FOLDER`.
 
+`--device cuda` runs them there, in full float32.
+
 Cases lie as `KIND/NAME.json` and `KIND/NAME.safetensors`, key lists of full-size checkpoints as
 `manifests/NAME.json.gz`. One line each: whether it passed, with the difference that is the largest share of its bar. A
 kind that is unknown, and settings that we do not build, have a line too; they are neither passed nor failed. Exits with
@@ -10,7 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from osp.audit.golden import Outcome, check, summary
+from osp.devices import choose_device
 from osp.errors import OspError
 
 
@@ -18,9 +23,13 @@ def main() -> int:
     """Print the lines; gives the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
     outcomes: list[Outcome] = []
     try:
-        for outcome in check(parser.parse_args().folder):
+        device = choose_device(arguments.device)
+        torch.backends.cudnn.allow_tf32 = False  # torch lets convolutions round to 10 bits
+        for outcome in check(arguments.folder, str(device)):
             outcomes.append(outcome)
             print(outcome, flush=True)
     except OspError as error:

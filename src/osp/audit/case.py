@@ -45,11 +45,15 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """`FOLDER/KIND/NAME.json` with the settings and `NAME.safetensors` with weights, inputs and outputs."""
+    """`FOLDER/KIND/NAME.json` with the settings and `NAME.safetensors` with weights, inputs and outputs.
+
+    It is run on `device`, to which all that is recorded is brought.
+    """
 
     kind: str
     name: str
     folder: Path
+    device: str = "cpu"
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -68,7 +72,7 @@ class Case:
         """All that is recorded, as float32 where it is of floating point. Raises DataError if it cannot be read."""
         path = self.folder / f"{self.name}.safetensors"
         try:
-            stored = load_file(path)
+            stored = {key: value.to(self.device) for key, value in load_file(path).items()}
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
         return {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
@@ -117,6 +121,7 @@ def difference(what: str, got: Tensor, recorded: Tensor, bar: float, relative: f
     """The largest difference of two tensors. Raises DataError if they differ in shape or nothing is in them."""
     if got.shape != recorded.shape or not recorded.numel():
         raise DataError(f"{what} is of shape {tuple(got.shape)}, where {tuple(recorded.shape)} is recorded")
+    got, recorded = got.cpu(), recorded.cpu()  # where there surely is float64
     off = (got.double() - recorded.double()).abs()
     off = off.where(got != recorded, 0.0)  # equal infinities
     if relative:

@@ -56,16 +56,17 @@ def compare(case: Case) -> list[Comparison]:
 
     Raises Unsupported for settings that we do not build, DataError for a damaged case, and whatever running it raises.
     """
-    return list(runners()[case.kind](case))
+    with torch.device(case.device):
+        return list(runners()[case.kind](case))
 
 
-def check(folder: Path) -> Iterator[Outcome]:
+def check(folder: Path, device: str = "cpu") -> Iterator[Outcome]:
     """An outcome for each case of a known kind below a folder, for each manifest, and for each unknown kind."""
     root, files, known = folder.resolve(), list(_files(folder)), runners()
     paths = sorted({path.with_suffix("") for path in files if path.suffix in _CASE})
     for path in paths:
         if path.parent.name in known:
-            case = Case(path.parent.name, path.name, path.parent)
+            case = Case(path.parent.name, path.name, path.parent, device)
             yield _outcome(_label(path.parent, root, path.name), partial(compare, case))
     for path in files:
         if path.name.endswith(_MANIFEST) and path.parent.name == MANIFESTS:

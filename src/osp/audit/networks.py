@@ -40,7 +40,7 @@ def load(case: Case) -> nn.Module:
     if not isinstance(config, Mapping):
         raise DataError(f"{case.folder / case.name}.json: config is no object")
     try:
-        return load_published(case.kind, case.below("weights/"), config)
+        return load_published(case.kind, case.below("weights/"), config).to(case.device)
     except UsageError as error:
         raise Unsupported(str(error)) from error
 
