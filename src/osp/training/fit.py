@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from osp.data.datamodule import ClipDataModule
 from osp.devices import accelerator_device, choose_precision
 from osp.devices.mesh import Mesh
-from osp.errors import DataError, UsageError
+from osp.errors import DataError, OspError, UsageError
 from osp.files import write_json
 from osp.training.endings import EndBySignal, Ended, Endings, leave
 from osp.training.module import TrainingModule
@@ -139,7 +139,7 @@ def begin(run: TrainingRun, settings: dict[str, Any], *, resume: bool) -> Start:
 
 
 def _continued(run: TrainingRun, settings: dict[str, Any]) -> Start:
-    step, steps = open_state(run.last).step, settings["trainer"]["max_steps"]
+    step, steps = _last_step(run), settings["trainer"]["max_steps"]
     done = step >= steps
     if other := run.other_setting(settings, done=done):
         weights = "start_from=" if settings.get("denoiser") is not None else "vae=trained checkpoint="
@@ -156,6 +156,26 @@ def _continued(run: TrainingRun, settings: dict[str, Any]) -> Start:
         return Start(run.last, changed=changed)
     log.info("nothing to do: trainer.max_steps=%d is reached; a larger one goes on", steps)
     return Start(run.last, run.result())
+
+
+def _last_step(run: TrainingRun) -> int:
+    """The steps done. Raises DataError for a checkpoint that cannot be read, which says what else there is."""
+    try:
+        return open_state(run.last).step
+    except OspError as error:
+        others = [(step, one) for one in run.last.parent.glob("*.ckpt") if (step := _step_of(one)) is not None]
+        mend = "resume=false starts over"
+        if others:
+            step, one = max(others)
+            mend = f"delete {run.last.name} and give a copy of {one.name} its name to go on from step {step}, or {mend}"
+        raise DataError(f"{error}; {mend}") from error
+
+
+def _step_of(path: Path) -> int | None:
+    try:
+        return open_state(path).step
+    except OspError:
+        return None
 
 
 def log_clips(data: ClipDataModule, *, captions: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from osp.data.media.limits import DEFAULT_LIMITS, Limits
 from osp.documents import DocumentError, check_form
-from osp.errors import DataError
+from osp.errors import DataError, OspError
 
 MEND = "copy the shard again, or write the folder anew with the command that made it"
 
@@ -50,6 +50,10 @@ _LARGEST: Mapping[str, float] = {
 _KINDS = ("video", "image")
 
 
+class ShardGoneError(OspError):
+    """A shard that cannot be opened: what reads it ends, since all its clips must not be replaced in silence."""
+
+
 @dataclass(frozen=True)
 class ClipEntry:
     """One sample of a shard folder: where its media bytes lie, and its record.
@@ -72,13 +76,17 @@ class ClipEntry:
     def read(self) -> bytes:
         """The media file's bytes.
 
-        Raises DataError if the tar is gone or ends too early, or if the bytes are not those that were written.
+        Raises ShardGoneError if the tar cannot be opened, DataError if it ends too early, cannot be read there, or if
+        the bytes are not those that were written.
         """
         try:
             with open(self.tar, "rb") as file:
-                return self.read_from(file)
+                try:
+                    return self.read_from(file)
+                except OSError as error:
+                    raise DataError(f"{self.tar}: cannot be read ({error.strerror}); {MEND}") from error
         except OSError as error:
-            raise DataError(f"{self.tar}: cannot be read ({error.strerror}); {MEND}") from error
+            raise ShardGoneError(f"{self.tar}: cannot be opened ({error.strerror}); {MEND}") from error
 
     def read_from(self, file: BinaryIO) -> bytes:
         """The same out of the tar, which is open."""
