@@ -1,87 +1,79 @@
 """Kill training at random moments, and go on in the same layout or another: `python tools/resume_matrix.py --kills 50`.
 
-A tiny denoiser trains by `osp train` on features of several sizes (buckets), with averaged weights, accumulation,
-adaptive clipping and a falling rate: by 1, 2 and 4 processes, as DDP, FSDP2, and with the tokens of a clip split. All
-processes, or one of them, are killed (SIGKILL) at moments drawn from the seed; the same command goes on, in the same
-layout, or in one that changes from start to start. Every step has to have the samples of an undisturbed run; at the end
-the weights and the averaged ones have to be the same to the bit in the same layout, and within 1e-5 of those of one
-process else. Where one process is killed, the others have to end by themselves, with one line, within a minute.
+Tiny runs of `osp train`: a denoiser on features of several sizes (buckets) with averaged weights, accumulation,
+adaptive clipping and a falling rate; the same with Muon; and a VAE with its discriminator. They train by 1, 2 and 4
+processes, as DDP, FSDP2, and with the tokens of a clip split. All processes, or one of them, are killed (SIGKILL) at
+moments drawn from the seed; the same command goes on, in the same layout, or in one that changes from start to start.
+Every step has to have the samples of an undisturbed run; at the end the weights and the averaged ones have to be the
+same to the bit in the same layout, and within 1e-5 of those of one process else. Where one process is killed, the
+others have to end by themselves within a minute, also before they have met. Then runs are ended by signals that ask for
+it, sent to all processes or to one: all have to end with the code of the signal, and with a checkpoint of the step that
+was under way.
+
 Prints a table, and exits with 1 if anything differs.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
 import signal
-import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import Any
 
-import osp  # noqa: F401  (before anything imports lightning)
+sys.path.insert(0, str(Path(__file__).parent))  # for the starts, here and as their callback is found
+
+from resume_starts import LAYOUTS, Start, make_features
 
 # isort: split
-import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from osp.audit.fuzz.media import mp4
-from osp.cli import main as command_line
-from osp.errors import OspError
 from osp.training.resumed import read_resumed
-from osp.vae import WFVAE
+from osp.training.state import open_state
 from osp.weights.lazy import Stored
-from osp.weights.pretrained import save_pretrained
 
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "one": (1, ["trainer=cpu"]),
-    "ddp 2": (2, ["trainer=ddp_cpu"]),
-    "fsdp 2": (2, ["trainer=fsdp_cpu"]),
-    "sequence 2": (2, ["trainer=ddp_cpu", "trainer.strategy.sequence=2"]),
-    "ddp 4": (4, ["trainer=ddp_cpu", "trainer.devices=4"]),
-    "fsdp 4": (4, ["trainer=fsdp_cpu", "trainer.devices=4"]),
-    "fsdp sequence 4": (4, ["trainer=fsdp_cpu", "trainer.devices=4", "trainer.strategy.sequence=2"]),
-}
-"""Processes of each layout, and how it is chosen."""
-
-_FORK = multiprocessing.get_context("fork")
 _LIMIT = 600.0  # seconds of a run
-_GRACE = 60.0  # seconds in which processes end whose fellow was killed
-_CLOSE = 1e-5  # of weights that learn at the rate below
-_TRAIN = [
-    *("train", "experiment=t2v_tiny", "denoiser.heads=2", "denoiser.head_dim=12", "denoiser.text_channels=8"),
-    *("denoiser.channels=4", "denoiser.out_channels=4", "text.channels=8", "text.layers=1", "text.heads=2"),
-    *("data.batch_size=null", "data.batch_tokens=24", "data.devices=4", "data.workers=0", "data.val_clips=2"),
-    *("module.accumulate=2", "module.muon_lr=null", "module.lr=1e-4", "module.warmup_steps=4", "module.ema_decay=0.9"),
-    *("logged_clips=0", "logger=[]", "checkpoint_every=3", "trainer.val_check_interval=8", "trainer.precision=32-true"),
-    *("+callbacks.samples._target_=resume_matrix.Samples",),
+_GRACE = 60.0  # seconds in which processes end whose fellow was killed, or that are asked to
+_CLOSE = 1e-5  # of weights that learn at the rates below
+_ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_ALL = [
+    *("train", "data.workers=0", "data.val_clips=2", "module.accumulate=2", "module.warmup_steps=4"),
+    *("module.ema_decay=0.9", "logged_clips=0", "logger=[]", "checkpoint_every=3", "trainer.val_check_interval=8"),
+    *("trainer.precision=32-true", "+callbacks.samples._target_=resume_starts.Samples"),
 ]
-
-
-class Samples(Callback):
-    """Writes the samples of each step, as they come, into a file of each process of each start."""
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Add a line."""
-        place = Path(os.environ["OSP_SAMPLES"])
-        numbers = [f"{key}/{n}" for one in batch for key, n in zip(one["key"], one["sample"].tolist(), strict=True)]
-        with open(place / f"{trainer.global_rank}.jsonl", "a") as file:
-            file.write(json.dumps([trainer.global_step, trainer.world_size, pl_module.mesh.data_rank, numbers]) + "\n")
+_DENOISER = [
+    *("experiment=t2v_tiny", "denoiser.heads=4", "denoiser.head_dim=6", "denoiser.text_channels=8"),
+    *("denoiser.channels=4", "denoiser.out_channels=4", "text.channels=8", "text.layers=1", "text.heads=2"),
+    *("data.batch_size=null", "data.batch_tokens=24", "data.devices=4", "module.lr=1e-4"),
+    *("clipping.warmup=3", "clipping.deviations=0.2"),
+]
+_VAE = [
+    *("experiment=wfvae_tiny", "clip.frames=5", "clip.height=16", "clip.width=16", "module.lr=1e-4"),
+    *("vae.base_channels=4", "vae.latent_channels=4", "vae.encoder_flow_channels=4", "vae.decoder_flow_channels=4"),
+    *("data.train.clips=24", "module.discriminator_start=2", "module.discriminator.width=4"),
+    *("module.discriminator.layers=2", "module.discriminator.dropout=0.0"),
+]
+RECIPES: dict[str, tuple[list[str], list[str]]] = {
+    "denoiser": ([*_DENOISER, "module.muon_lr=null"], list(LAYOUTS)),
+    "muon": (
+        [*_DENOISER, "module.muon_lr=1e-5"],
+        ["fsdp 2", "ddp 2", "one", "fsdp 4"],
+    ),  # whose steps are rounded to bfloat16
+    "gan": (_VAE, ["fsdp 2", "ddp 2", "one", "fsdp 4"]),
+}
+"""What is trained, and in which layouts."""
 
 
 @dataclass
 class Outcome:
     """The starts of a run, and what is wrong with it."""
 
-    kills: int = 0
+    times: int = 0  # that it was disturbed
     starts: list[str] = field(default_factory=list)
     slowest: float = 0.0  # seconds until the processes ended whose fellow was killed
     said: set[str] = field(default_factory=set)
@@ -89,156 +81,98 @@ class Outcome:
     difference: float = 0.0
 
 
-class Start:
-    """One start of the command in a layout: its processes, each the leader of a group of its own."""
+@dataclass(frozen=True)
+class Row:
+    """A run that is disturbed: its layouts and how, for each start in turn."""
 
-    def __init__(self, layout: str, arguments: list[str], folder: Path, number: int) -> None:
-        count, chosen = LAYOUTS[layout]
-        self.samples = folder.with_name(f"{folder.name}-samples") / f"{number:03d}"
-        self.samples.mkdir(parents=True)
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port = server.getsockname()[1]
-        self.logs = [self.samples / f"{rank}.log" for rank in range(count)]
-        command = [*arguments, *chosen, f"output={folder}"]
-        self.processes = [
-            _FORK.Process(target=_work, args=(command, self.samples, rank, count, port, self.logs[rank]))
-            for rank in range(count)
-        ]
-        for process in self.processes:
-            process.start()
+    name: str
+    recipe: str
+    layouts: Sequence[str]
+    how: Sequence[str] = ("kills",)
 
-    def steps(self) -> int:
-        """How many steps it has begun."""
-        file = self.samples / "0.jsonl"
-        return file.read_text().count("\n") if file.exists() else 0
-
-    def alive(self) -> bool:
-        """Whether any process is."""
-        return any(process.is_alive() for process in self.processes)
-
-    def kill(self, process: Any) -> None:
-        """Kill a process with all that it has started, by the id of its group."""
-        if process.is_alive():
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it has not made its group yet
-                process.kill()
-
-    def wait(self, seconds: float) -> bool:
-        """Whether all end in time; else they are killed."""
-        end = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
-        late = self.alive()
-        for process in self.processes:
-            self.kill(process)
-            process.join()
-        return not late
-
-    def said(self) -> str:
-        """The error that the first process tells which tells one; else its last line."""
-        lines = [line for log in self.logs for line in log.read_text(errors="replace").strip().splitlines()]
-        told = [line for line in lines if line.startswith("osp train: ")]
-        return (told or lines[-1:] or ["nothing"])[0][-300:]
+    @property
+    def same(self) -> bool:
+        """Whether all starts have the same layout."""
+        return len({*self.layouts}) == 1
 
 
-def _work(arguments: list[str], samples: Path, rank: int, count: int, port: int, log: Path) -> None:
-    """In a process of its own: the verb, as torchrun would start it."""
-    os.setsid()
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0}
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "matrix"}
-    if count > 1:
-        os.environ.update({key: str(value) for key, value in (own | shared).items()})
-    cast(Any, rank_zero_only).rank = rank  # Lightning has looked when it was imported
-    os.environ["OSP_SAMPLES"] = str(samples)
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = ["osp", *arguments]
-    code = 0
-    try:
-        command_line()
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
-    except BaseException:  # noqa: BLE001  (as the interpreter ends)
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # threads of a process group may hang
-
-
-def make_world(folder: Path) -> Path:
-    """Features of three sizes."""
-    (folder / "videos").mkdir()
-    for number in range(18):
-        (folder / "videos" / f"{number}.mp4").write_bytes(mp4(number, 5 if number % 3 else 9))
-        (folder / "videos" / f"{number}.txt").write_text(f"a red circle, number {number}")
-    torch.manual_seed(0)
-    small = {"encoder_blocks": 1, "decoder_blocks": 1, "encoder_flow_channels": 16, "decoder_flow_channels": 16}
-    save_pretrained(WFVAE(latent_channels=4, base_channels=16, level1="2d", **small), folder / "vae")
-    shards = ["shards", f"input={folder / 'videos'}", f"output={folder / 'shards'}", "workers=1", "min_frames=1"]
-    sizes = [
-        "buckets=shapes",
-        "buckets.time_stride=4",
-        "buckets.space_stride=8",
-        "buckets.shapes=[[9,32,32],[5,32,32]]",
-    ]
-    cache = ["cache", "vae=pretrained", f"path={folder / 'vae'}", f"input={folder / 'shards'}", *sizes]
-    for arguments in (shards, [*cache, f"output={folder / 'features'}", "device=cpu", "min_clips=1"]):
-        process = _FORK.Process(target=_work, args=(arguments, folder, 0, 1, 0, folder / "log"))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise OspError(f"osp {' '.join(arguments)}: {(folder / 'log').read_text()[-2000:]}")
-    return folder / "features"
-
-
-def run(layouts: list[str], arguments: list[str], folder: Path, kills: int, draw: Random, steps: int) -> Outcome:
-    """Start the command until it ends by itself; of its starts so many are killed, each in the next layout."""
-    outcome, done = Outcome(), False
-    for number in range(4 * kills + 2):
-        layout = layouts[number % len(layouts)]
-        start = Start(layout, arguments, folder, number)
+def run(row: Row, arguments: list[str], folder: Path, times: int, draw: Random, steps: int) -> Outcome:
+    """Start the command until it ends by itself; of its starts so many are disturbed, each in the next layout."""
+    outcome, ways = Outcome(), {"kills": _killed, "early kills": _killed_early, "signals": _asked}
+    for number in range(4 * times + 2):
+        layout = row.layouts[number % len(row.layouts)]
+        start = Start(layout, arguments, folder, number, double=row.recipe == "gan")
         outcome.starts.append(layout)
-        if outcome.kills < kills and _killed(start, outcome, draw, steps):
+        disturbed = ways[row.how[number % len(row.how)]]
+        if outcome.times < times and disturbed(start, outcome, draw, steps):
+            if outcome.faults:
+                return outcome
             continue
         if not start.wait(_LIMIT):
             outcome.faults.append(f"{layout}: goes on for {_LIMIT:.0f} s ({start.said()})")
-            break
-        if any(process.exitcode for process in start.processes):
-            codes = [process.exitcode for process in start.processes]
-            outcome.faults.append(f"{layout}: start {number} ends with {codes} ({start.said()})")
-            break
-        done = True
-        break
-    if not done and not outcome.faults:
-        outcome.faults.append("never came to its end")
+        elif any(start.codes()):
+            outcome.faults.append(f"{layout}: start {number} ends with {start.codes()} ({start.said()})")
+        return outcome
+    outcome.faults.append("never came to its end")
     return outcome
+
+
+def _wait(happened: Callable[[], bool], start: Start) -> None:
+    end = time.monotonic() + _LIMIT
+    while start.alive() and not happened() and time.monotonic() < end:
+        time.sleep(0.02)
 
 
 def _killed(start: Start, outcome: Outcome, draw: Random, steps: int) -> bool:
     """Kill all or one of the processes at some moment; False if they have ended before."""
     after, moment = draw.randint(0, max(2, steps // 4)), draw.uniform(0.0, 0.5)
-    alone = len(start.processes) > 1 and draw.random() < 0.5
-    end = time.monotonic() + _LIMIT
-    while start.alive() and start.steps() < after and time.monotonic() < end:
-        time.sleep(0.02)
+    victims = [draw.choice(start.processes)] if draw.random() < 0.5 else start.processes
+    _wait(lambda: start.steps() >= after, start)
     time.sleep(moment)
-    victims = [draw.choice(start.processes)] if alone else start.processes
+    return _kill(start, victims, outcome)
+
+
+def _killed_early(start: Start, outcome: Outcome, draw: Random, steps: int) -> bool:
+    """Kill one of the processes before they can have met."""
+    victim = draw.choice(start.processes)
+    _wait(lambda: start.has_said(victim), start)
+    return _kill(start, [victim], outcome)
+
+
+def _kill(start: Start, victims: Sequence[Any], outcome: Outcome) -> bool:
     if not all(process.is_alive() for process in victims):
         return False
+    # A process that has not said a word is known to its launcher alone, which would end the others.
+    waits = len(victims) < len(start.processes) and start.has_said(victims[0])
     for process in victims:
         start.kill(process)
-    outcome.kills += 1
-    begun, waits = time.monotonic(), alone and start.steps() > 0
-    # Before they have found each other they wait for all to come, and their launcher has to end them.
+    outcome.times += 1
+    begun = time.monotonic()
     if not start.wait(_GRACE if waits else 0.0) and waits:
-        outcome.faults.append(f"{len(start.processes)} processes: hang when one is killed")
+        outcome.faults.append(f"{start.layout}: {start.steps()} steps, the others hang when one is killed")
     if waits:
         outcome.slowest = max(outcome.slowest, time.monotonic() - begun)
         outcome.said.add(start.said())
+    return True
+
+
+def _asked(start: Start, outcome: Outcome, draw: Random, steps: int) -> bool:
+    """Ask all or one of the processes to end, by a signal at some moment after the first step."""
+    after, moment = draw.randint(1, max(2, steps // 4)), draw.uniform(0.0, 0.2)
+    alone, number = draw.random() < 0.5, _ASKING[outcome.times % len(_ASKING)]
+    _wait(lambda: start.steps() >= after, start)
+    time.sleep(moment)
+    begun = start.last_step()
+    if not all(process.is_alive() for process in start.processes):
+        return False
+    start.send(number, [draw.choice(start.processes)] if alone else start.processes)
+    outcome.times += 1
+    in_time, whom = start.wait(_GRACE), f"{start.layout}, {number.name} to {'one' if alone else 'all'}"
+    outcome.said.add(f"{number.name}: {start.said()}")
+    if not in_time or start.codes() != [128 + number] * len(start.processes):
+        outcome.faults.append(f"{whom}: ends with {start.codes()} ({start.said()})")
+    elif (saved := open_state(start.folder / "checkpoints" / "last.ckpt").step) <= begun:
+        outcome.faults.append(f"{whom}: step {begun + 1} was under way, and the checkpoint is of step {saved}")
     return True
 
 
@@ -289,51 +223,98 @@ def check(outcome: Outcome, folder: Path, whole: Path, close: float, steps: int)
         outcome.faults.append(f"weights differ by {outcome.difference:.2g}, more than {close:g}")
 
 
-def matrix(place: Path, given: argparse.Namespace) -> bool:
-    """Run and print all; gives whether all is right."""
-    arguments = [*_TRAIN, f"data.train.path={make_world(place)}", f"trainer.max_steps={given.steps}"]
-    arguments.append(f"module.decay_until={2 * given.steps}")
-    chosen, draw = given.layouts or list(LAYOUTS), Random(given.seed)
-    rows = [(name, [name]) for name in chosen]
-    rows += [(f"changing {n}", draw.sample(chosen, len(chosen)) * 2) for n in range(given.changing)]
-    left, is_right, kills = given.kills, True, 0
-    for name in dict.fromkeys(["one", *chosen]):
-        outcome = run([name], arguments, place / f"whole {name}", 0, draw, given.steps)
-        check(outcome, place / f"whole {name}", place / "whole one", _CLOSE, given.steps)
-        is_right &= _print(f"{name}, undisturbed", outcome)
-    for number, (name, layouts) in enumerate(rows):
-        share = -(-left // (len(rows) - number))
-        outcome = run(layouts, arguments, place / name, share, draw, given.steps)
-        same = len({*layouts}) == 1
-        check(outcome, place / name, place / f"whole {name if same else 'one'}", 0.0 if same else _CLOSE, given.steps)
-        left, kills = left - outcome.kills, kills + outcome.kills
-        is_right &= _print(name, outcome)
-    print(f"{kills} kills", flush=True)
-    return is_right and kills >= given.kills
+def rows_of(recipe: str, chosen: list[str], changing: int, draw: Random) -> list[Row]:
+    """The runs of a recipe: all layouts of the denoiser, one of the others, and some that change."""
+    same = chosen if recipe == "denoiser" else chosen[:1]
+    rows = [Row(f"{recipe}: {name}", recipe, [name]) for name in same]
+    for number in range(changing if recipe == "denoiser" else min(1, changing)):
+        rows.append(Row(f"{recipe}: changing {number + 1}", recipe, draw.sample(chosen, len(chosen)) * 2))
+    return rows
 
 
-def _print(name: str, outcome: Outcome) -> bool:
-    said = f", others end in {outcome.slowest:.1f} s" if outcome.said else ""
-    about = f"{outcome.kills} kills, {len(outcome.starts)} starts, weights differ by {outcome.difference:.2g}{said}"
-    print(f"{name:<28} {about}: {'; '.join(outcome.faults) or 'right'}", flush=True)
-    for line in sorted(outcome.said):
-        print(f"{'':<28}   {line}", flush=True)
-    return not outcome.faults
+class Matrix:
+    """All runs, and their table; `right` says whether all are."""
+
+    def __init__(self, place: Path, given: argparse.Namespace) -> None:
+        self.place, self.given, self.draw = place, given, Random(given.seed)
+        self.right, self.kills, self.bitwise, self.worst = True, 0, 0, 0.0
+        self._features = make_features(place) if {"denoiser", "muon"} & {*given.recipes} else None
+
+    def run_all(self) -> None:
+        """Run and print all."""
+        given = self.given
+        chosen = {recipe: [one for one in RECIPES[recipe][1] if one in given.layouts] for recipe in given.recipes}
+        rows = [row for recipe in chosen for row in rows_of(recipe, chosen[recipe], given.changing, self.draw)]
+        for number, row in enumerate(rows):
+            self.disturb(row, -(-(given.kills - self.kills) // (len(rows) - number)))
+        recipe = given.recipes[0]
+        several = [layout for layout in chosen[recipe] if layout != "one"]
+        for layout in several[-1:] if given.early else []:
+            self.disturb(Row(f"{recipe}: {layout}, early", recipe, [layout], ["early kills"]), given.early)
+        for layout in [one for one in several if one.startswith("fsdp")][:1] if given.signals else []:
+            self.disturb(Row(f"{recipe}: {layout}, signals", recipe, [layout], ["signals"]), given.signals)
+        self.right &= self.kills >= given.kills
+        print(
+            f"seed {given.seed}: {self.kills} kills; {self.bitwise} runs in one layout the same to the bit; weights of "
+            f"changing layouts within {self.worst:.2g}; {'all right' if self.right else 'NOT RIGHT'}",
+            flush=True,
+        )
+
+    def disturb(self, row: Row, kills: int) -> None:
+        """One that is killed or asked to end, beside one of the same layout, or of one process, that is not."""
+        whole = self._whole(row.recipe, row.layouts[0] if row.same else "one")
+        outcome = run(row, self._arguments(row.recipe), self.place / row.name, kills, self.draw, self.given.steps)
+        check(outcome, self.place / row.name, whole, 0.0 if row.same else _CLOSE, self.given.steps)
+        if [*row.how] == ["kills"]:
+            self.kills += outcome.times
+        self.bitwise += row.same and not outcome.faults
+        self.worst = self.worst if row.same else max(self.worst, outcome.difference)
+        self._print(row.name, outcome, " and ".join(row.how))
+
+    def _whole(self, recipe: str, layout: str) -> Path:
+        """An undisturbed run, which is made and compared with that of one process when it is first asked for."""
+        folder = self.place / f"whole {recipe} {layout}"
+        if not folder.exists():
+            close = self.place / f"whole {recipe} one" if layout == "one" else self._whole(recipe, "one")
+            name = f"{recipe}: {layout}, undisturbed"
+            outcome = run(Row(name, recipe, [layout]), self._arguments(recipe), folder, 0, self.draw, self.given.steps)
+            check(outcome, folder, close, _CLOSE, self.given.steps)
+            self.worst = max(self.worst, outcome.difference)
+            self._print(name, outcome, "kills")
+        return folder
+
+    def _arguments(self, recipe: str) -> list[str]:
+        steps = self.given.steps
+        data = [] if recipe == "gan" else [f"data.train.path={self._features}"]
+        return [*_ALL, *RECIPES[recipe][0], *data, f"trainer.max_steps={steps}", f"module.decay_until={2 * steps}"]
+
+    def _print(self, name: str, outcome: Outcome, kind: str) -> None:
+        self.right &= not outcome.faults
+        said = f", others end in {outcome.slowest:.1f} s" if outcome.slowest else ""
+        about = (
+            f"{outcome.times} {kind}, {len(outcome.starts)} starts, weights differ by {outcome.difference:.2g}{said}"
+        )
+        print(f"{name:<30} {about}: {'; '.join(outcome.faults) or 'right'}", flush=True)
+        for line in sorted(outcome.said):
+            print(f"{'':<30}   {line}", flush=True)
 
 
 def main() -> int:
     """Print the table; gives the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="other moments and layouts for each seed (0)")
-    parser.add_argument("--kills", type=int, default=50, help="of all rows together (50)")
-    parser.add_argument("--steps", type=int, default=24, help="of a run (24)")
+    parser.add_argument("--kills", type=int, default=50, help="of all runs together (50)")
+    parser.add_argument("--early", type=int, default=2, help="kills of one process before all have met (2)")
+    parser.add_argument("--signals", type=int, default=6, help="that ask FSDP2 to end, of one run (6)")
+    parser.add_argument("--steps", type=int, default=18, help="of a run (18)")
     parser.add_argument("--changing", type=int, default=3, help="runs whose layout changes with each start (3)")
-    parser.add_argument("--layouts", nargs="+", choices=[*LAYOUTS], help="these only")
+    parser.add_argument("--layouts", nargs="+", choices=[*LAYOUTS], default=[*LAYOUTS], help="these only")
+    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES], default=[*RECIPES], help="these only")
     given = parser.parse_args()
-    torch.set_num_threads(1)  # a process that is forked has no threads
-    sys.path.insert(0, str(Path(__file__).parent))  # for the callback
     with tempfile.TemporaryDirectory() as place:
-        return int(not matrix(Path(place), given))
+        matrix = Matrix(Path(place), given)
+        matrix.run_all()
+    return int(not matrix.right)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pytest
 import torch
 from processes import Processes
 from torch import Tensor
 
+from osp.conditioning import WordText
 from osp.data.datamodule import ClipDataModule
 from osp.data.sources import SyntheticClips
-from osp.parallel import ReplicatedStrategy, ShardedStrategy
+from osp.denoiser import CrossTransformer
+from osp.diffusion import Flow
+from osp.parallel import ShardedStrategy
 from osp.parallel.state import StateInParts
 from osp.training.checkpoint_io import AtomicCheckpointIO
+from osp.training.clipping import AdaptiveClipping
+from osp.training.denoiser_module import DenoiserModule
 from osp.training.discriminator import PatchDiscriminator3d
 from osp.training.losses import VAELoss
+from osp.training.module import TrainingModule
 from osp.training.resumed import read_resumed
 from osp.training.saving import LastCheckpoint
 from osp.training.vae_module import VAEModule
-from osp.vae import WFVAE
+from osp.vae import WFVAE, LatentCodec
 from osp.weights.lazy import Stored
 
 TINY = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4}
@@ -37,12 +44,37 @@ class Samples(lightning.Callback):
         self.seen.append((trainer.global_step, [n for one in batch for n in one["sample"].tolist()]))
 
 
-def train(folder: str, layout: str, steps: int, resume: bool, saving: dict[str, Any]) -> list[tuple[int, list[int]]]:
-    """A VAE with its discriminator, from step 2 on, up to a step; gives the clips that this process had."""
+def new_module(kind: str) -> TrainingModule:
+    """One with two optimisers: a VAE with its discriminator, which takes part from step 1 on, or a denoiser by Muon."""
     torch.manual_seed(0)
     vae = WFVAE(**TINY, encoder_blocks=1, decoder_blocks=1, attention=False)
-    discriminator = PatchDiscriminator3d(4, 2)
-    strategy: Any = {"sharded": ShardedStrategy(), "replicated": ReplicatedStrategy(), "one": "auto"}[layout]
+    if kind == "gan":
+        return VAEModule(
+            vae,
+            VAELoss(),
+            discriminator=PatchDiscriminator3d(4, 2),
+            discriminator_start=1,
+            lr=1e-3,
+            warmup_steps=3,
+            gradient_clip=0.5,
+        )
+    sizes = {"channels": 4, "out_channels": 4, "heads": 2, "head_dim": 12, "text_channels": 8}
+    return DenoiserModule(
+        CrossTransformer(stages=[{"blocks": 1}], **sizes),
+        WordText(channels=8, pooled_channels=None, layers=1, heads=2),
+        Flow(shift=1.0),
+        codec=LatentCodec(vae, 0.0, 1.0),
+        clipping=AdaptiveClipping(warmup=1, deviations=0.1),
+        lr=1e-3,
+        muon_lr=1e-3,
+    )
+
+
+def train(
+    folder: str, kind: str, layout: str, steps: int, resume: bool, saving: dict[str, Any]
+) -> list[tuple[int, list[int]]]:
+    """Train up to a step; gives the clips that this process had."""
+    strategy: Any = {"sharded": ShardedStrategy(), "one": "auto"}[layout]
     samples, clips = Samples(), SyntheticClips(8, 5, 16, 16, seed=0)
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -58,24 +90,20 @@ def train(folder: str, layout: str, steps: int, resume: bool, saving: dict[str, 
         callbacks=[LastCheckpoint(folder, 1), samples],
         plugins=[AtomicCheckpointIO(**saving)],
     )
-    module = VAEModule(
-        vae,
-        VAELoss(),
-        discriminator=discriminator,
-        discriminator_start=None,
-        lr=1e-3,
-        warmup_steps=3,
-        gradient_clip=0.5,
-    )
     data = ClipDataModule(clips, clips, batch_size=4 // trainer.world_size)
-    trainer.fit(module, data, ckpt_path=Path(folder) / "last.ckpt" if resume else None, weights_only=True)
+    trainer.fit(new_module(kind), data, ckpt_path=Path(folder) / "last.ckpt" if resume else None, weights_only=True)
     assert isinstance(trainer.strategy, StateInParts) == (layout == "sharded")
     return samples.seen
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint."""
-    found = read_resumed(path)["state_dict"]
+    """All weights of a checkpoint in a folder, and the states of its optimisers."""
+    read = read_resumed(path)
+    found = {key: value for key, value in read["state_dict"].items() if isinstance(value, Stored | Tensor)}
+    for number, optimizer in enumerate(read["optimizer_states"]):
+        assert optimizer["state"]
+        for parameter, values in optimizer["state"].items():
+            found |= {f"{number} {parameter} {name}": value for name, value in values.items()}
     return {key: value.read() if isinstance(value, Stored) else value for key, value in found.items()}
 
 
@@ -84,9 +112,13 @@ def same(ours: Path, theirs: Path) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[key], value) for key, value in wanted.items())
 
 
-def test_a_sharded_run_repeats_an_uninterrupted_one_to_the_bit(processes: Processes, tmp_path: Path) -> None:
-    seen = processes.run(2, train, str(tmp_path / "whole"), "sharded", 5, False, {}, group=False)
+@pytest.mark.parametrize("kind", ["muon", "gan"])
+def test_a_sharded_run_goes_on_to_the_bit_and_any_layout_from_a_folder_as_from_a_file(
+    processes: Processes, tmp_path: Path, kind: str
+) -> None:
+    seen = processes.run(2, train, str(tmp_path / "whole"), kind, "sharded", 4, False, {}, group=False)
     folder = tmp_path / "whole" / "last.ckpt"
+    assert len(read_resumed(folder)["optimizer_states"]) == 2
     assert sorted(path.name for path in folder.iterdir()) == [
         "index.json",
         "rank-00000.safetensors",
@@ -96,21 +128,20 @@ def test_a_sharded_run_repeats_an_uninterrupted_one_to_the_bit(processes: Proces
         path.stat().st_size for path in folder.iterdir()
     )
     place, saving = tmp_path / "kept", {"background": True, "keep": 2}
-    first = processes.run(2, train, str(place), "sharded", 3, False, saving, group=False)
-    then = processes.run(2, train, str(place), "sharded", 5, True, saving, group=False)
+    first = processes.run(2, train, str(place), kind, "sharded", 2, False, saving, group=False)
+    shutil.copytree(place, tmp_path / "folder-one")
+    then = processes.run(2, train, str(place), kind, "sharded", 4, True, saving, group=False)
     assert [a + b for a, b in zip(first, then, strict=True)] == seen
     assert same(place / "last.ckpt", folder)
-    assert {path.name for path in place.iterdir()} == {"last.ckpt", "step-00000004.ckpt"}
-
-
-def test_any_layout_goes_on_from_a_folder_as_from_a_file(processes: Processes, tmp_path: Path) -> None:
-    processes.run(2, train, str(tmp_path / "start"), "sharded", 3, False, {}, group=False)
-    processes.run(2, train, str(tmp_path / "file"), "sharded", 3, False, {"form": "file"}, group=False)
-    for count, layout in ((1, "one"), (2, "sharded")):
-        for origin in ("start", "file"):
-            place = tmp_path / f"{origin}-{layout}"
-            shutil.copytree(tmp_path / origin, place)
-            seen = processes.run(count, train, str(place), layout, 4, True, {}, group=False)
-            assert [step for step, _ in seen[0]] == [3]
-        assert same(tmp_path / f"start-{layout}" / "last.ckpt", tmp_path / f"file-{layout}" / "last.ckpt")
-        assert (place / "last.ckpt").is_dir() == (layout == "sharded")
+    assert {path.name for path in place.iterdir()} == {"last.ckpt", "step-00000003.ckpt"}
+    if kind == "muon":
+        return
+    processes.run(2, train, str(tmp_path / "file"), kind, "sharded", 2, False, {"form": "file"}, group=False)
+    shutil.copytree(tmp_path / "file", tmp_path / "file-one")
+    processes.run(2, train, str(tmp_path / "file"), kind, "sharded", 4, True, {}, group=False)
+    assert same(tmp_path / "file" / "last.ckpt", folder)
+    for origin in ("folder-one", "file-one"):
+        ((step, _),) = processes.run(1, train, str(tmp_path / origin), kind, "one", 3, True, {}, group=False)[0]
+        assert step == 2
+        assert (tmp_path / origin / "last.ckpt").is_file()
+    assert same(tmp_path / "folder-one" / "last.ckpt", tmp_path / "file-one" / "last.ckpt")

@@ -36,6 +36,7 @@ from osp.training.fit import (
     quiet_lightning,
     write_result,
 )
+from osp.training.meeting import Meeting
 from osp.training.module import TrainingModule
 from osp.training.records import Record
 from osp.training.runs import TrainingRun
@@ -67,8 +68,9 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     endings = Endings(training, requeue=cfg.requeue)
     endings.install()
     try:
-        with training.locked(), failures_told(training.folder):
-            result = _run(cfg, training, endings, files)
+        meeting = Meeting(training.folder, cfg.trainer.get("num_nodes", 1))
+        with failures_told(training.folder), meeting, training.locked():
+            result = _run(cfg, training, endings, files, meeting)
         endings.leave_if_asked()
         return result
     except Ended as ended:
@@ -77,7 +79,9 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         endings.restore()
 
 
-def _run(cfg: DictConfig, training: TrainingRun, endings: Endings, files: dict[str, str]) -> dict[str, Any] | None:
+def _run(
+    cfg: DictConfig, training: TrainingRun, endings: Endings, files: dict[str, str], meeting: Meeting
+) -> dict[str, Any] | None:
     begun = time.monotonic()
     _check(cfg)
     lightning.seed_everything(cfg.seed, verbose=False)
@@ -102,7 +106,7 @@ def _run(cfg: DictConfig, training: TrainingRun, endings: Endings, files: dict[s
     if start.result is None:
         record = Record(training, OmegaConf.to_yaml(cfg, resolve=True), files, overrides, start.changed)
         log_clips(data, captions=denoises)
-        fit(trainer, module, data, start, endings, [record])
+        fit(trainer, module, data, start, endings, [record], meeting)
     if not trainer.is_global_zero:
         return None
     about = {"name": cfg.name, "seconds": time.monotonic() - begun, "overrides": overrides}

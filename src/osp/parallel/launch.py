@@ -19,6 +19,9 @@ import torch.distributed as dist
 from osp.devices import choose_device
 from osp.errors import DataError, OspError, UsageError
 
+NOT_MET = (dist.DistNetworkError, dist.DistStoreError)
+"""Errors of processes that have not found each other."""
+
 
 def on_devices(count: int, device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
     """The result of `function(own device, *arguments)`, which runs in one process for each of `count` devices.

@@ -13,6 +13,7 @@ import torch
 
 from osp.errors import DataError, OspError
 from osp.files import write_whole
+from osp.parallel.launch import NOT_MET
 from osp.training.runs import is_first_process
 
 _DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS}
@@ -105,9 +106,15 @@ def _told(error: Exception, folder: Path) -> OspError | None:
         return _memory(text)
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return worker_died(text)
-    if isinstance(error, RuntimeError) and _GONE.search(str(error)):
+    is_apart = isinstance(error, NOT_MET)
+    if is_apart or (isinstance(error, RuntimeError) and _GONE.search(str(error))):
         if (lost := _note(error, MISSING)) is not None:
             return DataError(f"{lost}; the same command goes on from the last checkpoint")
+        if is_apart:
+            return DataError(
+                f"the processes of the run have not met ({text[:200]}); see that all are started, and that "
+                "MASTER_ADDR and MASTER_PORT lead all to the first one"
+            )
         which = "another process of the run" if is_first_process() else "the first process of the run"
         return DataError(f"{which} has ended; its message tells why")
     return None

@@ -20,6 +20,7 @@ from osp.devices.mesh import Mesh
 from osp.errors import DataError, OspError, UsageError
 from osp.files import write_json
 from osp.training.endings import EndBySignal, Ended, Endings, leave
+from osp.training.meeting import Meeting
 from osp.training.module import TrainingModule
 from osp.training.runs import TrainingRun, is_first_process
 from osp.training.saving import BestCheckpoint, remove_parts
@@ -197,13 +198,16 @@ def fit(
     start: Start,
     endings: Endings,
     callbacks: Sequence[Callback] = (),
+    meeting: Meeting | None = None,
 ) -> None:
     """Train from the start on, with these callbacks before the Trainer's.
 
     A process that is told to end writes a checkpoint, and exits with the code of its signal.
     """
     by_signal = EndBySignal(endings)
-    trainer.callbacks[:0] = [*callbacks, by_signal]  # type: ignore[attr-defined]
+    trainer.callbacks[:0] = [*callbacks, *([meeting] if meeting else []), by_signal]  # type: ignore[attr-defined]
+    if meeting is not None:
+        meeting.begin(trainer)
     if trainer.world_size == 1:
         data.waiting = endings.waiting
     try:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 FOLDER = ".ranks"
+STARTING = "starting"
+"""What a process does before its first phase."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Beat:
     process: int
     moves: int = 0
     step: int = 0
-    doing: str = "starting"
+    doing: str = STARTING
     idle: float = 0.0
     waits: bool = False
     failed: str | None = None
@@ -58,10 +60,10 @@ class Beat:
 
 
 class Heartbeats:
-    """The files of all processes in a run's folder."""
+    """The files of all processes, in a folder in that of the run."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / FOLDER
+    def __init__(self, folder: Path, name: str = FOLDER) -> None:
+        self.folder = folder / name
         self._seen: dict[int, tuple[Beat, float]] = {}
 
     def write(self, beat: Beat) -> None:

@@ -1,6 +1,5 @@
 """A thread beside the training that ends a run in which nothing moves, and names the process that all wait for."""
 
-import logging
 import os
 import socket
 import sys
@@ -13,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -22,12 +21,18 @@ from osp.checks import check_number
 from osp.training.endings import Ended
 from osp.training.failures import MISSING, PLACE
 from osp.training.heartbeats import Beat, Heartbeats, behind, missing
-
-log = logging.getLogger(__name__)
+from osp.training.meeting import (
+    end_children,
+    end_process,
+    failed_line,
+    lost_line,
+    quiet_observer,
+    wait_for,
+)
 
 _GRACE = 10.0  # seconds in which a process ends by itself once another one is missing
 _LINGER = 5.0  # seconds that the others of a run that hangs leave the first one to tell why
-_TOLD_LATE = 5.0  # seconds for a line of the log, whose lock a thread that hangs may hold
+_TOLD_LATE = 5.0  # seconds more, in which that one writes into a log whose lock a thread that hangs may hold
 _PERIODS = (0.2, 5.0)  # seconds between two looks, at least and at most
 _LONG = ("in a validation", "saving a checkpoint")  # phases whose progress is seen by the stack alone
 _READING = "reading clips"
@@ -64,6 +69,11 @@ class Watchdog(Callback):
         self._missing_since: float | None = None
         self._world = 1
 
+    @property
+    def watches(self) -> bool:
+        """Whether it looks after the processes of the run."""
+        return self.limit is not None
+
     # --- what the training does -----------------------------------------------------------------------------------
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -72,8 +82,8 @@ class Watchdog(Callback):
             return
         start = str(trainer.strategy.broadcast(uuid.uuid4().hex))
         self._beat, self._world = Beat.here(start, trainer.global_rank), trainer.world_size
-        self._others_end = lambda seconds: _end_children(trainer, seconds)
-        _quiet_observer()
+        self._others_end = lambda seconds: end_children(trainer, seconds)
+        quiet_observer()
         self._stack_file(trainer.global_rank).unlink(missing_ok=True)  # of an earlier start
         if trainer.is_global_zero:
             self.beats.clear(start)
@@ -148,10 +158,10 @@ class Watchdog(Callback):
         self._stop()
         if beat is None or not several or isinstance(exception, Ended | KeyboardInterrupt):
             return
-        if isinstance(exception, RuntimeError) and (lost := self._wait_for_missing(beat)) is not None:
-            exception.add_note(f"{MISSING}{_lost(lost)}")
+        if isinstance(exception, RuntimeError) and (lost := wait_for(lambda: self._missing(beat))) is not None:
+            exception.add_note(f"{MISSING}{lost_line(lost)}")
             return
-        self.beats.write(replace(beat, failed=f"{type(exception).__name__}: {exception}".split("\n")[0][:300]))
+        self.beats.write(replace(beat, failed=failed_line(exception)))
 
     # --- what the thread does -------------------------------------------------------------------------------------
 
@@ -190,7 +200,7 @@ class Watchdog(Callback):
             return
         self._missing_since = self._missing_since or time.monotonic()
         if time.monotonic() - self._missing_since > _GRACE:
-            self._end(f"{self._name()}: {_lost(lost)}")
+            self._end(f"{self._name()}: {lost_line(lost)}")
 
     def _end_hanging(self, mine: Beat, period: float) -> None:
         """Write this process's stack, tell the line if it is the first one that still can, and end."""
@@ -217,15 +227,9 @@ class Watchdog(Callback):
             leave=0.0,
         )
 
-    def _end(self, line: str, leave: float = 3.0) -> None:
-        """Tell the line, in the log too if that can be done, and end this process and those that it has started."""
-        os.write(2, f"osp train: {line}\n".encode("utf-8", "backslashreplace"))
-        told = threading.Thread(target=_append, args=(self.folder / "train.log", line), daemon=True)
-        told.start()
-        told.join(_TOLD_LATE)
-        with suppress(Exception):  # whatever state the run is in, it ends
-            self._others_end(leave)
-        os._exit(1)
+    def _end(self, line: str, leave: float = 3.0) -> NoReturn:
+        """End this process with the line; those that it has started have so many seconds to end by themselves."""
+        end_process(self.folder, line, lambda: self._others_end(leave))
 
     def _write_stack(self, beat: Beat) -> None:
         frame = sys._current_frames().get(self._thread.ident or 0)
@@ -236,12 +240,8 @@ class Watchdog(Callback):
     def _stack_file(self, rank: int) -> Path:
         return self.folder / f"hung_rank_{rank}.txt"
 
-    def _wait_for_missing(self, mine: Beat) -> Beat | None:
-        """The process that is missing, whose file may come a moment after the connection to it is lost."""
-        limit = time.monotonic() + 3.0
-        while (lost := missing(self.beats.others(mine, time.monotonic()))) is None and time.monotonic() < limit:
-            time.sleep(0.1)
-        return lost
+    def _missing(self, mine: Beat) -> Beat | None:
+        return missing(self.beats.others(mine, time.monotonic()))
 
     @contextmanager
     def _waiting(self, inner: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
@@ -269,12 +269,6 @@ class Watchdog(Callback):
                 self._beat = None
 
 
-def _lost(beat: Beat) -> str:
-    if beat.failed is not None:
-        return f"{beat.place} has failed: {beat.failed}"
-    return f"{beat.place} is gone; it was last seen at step {beat.step}, {beat.doing}"
-
-
 def _stack_of(frame: FrameType | None) -> tuple[Any, ...]:
     """Where a thread stands, to compare with later."""
     found = []
@@ -293,26 +287,3 @@ def _waits(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _append(path: Path, line: str) -> None:
-    with suppress(OSError), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(f"[{time.strftime('%H:%M:%S')}] ERROR {line}\n")
-
-
-def _end_children(trainer: lightning.Trainer, seconds: float) -> None:
-    """Kill the processes that this one has started and that have not ended by themselves after so many seconds."""
-    launcher = trainer.strategy.launcher
-    if launcher is None:
-        return
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit and any(one.poll() is None for one in getattr(launcher, "procs", ())):
-        time.sleep(0.1)
-    launcher.kill(9)
-
-
-def _quiet_observer() -> None:
-    """Lightning's own observer would kill the first process without a word, five seconds after another has ended."""
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer" and hasattr(thread, "_child_processes"):
-            thread._child_processes = []
