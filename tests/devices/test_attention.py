@@ -55,6 +55,18 @@ def test_it_is_the_formula(n: int, m: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("padded", [True, False])
+def test_many_samples_go_through_in_parts(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_most_samples", lambda q: 3)
+    inputs = [x.requires_grad_() for x in drawn(8, 5, 4, 2, 8)]
+    padding = holes(8, 4) if padded else None
+    out = attention(*inputs, padding)
+    torch.testing.assert_close(out.double(), formula(*inputs, padding), atol=2e-6, rtol=1e-5)
+    ours = torch.autograd.grad(out.square().sum(), inputs)
+    theirs = torch.autograd.grad(formula(*inputs, padding).square().sum(), inputs)
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [True, False])
 def test_training_in_half_precision_with_few_keys(padded: bool) -> None:
     q, k, v = (x.requires_grad_() for x in drawn(3, 40, 30, 2, 16))
     padding = holes(3, 30) if padded else None
@@ -223,18 +235,20 @@ def test_autocast_decides_the_type() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dim", [8, 64, 72, 96, 128])
-@pytest.mark.parametrize(("n", "m"), [(300, 300), (40, 77), (256, 513)])
-def test_on_cuda(dim: int, n: int, m: int) -> None:
-    inputs = drawn(3, n, m, 2, dim, torch.bfloat16)
-    for padding in (None, holes(3, m)):
+@pytest.mark.parametrize(("batch", "n", "m"), [(3, 300, 300), (3, 40, 77), (3, 256, 513), (70_000, 2, 3)])
+def test_on_cuda(dim: int, batch: int, n: int, m: int) -> None:
+    if batch > 3 and dim != 64:
+        pytest.skip("many samples are tried at one size of a head")
+    inputs = drawn(batch, n, m, 2, dim, torch.bfloat16)
+    for padding in (None, holes(batch, m)):
         there = [x.cuda().requires_grad_() for x in inputs]
         out = attention(*there, None if padding is None else padding.cuda())
         out.float().square().sum().backward()
-        here = [x.double().requires_grad_() for x in inputs]
-        wanted = formula(here[0], here[1], here[2], padding)
+        here = [x[-50:].double().requires_grad_() for x in inputs]  # samples have nothing to do with each other
+        wanted = formula(here[0], here[1], here[2], None if padding is None else padding[-50:])
         wanted.square().sum().backward()
-        torch.testing.assert_close(out.cpu().double(), wanted, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(out[-50:].cpu().double(), wanted, atol=2e-2, rtol=2e-2)
         for x, y in zip(there, here, strict=True):
             assert x.grad is not None
             assert y.grad is not None
-            assert (x.grad.cpu().double() - y.grad).norm() < 0.02 * y.grad.norm()
+            assert (x.grad[-50:].cpu().double() - y.grad).norm() < 0.02 * y.grad.norm()

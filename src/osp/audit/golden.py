@@ -56,8 +56,7 @@ def compare(case: Case) -> list[Comparison]:
 
     Raises Unsupported for settings that we do not build, DataError for a damaged case, and whatever running it raises.
     """
-    with torch.device(case.device):
-        return list(runners()[case.kind](case))
+    return list(runners()[case.kind](case))
 
 
 def check(folder: Path, device: str = "cpu") -> Iterator[Outcome]:

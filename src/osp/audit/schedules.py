@@ -29,7 +29,7 @@ def run_v13(case: Case) -> Iterator[Comparison]:
     solver = Solver(objective, "euler_ancestral", case.setting("config", "num_inference_steps"), options=options)
     yield case.compare("betas_train", objective.betas.float(), BAR)
     yield case.compare("alphas_cumprod_train", objective.alphas_cumprod.float(), BAR)
-    time = torch.tensor(case.settings.get("train_timesteps", _TRAINING_TIMES))
+    time = torch.tensor(case.settings.get("train_timesteps", _TRAINING_TIMES), device=case.device)
     clean, noise = case.tensor("in/x0"), case.tensor("in/train_noise")
     yield case.compare("train_xt", objective.corrupt(clean, noise, time), BAR)
     yield case.compare("train_v", objective.target(clean, noise, time), BAR)
@@ -40,16 +40,16 @@ def run_v13(case: Case) -> Iterator[Comparison]:
 def _ancestral_steps(case: Case, solver: Solver) -> Iterator[Comparison]:
     from diffusers.schedulers import scheduling_euler_ancestral_discrete as ancestral
 
-    run = solver.start()
+    run = solver.start(device=case.device)
     yield case.compare("timesteps", run.times, BAR)
     # The largest sigma is 4096, where neighbours in float32 are 2e-4 to 5e-4 apart.
     yield case.compare("sigmas", run.scheduler.sigmas, BAR, relative=1e-6)
-    yield case.compare("init_noise_sigma", run.first(torch.ones(1)), BAR, relative=1e-6)
+    yield case.compare("init_noise_sigma", run.first(torch.ones(1, device=case.device)), BAR, relative=1e-6)
     prediction = case.tensor("in/v")
     for call in sorted(map(int, case.below("out/prev_"))):
         sigma = case.tensor("out/sigmas")[call]
         state = case.tensor("in/x") * (sigma if call == 0 else (sigma.square() + 1).sqrt())
-        run = solver.start()
+        run = solver.start(device=case.device)
         run.scheduler.set_begin_index(call)
         noisy = run.model_input(state, call)
         yield case.compare(f"scaled_{call}", noisy, BAR)
@@ -84,11 +84,11 @@ def _flow_steps(case: Case, solver: Solver, tokens: int | None) -> Iterator[Comp
     wanted, without = case.tensor("in/v_text"), case.tensor("in/v_uncond")
     yield case.compare("cfg", guided(wanted, without, scale), BAR)
     yield case.compare("cfg_rescaled", guided(wanted, without, scale, rescale), BAR)
-    run = solver.start(tokens)
+    run = solver.start(tokens, case.device)
     yield case.compare("sigmas", run.scheduler.sigmas, BAR)
     yield case.compare("timesteps", run.times, BAR, relative=1e-6)
     for call in sorted(map(int, case.below("out/step_"))):
-        run = solver.start(tokens)
+        run = solver.start(tokens, case.device)
         run.scheduler.set_begin_index(call)
         after = run.step(case.tensor("out/cfg_rescaled"), case.tensor("in/latents"), call)
         yield case.compare(f"step_{call}", after, BAR)

@@ -15,6 +15,7 @@ from osp.errors import UsageError
 
 BLOCK = 128  # FlexAttention's own default: its kernels' tiles divide it
 SHORT = 256  # keys up to which the CPU trains faster with the matrix in half precision than without it
+GRID = 65_535  # of the smaller axes of CUDA's grid
 VARIANTS = 64  # of one compiled function; torch's own limit is 8
 HALF = (torch.float16, torch.bfloat16)
 CUDNN_FIRST = [
@@ -52,7 +53,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
         # A sample of padding only would divide zero by zero: it sees everything instead, as it would if padding were
         # a large negative number added to the scores.
         key_padding = key_padding | ~key_padding.any(-1, keepdim=True)
-    return _backend(q, k.shape[1], key_padding is not None)(q, k, v, key_padding)
+    backend = _backend(q, k.shape[1], key_padding is not None)
+    most = _most_samples(q)
+    if len(q) <= most:
+        return backend(q, k, v, key_padding)
+    parts = zip(*(x.split(most) for x in (q, k, v)), strict=True)
+    reals = [None] * -(-len(q) // most) if key_padding is None else key_padding.split(most)
+    return torch.cat([backend(*part, real) for part, real in zip(parts, reals, strict=True)])
+
+
+def _most_samples(q: Tensor) -> int:
+    """The most samples of one call: kernels on CUDA have 65,535 places for samples, or for the heads of all samples."""
+    return GRID // q.shape[2] if q.device.type == "cuda" else len(q)
 
 
 def key_block_mask(keys: Tensor, queries: int) -> BlockMask:
