@@ -1,5 +1,6 @@
 """The hardware and drivers that there are, asked without using them."""
 
+import ctypes
 import importlib
 import os
 import re
@@ -109,8 +110,12 @@ def not_built_for(device: torch.device) -> str | None:
 
 
 def _cuda_driver() -> str | None:
-    version = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
-    return f"{version // 1000}.{version % 1000 // 10}" if version else None
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):  # no driver, or one without this call
+        return None
+    return None if failed else f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def _nvidia_driver() -> str | None:
