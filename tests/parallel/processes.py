@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 _LIMIT = 240.0  # seconds for one call
+_IMPORTED = ["osp", "lightning", "torch.distributed.fsdp", "osp.training.vae_module", "osp.parallel.strategy"]
+"""What is imported once for all processes, in this order; they are forked from the one that has done it."""
 
 
 class Processes:
@@ -56,7 +58,8 @@ class Processes:
 
 
 def _start() -> tuple[Any, Connection]:
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()

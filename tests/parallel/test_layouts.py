@@ -1,8 +1,7 @@
 """Training in several processes: the same losses and weights in every layout as in one process."""
 
-import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from processes import Processes
+from torch import nn
 
 from osp.conditioning import WordText
 from osp.data.datamodule import ClipDataModule
@@ -32,17 +32,29 @@ from osp.vae import WFVAE, LatentCodec
 
 CLIPS, STEPS = 4, 20  # clips in a step of all processes
 TINY = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4}
-LAYOUTS = {
-    "ddp": lambda: ReplicatedStrategy(),
-    "fsdp": lambda: ShardedStrategy(),
-    "hybrid": lambda: ShardedStrategy(replicas=2),
-    "gathered": lambda: ShardedStrategy(reshard_after_forward=False, prefetch=2, offload_optimizer=True),
+LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
+    "ddp": (2, lambda: ReplicatedStrategy()),
+    "fsdp": (2, lambda: ShardedStrategy()),
+    "gathered": (2, lambda: ShardedStrategy(reshard_after_forward=False, prefetch=2, offload_optimizer=True)),
+    "sequence": (2, lambda: ReplicatedStrategy(sequence=2)),
+    "sequence of four": (4, lambda: ReplicatedStrategy(sequence=4)),
+    "hybrid, sequence": (4, lambda: ShardedStrategy(sequence=2, replicas=2)),
 }
+
+
+class SmoothDiscriminator(PatchDiscriminator3d):
+    """One whose gradients do not jump; see `test_a_run_is_that_of_one_process`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, nn.LeakyReLU):
+                self.layers[number] = nn.SiLU()
 
 
 @contextmanager
 def in_double(wanted: bool) -> Iterator[None]:
-    """Weights and clips are double, or Adam would make steps of the rounding of gradients that are zero."""
+    """Weights and clips are double inside, if that is wanted."""
     before = torch.get_default_dtype(), vae_module.to_float
     if wanted:
         torch.set_default_dtype(torch.float64)
@@ -61,15 +73,16 @@ def new_vae() -> WFVAE:
 def new_module(kind: str) -> TrainingModule:
     """One whose trained models have no memory yet."""
     torch.manual_seed(3)
-    if kind == "vae":
+    if kind != "denoiser":
         with torch.device("meta"):
-            vae, discriminator = new_vae(), PatchDiscriminator3d(width=4, layers=2, dropout=0.0)
-        rates = {"lr": 1e-3, "discriminator_lr": 1e-3, "discriminator_start": 2, "ema_decay": 0.9}
-        return VAEModule(vae, VAELoss(), discriminator=discriminator, **rates)
+            against = SmoothDiscriminator if kind == "vae in single" else PatchDiscriminator3d
+            vae, discriminator = new_vae(), against(width=4, layers=2, dropout=0.0)
+        rates: dict[str, Any] = {"lr": 1e-5 if kind == "vae in single" else 1e-3, "ema_decay": 0.9}
+        return VAEModule(vae, VAELoss(), discriminator=discriminator, discriminator_start=2, **rates)
     codec = LatentCodec(new_vae(), 0.0, 1.0)
     with torch.device("meta"):
         text = WordText(channels=8, pooled_channels=None, layers=2, heads=2)
-        sizes = {"channels": 4, "out_channels": 4, "heads": 2, "head_dim": 12, "text_channels": 8}
+        sizes = {"channels": 4, "out_channels": 4, "heads": 4, "head_dim": 6, "text_channels": 8}
         denoiser = CrossTransformer(stages=[{"blocks": 1}, {"blocks": 2, "pattern": "skiparse", "k": 2}], **sizes)
     rates = {"lr": 1e-2, "ema_decay": 0.9, "recompute_every": 2}
     return DenoiserModule(denoiser, text, Flow(shift=1.0), codec=codec, **rates)
@@ -85,18 +98,22 @@ class Losses(Callback):
         self.all.append(trainer.callback_metrics["train/loss"].item())
 
 
-def trained(kind: str, layout: str | None, clips: int, steps: int, folder: Path) -> dict[str, Any]:
+def trained(kind: str, layout: str | None, folder: Path) -> dict[str, Any]:
     """Losses, outcome of the validation, and all weights at the end, of one process of a run."""
     warnings.filterwarnings("ignore")
-    losses = Losses()
-    source = SyntheticClips(8, 5, 32, 32, seed=0)
-    data = ClipDataModule(source, SyntheticClips(4, 5, 32, 32, seed=1), batch_size=clips, val_batch_size=2)
-    many = {} if layout is None else {"strategy": LAYOUTS[layout](), "devices": int(os.environ["WORLD_SIZE"])}
+    losses, many, data_ranks = Losses(), dict[str, Any](), 1
+    if layout is not None:
+        count, strategy = LAYOUTS[layout]
+        many = {"strategy": strategy(), "devices": count}
+        data_ranks = count // many["strategy"].sequence
+    side = 32 if kind == "denoiser" else 16
+    source, val = (SyntheticClips(clips, 5, side, side, seed=seed) for seed, clips in enumerate((8, 4)))
+    data = ClipDataModule(source, val, batch_size=CLIPS // data_ranks, val_batch_size=2)
     trainer = lightning.Trainer(
         accelerator="cpu",
-        max_steps=steps,
+        max_steps=STEPS,
         max_epochs=-1,
-        val_check_interval=steps,
+        val_check_interval=STEPS,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=False,
@@ -122,27 +139,46 @@ def trained(kind: str, layout: str | None, clips: int, steps: int, folder: Path)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The runs of one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    return {kind: trained(kind, None, CLIPS, STEPS, folder / kind) for kind in ("denoiser", "vae")}
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """The run of one process by the kind of module, made when it is first asked for."""
+    made = dict[str, dict[str, Any]]()
+
+    def run(kind: str) -> dict[str, Any]:
+        if kind not in made:
+            made[kind] = trained(kind, None, tmp_path_factory.mktemp("alone"))
+        return made[kind]
+
+    return run
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout", "count"),
+    ("kind", "layout"),
     [
-        *(("denoiser", "fsdp", 2), ("denoiser", "hybrid", 4), ("denoiser", "gathered", 2)),
-        *(("vae", "ddp", 2), ("vae", "fsdp", 2)),
+        *(("denoiser", layout) for layout in LAYOUTS),
+        *(("vae", "ddp"), ("vae", "fsdp"), ("vae in single", "ddp"), ("vae in single", "fsdp")),
     ],
 )
 def test_a_run_is_that_of_one_process(
-    processes: Processes, alone: dict[str, dict[str, Any]], tmp_path: Path, kind: str, layout: str, count: int
+    processes: Processes, alone: Callable[[str], dict[str, Any]], tmp_path: Path, kind: str, layout: str
 ) -> None:
-    ran = processes.run(count, trained, kind, layout, CLIPS // count, STEPS, tmp_path, group=False)
-    one = alone[kind]
+    """All losses are within 1e-5 of those of one process, which a VAE with its own discriminator holds in double alone.
+
+    In float32 they part in any other order of summation, also in one process. The weight of the adversarial loss is a
+    ratio of gradients, and the discriminator's gradient jumps where a unit before a leaky ReLU changes its sign: with
+    one of 8192 units at 1.4e-7 here and at -7.6e-8 there, all others being equal to 1e-6, the discriminator's gradient
+    differs by 0.5 %, and the loss of the next step by 1e-4. Over these 20 steps at a rate of 1e-5 the losses of DDP
+    and FSDP2 differed from one process's by 3e-7 to 5e-4 (three seeds), those of one process with its clips in another
+    order by 6e-6 to 1e-4, and with two threads by 2e-5 to 3e-3; at a rate of 1e-3 by 2e-3, and 5e-3 with two threads.
+    With a smooth activation instead, the same runs at the rate of 1e-5 differ by 4e-7 at most, so that is what is held
+    in float32. At 1e-3 the first steps of Adam, which follow the sign of gradients near zero, part the VAE's weights
+    even without a discriminator (2e-3, in one process with its clips in another order as well).
+    """
+    count, _ = LAYOUTS[layout]
+    ran, one = processes.run(count, trained, kind, layout, tmp_path, group=False), alone(kind)
     for run in ran:
         assert run["losses"] == pytest.approx(one["losses"], rel=1e-5)
         assert run["score"] == pytest.approx(one["score"], rel=1e-5)
-        assert run["held"] == run["all"] if layout == "ddp" else run["held"] < 0.51 * run["all"]
+        replicated = layout == "ddp" or layout.startswith("sequence")
+        assert run["held"] == run["all"] if replicated else run["held"] < 0.51 * run["all"]
     for key, value in one["weights"].items() if kind == "vae" else ():  # keys' biases have no gradient but rounding
         assert torch.allclose(ran[0]["weights"][key], value, atol=1e-6), key

@@ -64,7 +64,7 @@ def run_denoiser(case: Case) -> Iterator[Comparison]:
     model = load(case)
     assert isinstance(model, Denoiser)
     for name in sorted({*case.setting("input_sets"), *(key.split("/")[1] for key in case.tensors if key[:3] == "in/")}):
-        prediction, outputs = _with_blocks(model, _inputs(case, name))
+        prediction, outputs = _with_blocks(model, recorded_inputs(case, name))
         yield case.compare(f"{name}/sample", prediction, case.bar(f"{name}/sample"))
         bar = case.bar(f"{name}/blocks", f"{name}/sample")
         for place, recorded in case.below(f"out/{name}/block_").items():
@@ -130,7 +130,7 @@ def _manifest(path: Path) -> tuple[dict[str, Any], Weights]:
     return config, Weights.of(weights)
 
 
-def _inputs(case: Case, name: str) -> dict[str, Tensor]:
+def recorded_inputs(case: Case, name: str) -> dict[str, Tensor]:
     """One recorded set, as our models take it. Raises DataError for an input that is missing or that they lack."""
     stored = case.below(f"in/{name}/")
     if unknown := stored.keys() - _INPUTS.values():
