@@ -333,18 +333,28 @@ def test_a_check_that_breaks_is_an_answer_and_the_others_go_on(tmp_path: Path, m
 
 
 def test_a_disk_that_loses_what_was_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (good,) = steps.check_checkpoint(subject(tmp_path / "runs"))
-    assert (good.state, [*tmp_path.iterdir()]) == ("passed", [])
-    read = steps.open_checkpoint
+    good = list(steps.check_checkpoint(subject(tmp_path / "runs")))
+    assert [(one.name, one.state) for one in good] == [("checkpoint.file", "passed"), ("checkpoint.pieces", "passed")]
+    assert [*tmp_path.iterdir()] == []
+    read, index = steps.open_checkpoint, steps.write_index
 
     def changed(path: Path) -> Any:
         weights = {key: value.clone() for key, value in read(path)["state_dict"].items()}
         next(iter(weights.values())).view(-1)[0] += 1
         return {"state_dict": weights}
 
+    def spoiled(folder: Path, *arguments: Any) -> None:
+        index(folder, *arguments)
+        with open(folder / "rank-00001.safetensors", "r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"lost")
+
     monkeypatch.setattr(steps, "open_checkpoint", changed)
-    (bad,) = steps.check_checkpoint(subject(tmp_path / "runs"))
-    assert (bad.state, "1 tensors are not what was written" in bad.detail) == ("failed", True)
+    monkeypatch.setattr(steps, "write_index", spoiled)
+    file, pieces = steps.check_checkpoint(subject(tmp_path / "runs"))
+    assert (file.state, "1 tensors are not what was written" in file.detail) == ("failed", True)
+    assert (pieces.state, "rank-00001.safetensors" in pieces.detail) == ("failed", True)
+    assert "its checksum is another" in pieces.detail
     (tmp_path / "file").touch()
     (refused,) = steps.check_checkpoint(subject(tmp_path / "file"))
     assert (refused.state, str(tmp_path / "file") in refused.detail) == ("failed", True)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -455,18 +456,38 @@ def test_words_that_no_caption_had_are_named_in_one_line(caplog: pytest.LogCaptu
     assert len(caplog.records) == 1
 
 
-def test_two_devices_make_the_videos_of_one(sample: Run, tmp_path: Path) -> None:
-    """Each device has a branch of guidance; only the first process writes and logs."""
-    command = ["checkpoint=MODELS/joint.ckpt", "prompt=circle", "format=png", "videos_per_prompt=2", "batch_size=2"]
+def test_two_devices_make_the_videos_of_one_also_under_torchrun(sample: Run, models: Path, tmp_path: Path) -> None:
+    """Each device has a branch of guidance and some of the tiles; only the first process writes and logs."""
+    command = ["prompt=circle", "format=png", "videos_per_prompt=2", "batch_size=2", "tiling={size:16,overlap:8}"]
+    command += [f"checkpoint={models / 'joint.ckpt'}", "memory=low"]
     for devices in (1, 2):
         code, result, err = sample(*command, f"devices={devices}", f"output=on_{devices}")
         assert code == 0, err
         assert result["videos"] == 2
         assert err.count("memory: at most") == 1
-    first, second = made(tmp_path / "on_1"), made(tmp_path / "on_2")
-    assert first.keys() == second.keys()
-    for name in [name for name in first if name.endswith(".png")]:
-        one, two = (read_clip(tmp_path / folder / name, frames=1, size=(16, 32)) for folder in ("on_1", "on_2"))
-        assert (one.int() - two.int()).abs().max() <= 1
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    torchrun += ["--rdzv-endpoint", "localhost:0", "-m", "osp.cli", "sample", *FAST, *command]
+    done = subprocess.run(
+        [*torchrun, "devices=2", "output=torchrun"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["videos"] == 2  # the other process says nothing
+    assert done.stderr.count("memory: at most") == 1
+    first = made(tmp_path / "on_1")
+    for folder in ("on_2", "torchrun"):
+        assert first.keys() == made(tmp_path / folder).keys()
+        for name in [name for name in first if name.endswith(".png")]:
+            one, two = (read_clip(tmp_path / where / name, frames=1, size=(16, 32)) for where in ("on_1", folder))
+            assert (one.int() - two.int()).abs().max() <= 1
+        assert (tmp_path / folder / "samples.jsonl").read_text() == (tmp_path / "on_1" / "samples.jsonl").read_text()
+    settings = json.loads((tmp_path / "on_1" / "samples.jsonl").read_text().splitlines()[0])
+    assert settings["tiling"] == {"size": 16, "overlap": 8}
     code, _, err = sample(*command, "devices=0")
     assert (code, err) == (2, "osp sample: devices=0: must be a whole number of at least 1")
+    code, _, err = sample(*command, "tiling={size:20,overlap:8}", "overwrite=true")
+    assert (code, err) == (2, "osp sample: tiling: size=20: must be a multiple of 8")

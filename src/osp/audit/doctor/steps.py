@@ -17,9 +17,12 @@ from osp.audit.doctor.subject import Subject
 from osp.devices import autocast_dtype, fast_precision
 from osp.vae import WFVAE
 from osp.weights.families import FAMILIES
-from osp.weights.files import open_checkpoint
+from osp.weights.files import WeightImportError, open_checkpoint
+from osp.weights.lazy import Stored
+from osp.weights.sharded import Piece, open_sharded, write_index, write_shard
 
 _STEPS, _RATE = 4, 2e-4
+_WRITERS = 2  # pieces of a sharded checkpoint
 _WIDTHS = {"channels": 4, "out_channels": 4, "heads": 2, "head_dim": 48, "text_channels": 32}
 _FLOWS = {"encoder_flow_channels": 16, "decoder_flow_channels": 16}
 _STAGES: list[Mapping[str, Any]] = [{"blocks": 1}, {"blocks": 2, "pattern": "skiparse", "k": 2}, {"blocks": 1}]
@@ -39,15 +42,18 @@ def check_training(subject: Subject) -> Iterator[Result]:
 
 
 def check_checkpoint(subject: Subject) -> Iterator[Result]:
-    """A line for weights and states of an optimiser from the first device, written to the folder of runs and read."""
+    """Lines for a checkpoint from the first device, written to the folder of runs and read: one file, and in pieces."""
     model = _cross().to(subject.device)
     made = [one for one in (subject.folder, *subject.folder.absolute().parents) if not one.exists()]
     try:
         subject.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=subject.folder, prefix=".doctor-") as folder:
-            yield _written_and_read(model, Path(folder) / "last.ckpt")
+            yield _written_and_read(model, Path(folder) / "file.ckpt")
+            yield _in_pieces_and_read(model, Path(folder) / "folder.ckpt")
     except OSError as error:
         yield failed("checkpoint.folder", f"{subject.folder}: {error.strerror or error}", _DISK)
+    except WeightImportError as error:
+        yield failed("checkpoint.folder", f"what was written cannot be read: {error}", _DISK)
     finally:
         for one in made:
             if one.is_dir() and not any(one.iterdir()):
@@ -119,10 +125,10 @@ def _trained(name: str, model: nn.Module, loss: Loss, device: torch.device) -> R
 
 
 def _written_and_read(model: nn.Module, path: Path) -> Result:
+    """Weights and states of an optimiser, as a run of one process writes them."""
     from osp.training.checkpoint_io import AtomicCheckpointIO  # here: Lightning may be missing
     from osp.training.optimisation import Optimisation
 
-    name = "checkpoint.folder"
     optimizer = Optimisation(lr=_RATE).adamw(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -130,10 +136,39 @@ def _written_and_read(model: nn.Module, path: Path) -> Result:
     state = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()], "global_step": 1}
     begun = time.perf_counter()
     AtomicCheckpointIO().save_checkpoint(state, path)
-    size, took = path.stat().st_size, time.perf_counter() - begun
-    read = open_checkpoint(path)["state_dict"]
+    took = time.perf_counter() - begun
+    return _compared("checkpoint.file", model, path, open_checkpoint(path)["state_dict"], took)
+
+
+def _in_pieces_and_read(model: nn.Module, path: Path) -> Result:
+    """Weights as the processes of a sharded run write them, each some rows of each tensor, and one the index."""
+    from osp.training.writing import take_place
+
+    part = path.with_name(f".{path.name}.part")
+    part.mkdir()
+    begun = time.perf_counter()
+    for rank in range(_WRITERS):
+        write_shard(part, rank, _rows_of(model, rank))
+    write_index(part, _WRITERS, {"global_step": 1})
+    take_place(part, path, keep=1)
+    took = time.perf_counter() - begun
+    return _compared("checkpoint.pieces", model, path, dict(open_sharded(path).weights), took)
+
+
+def _rows_of(model: nn.Module, rank: int) -> Iterator[Piece]:
+    for key, value in model.state_dict().items():
+        begin, end = (one * len(value) // _WRITERS for one in (rank, rank + 1)) if value.ndim else (0, 1 - rank)
+        if begin < end:
+            own = value[begin:end] if value.ndim else value
+            yield Piece(key, Stored.of(own), tuple(value.shape), begin)
+
+
+def _compared(name: str, model: nn.Module, path: Path, read: Mapping[str, Tensor], took: float) -> Result:
+    files = [path] if path.is_file() else [*path.iterdir()]
+    size = sum(one.stat().st_size for one in files)
     wrong = [key for key, value in model.state_dict().items() if not torch.equal(value.cpu(), read[key])]
-    where = f"{size / 1e6:.3g} MB in {path.parent.parent} at {size / took / 1e6:.3g} MB/s"
+    pieces = "" if len(files) == 1 else f", in {_WRITERS} pieces and an index"
+    where = f"{size / 1e6:.3g} MB in {path.parent.parent}{pieces}, at {size / took / 1e6:.3g} MB/s"
     measured = {"bytes": size, "bytes_per_second": size / took}
     if wrong:
         return failed(name, f"{where}: {len(wrong)} tensors are not what was written", _DISK, measured=measured)
