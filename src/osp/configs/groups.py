@@ -10,14 +10,17 @@ import yaml
 
 @cache
 def groups_of(verb: str, configs: Path) -> dict[str, tuple[str, ...]]:
-    """The choices of each group of a verb, in the order of its file, then those of groups that a choice brings in."""
+    """The choices of each group of a verb, in the order of its file, then those of groups that a choice brings in.
+
+    A file whose name begins with `_` is a part that choices share, and none itself.
+    """
     found: dict[str, tuple[str, ...]] = {}
     waiting = [configs / f"{verb}.yaml"]
     while waiting:
         for group in _named(waiting.pop(0)):
             if group not in found:
                 files = sorted((configs / group).glob("*.yaml"))
-                found[group] = tuple(file.stem for file in files)
+                found[group] = tuple(file.stem for file in files if not file.stem.startswith("_"))
                 waiting += files
     return found
 
