@@ -21,12 +21,10 @@ from osp.denoiser import CrossTransformer
 from osp.diffusion import Flow
 from osp.parallel import ReplicatedStrategy, ShardedStrategy, local, whole
 from osp.training import vae_module
-from osp.training.checkpoint_io import AtomicCheckpointIO
 from osp.training.denoiser_module import DenoiserModule
 from osp.training.discriminator import PatchDiscriminator3d
 from osp.training.losses import VAELoss
 from osp.training.module import TrainingModule
-from osp.training.saving import LastCheckpoint
 from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE, LatentCodec
 
@@ -120,8 +118,8 @@ def trained(kind: str, layout: str | None, folder: Path) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[losses, LastCheckpoint(folder, 10)],
-        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,
+        callbacks=[losses],
         default_root_dir=folder,
         **many,
     )

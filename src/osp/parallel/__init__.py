@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from osp.parallel.adamw import AdamW
 from osp.parallel.apply import Parallelism, Sharding, apply
 from osp.parallel.drawing import drawn_weights
 from osp.parallel.exchange import Exchange
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from osp.parallel.strategy import ReplicatedStrategy, ShardedStrategy
 
 __all__ = [
+    "AdamW",
     "Exchange",
     "Muon",
     "Parallelism",

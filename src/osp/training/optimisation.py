@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from osp.checks import check_number
-from osp.parallel import Muon
+from osp.parallel import AdamW, Muon
 from osp.training.resumed import own_settings
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
@@ -53,7 +53,7 @@ class Optimisation:
         """An optimiser of those that learn, at `lr` or another rate."""
         learning = [parameter for parameter in parameters if parameter.requires_grad]
         rate, betas = self.lr if lr is None else lr, (self.betas[0], self.betas[1])
-        return _restorable(torch.optim.AdamW(learning, rate, betas, weight_decay=self.weight_decay, fused=True))
+        return _restorable(AdamW(learning, rate, betas, weight_decay=self.weight_decay, fused=True))
 
     def with_muon(self, model: nn.Module, muon_lr: float) -> list[torch.optim.Optimizer]:
         """AdamW, and Muon (Jordan et al., 2024) for the matrices inside blocks.
