@@ -157,22 +157,22 @@ def _kill(start: Start, victims: Sequence[Any], outcome: Outcome) -> bool:
 
 
 def _asked(start: Start, outcome: Outcome, draw: Random, steps: int) -> bool:
-    """Ask all or one of the processes to end, by a signal at some moment after the first step."""
-    after, moment = draw.randint(1, max(2, steps // 4)), draw.uniform(0.0, 0.2)
-    alone, number = draw.random() < 0.5, _ASKING[outcome.times % len(_ASKING)]
-    _wait(lambda: start.steps() >= after, start)
-    time.sleep(moment)
-    begun = start.last_step()
-    if not all(process.is_alive() for process in start.processes):
-        return False
-    start.send(number, [draw.choice(start.processes)] if alone else start.processes)
+    """Ask all or one of the processes to end, by a signal in a step; False if they have ended before."""
+    after, number = draw.randint(1, max(2, steps // 6)), _ASKING[outcome.times % len(_ASKING)]
+    asked = [draw.choice(start.processes)] if draw.random() < 0.5 else start.processes
+    with start.held(after):
+        _wait(lambda: start.steps() >= after, start)
+        if not start.alive():
+            return False
+        start.send(number, asked)
     outcome.times += 1
-    in_time, whom = start.wait(_GRACE), f"{start.layout}, {number.name} to {'one' if alone else 'all'}"
+    in_time = start.wait(_GRACE)
     outcome.said.add(f"{number.name}: {start.said()}")
+    whom = f"{start.layout}, {number.name} to {len(asked)} of {len(start.processes)}"
     if not in_time or start.codes() != [128 + number] * len(start.processes):
         outcome.faults.append(f"{whom}: ends with {start.codes()} ({start.said()})")
-    elif (saved := open_state(start.folder / "checkpoints" / "last.ckpt").step) <= begun:
-        outcome.faults.append(f"{whom}: step {begun + 1} was under way, and the checkpoint is of step {saved}")
+    elif (saved := open_state(start.folder / "checkpoints" / "last.ckpt").step) != start.last_step() + 1:
+        outcome.faults.append(f"{whom} in step {start.last_step() + 1}: the checkpoint is of step {saved}")
     return True
 
 

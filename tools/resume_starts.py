@@ -8,7 +8,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from osp.audit.fuzz.media import mp4
 from osp.cli import main as command_line
 from osp.data.media.video import to_float
 from osp.errors import OspError
+from osp.files import write_whole
 from osp.training import vae_module
 from osp.vae import WFVAE
 from osp.weights.pretrained import save_pretrained
@@ -43,11 +45,17 @@ BATCH = 4
 """Clips of all processes at once, where batches have a fixed number of them."""
 
 _SERVER = multiprocessing.get_context("forkserver")  # which has imported all once, for all processes
-_SERVER.set_forkserver_preload([__name__, "osp.cli.train", "osp.cli.cache", "osp.cli.shards", "hydra"])
+_SERVER.set_forkserver_preload(["__main__", __name__, "osp.cli.train", "osp.cli.cache", "osp.cli.shards", "hydra"])
 
 
 class Samples(Callback):
-    """Writes the samples of each step, as they come, into a file of each process of each start."""
+    """Writes the samples of each step, as they come, into a file of each process of each start.
+
+    A file `hold` with a number beside it holds the run in that step of the start, until it is gone.
+    """
+
+    def __init__(self) -> None:
+        self.begun = 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Add a line."""
@@ -55,6 +63,10 @@ class Samples(Callback):
         numbers = [f"{key}/{n}" for one in batch for key, n in zip(one["key"], one["sample"].tolist(), strict=True)]
         with open(place / f"{trainer.global_rank}.jsonl", "a") as file:
             file.write(json.dumps([trainer.global_step, trainer.world_size, pl_module.mesh.data_rank, numbers]) + "\n")
+        self.begun += 1
+        with suppress(FileNotFoundError):
+            while self.begun == int((place / "hold").read_text()):
+                time.sleep(0.01)
 
 
 class Start:
@@ -92,6 +104,16 @@ class Start:
     def last_step(self) -> int:
         """The number of the step that it has begun last."""
         return int(json.loads(self._begun()[-1])[0])
+
+    @contextmanager
+    def held(self, step: int) -> Iterator[None]:
+        """In the block it does not go on from the step that it begins as the so-manieth; asked for before it trains."""
+        hold = self.samples / "hold"
+        write_whole(hold, str(step))
+        try:
+            yield
+        finally:
+            hold.unlink()
 
     def _begun(self) -> list[str]:
         file = self.samples / "0.jsonl"

@@ -5,16 +5,20 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
 from osp.errors import UsageError
 from osp.training.own_process import refuse_several_processes
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # here and in the processes that are started
+
+from resume_starts import started
 
 TINY = [
     *("experiment=wfvae_tiny", "debug=limit", "data.workers=0", "data.batch_size=2", "logger=[]", "logged_clips=0"),
@@ -23,24 +27,10 @@ TINY = [
 ]
 
 
-def start(folder: Path, *arguments: str, **environ: str) -> "subprocess.Popen[str]":
-    """`osp` in a group of processes of its own, as a shell starts it; its messages go to said.txt in the folder."""
-    with open(folder / "said.txt", "a") as said:
-        return subprocess.Popen(
-            [sys.executable, "-m", "osp.cli", *arguments],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environ,
-            stdout=said,
-            stderr=said,
-            text=True,
-            start_new_session=True,
-        )
-
-
-def wait_for(happened: Callable[[], bool], running: "subprocess.Popen[str]", seconds: float = 500) -> None:
+def wait_for(happened: Callable[[], bool], running: ForkServerProcess, seconds: float = 500) -> None:
     limit = time.monotonic() + seconds
     while not happened():
-        assert running.poll() is None
+        assert running.is_alive()
         assert time.monotonic() < limit
         time.sleep(0.05)
 
@@ -61,17 +51,19 @@ def left_of(group: int) -> list[str]:
 @pytest.mark.timeout(700)
 def test_jobs_of_two_processes_do_not_replay_the_sweep_and_ctrl_c_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
     steps = ["trainer.max_steps=2,100000", "trainer.val_check_interval=100", "checkpoint_every=1"]
-    sweep = start(tmp_path, "train", "--multirun", *TINY, *steps, "output=sweep")
-    last = tmp_path / "sweep" / "1" / "checkpoints" / "last.ckpt"
+    arguments = ["train", "--multirun", *TINY, *steps, f"output={tmp_path / 'sweep'}"]
+    sweep = started(arguments, {"OMP_NUM_THREADS": 1}, 0, tmp_path / "said.txt")
+    group, last = sweep.pid or 0, tmp_path / "sweep" / "1" / "checkpoints" / "last.ckpt"
     try:
         wait_for(last.exists, sweep)
-        os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does it
-        assert sweep.wait(60) == 130
+        os.killpg(group, signal.SIGINT)  # as a terminal does it
+        sweep.join(60)
+        assert sweep.exitcode == 130
         said = (tmp_path / "said.txt").read_text()
-        assert not left_of(sweep.pid)
+        assert not left_of(group)
     finally:
-        if left_of(sweep.pid):
-            os.killpg(sweep.pid, signal.SIGKILL)
+        if left_of(group):
+            os.killpg(group, signal.SIGKILL)
     assert said.count("the same command goes on from") == 1
     assert "Traceback" not in said
     assert said.count("Launching 2 jobs") == 1
@@ -81,6 +73,17 @@ def test_jobs_of_two_processes_do_not_replay_the_sweep_and_ctrl_c_ends_all_with_
     assert not (tmp_path / "sweep" / "1" / "result.json").exists()
     table = (tmp_path / "sweep" / "comparison.csv").read_text().splitlines()
     assert len(table) == 2
+
+
+@pytest.mark.timeout(700)
+def test_a_process_that_is_gone_before_all_have_met_ends_the_one_that_has_started_it(tmp_path: Path) -> None:
+    # Lightning starts the second process by the name of the command, which is no file here: it ends without a word.
+    first = started(["train", *TINY, f"output={tmp_path / 'run'}"], {}, 0, tmp_path / "said.txt")
+    first.join(500)
+    assert first.exitcode == 1
+    (line,) = [one for one in (tmp_path / "said.txt").read_text().splitlines() if one.startswith("osp train: ")]
+    assert re.search(r"rank 0 of 2 on .*: rank 1 \(.*\) is gone; it was last seen while it started", line)
+    assert line.removeprefix("osp train: ") in (tmp_path / "run" / "train.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -106,34 +109,37 @@ class Hangs(Callback):
 """
 
 
-def free_port() -> int:
+def tasks(folder: Path, count: int, *arguments: str) -> list[ForkServerProcess]:
+    """The command in so many tasks of one node, with the variables that srun sets; messages go to RANK.txt."""
+    step = {"STEP_ID": 0, "STEP_NUM_TASKS": count, "STEP_NUM_NODES": 1, "NTASKS": count, "NNODES": 1, "JOB_ID": 77}
+    shared = {f"SLURM_{key}": value for key, value in (step | {"NODELIST": "127.0.0.1", "NODEID": 0}).items()}
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-def tasks(folder: Path, count: int, *arguments: str) -> "list[subprocess.Popen[str]]":
-    """The command in so many tasks of one node, with the variables that srun sets."""
-    step = {"STEP_ID": 0, "STEP_NUM_TASKS": count, "STEP_NUM_NODES": 1, "NTASKS": count, "NNODES": 1, "JOB_ID": 77}
-    shared = {"SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port())}
-    shared |= {f"SLURM_{key}": str(value) for key, value in step.items()}
+        shared["MASTER_PORT"] = server.getsockname()[1]
     return [
-        start(folder, *arguments, **shared, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(count)
+        started(arguments, shared | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}, rank, folder / f"{rank}.txt")
+        for rank in range(count)
     ]
 
 
 @pytest.mark.timeout(700)
-def test_tasks_of_slurm_train_together_and_one_that_hangs_is_named_and_ends_them_all(tmp_path: Path) -> None:
+def test_tasks_of_slurm_train_together_and_one_that_hangs_is_named_and_ends_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "hangs.py").write_text(HANGS)
+    monkeypatch.syspath_prepend(tmp_path)
     steps = ["trainer.max_steps=100", "trainer.val_check_interval=100", "checkpoint_every=2", "watchdog=5"]
-    running = tasks(tmp_path, 2, "train", *TINY, *steps, "+callbacks.hangs._target_=hangs.Hangs", "output=run")
+    hangs = ["+callbacks.hangs._target_=hangs.Hangs", f"output={tmp_path / 'run'}"]
+    running = tasks(tmp_path, 2, "train", *TINY, *steps, *hangs)
     try:
-        assert [one.wait(500) for one in running] == [1, 1]
+        for one in running:
+            one.join(500)
+        assert [one.exitcode for one in running] == [1, 1]
     finally:
         for one in running:
             one.kill()
-    lines = [line for line in (tmp_path / "said.txt").read_text().splitlines() if line.startswith("osp train: ")]
-    (line,) = lines
+    said = [line for rank in range(2) for line in (tmp_path / f"{rank}.txt").read_text().splitlines()]
+    (line,) = [line for line in said if line.startswith("osp train: ")]
     host = socket.gethostname()
     assert re.search(rf"all 2 processes wait for rank 1 \(host {host}, process {running[1].pid}\) at step 3", line)
     assert re.search(r"nothing has moved for 5 s \(watchdog\).*in the forward pass; its stack is in", line)

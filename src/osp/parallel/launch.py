@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from logging.handlers import QueueHandler
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
@@ -114,8 +114,9 @@ def _serve(
     root = logging.getLogger()
     root.addHandler(logging.NullHandler() if rank else _Told(pipe))  # type: ignore[arg-type]
     root.setLevel(logging.INFO)
-    with _together(own, rank, count):
+    with ExitStack() as group:
         try:
+            group.enter_context(_together(own, rank, count))
             _send(pipe, "result", function(own, *arguments))
         except BaseException as error:  # noqa: BLE001  (it is raised where this process was started)
             _send(pipe, "error", error)
@@ -143,10 +144,14 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _together(own: torch.device, rank: int, count: int) -> Iterator[None]:
-    """Inside there is the process group of all."""
+    """Inside there is the process group of all. Raises DataError where they do not find each other."""
     if own.type != "cpu":
         torch.accelerator.set_device_index(own.index)
-    dist.init_process_group(dist.get_default_backend_for_device(own), rank=rank, world_size=count)
+    try:
+        dist.init_process_group(dist.get_default_backend_for_device(own), rank=rank, world_size=count)
+    except NOT_MET as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"devices={count}: the processes of the devices do not find each other ({reason})") from error
     try:
         yield
     finally:
