@@ -13,7 +13,7 @@ from osp.diffusion import Flow, Solver
 from osp.errors import UsageError
 from osp.sampling import VideoGenerator
 from osp.sampling.memory import MemoryPlan, call_bytes, plan_memory
-from osp.vae import WFVAE, LatentCodec
+from osp.vae import WFVAE, LatentCodec, Tiling
 
 CPU = torch.device("cpu")
 STAGES = [Stage(1), Stage(2, "skiparse", 2), Stage(1)]
@@ -54,6 +54,8 @@ def test_the_whole_plan_is_within_a_factor_of_two_of_what_is_measured() -> None:
     low = plan_memory(generator, 17, 192, 192, batch=2, low_memory=True)
     assert low.parts["one call of the denoiser"] < 0.7 * plan.parts["one call of the denoiser"]
     assert low.parts["VAE decoder at work"] == plan.parts["VAE decoder at work"] / 2
+    tiled = plan_memory(generator, 17, 192, 192, batch=2, tiling=Tiling(96, 32))
+    assert tiled.parts["VAE decoder at work"] < 0.3 * plan.parts["VAE decoder at work"]
 
 
 def test_with_low_memory_an_accelerator_holds_one_part_at_a_time(make_generator: Callable[..., VideoGenerator]) -> None:
