@@ -55,7 +55,7 @@ def test_the_whole_plan_is_within_a_factor_of_two_of_what_is_measured() -> None:
     assert low.parts["one call of the denoiser"] < 0.7 * plan.parts["one call of the denoiser"]
     assert low.parts["VAE decoder at work"] == plan.parts["VAE decoder at work"] / 2
     tiled = plan_memory(generator, 17, 192, 192, batch=2, tiling=Tiling(96, 32))
-    assert tiled.parts["VAE decoder at work"] < 0.3 * plan.parts["VAE decoder at work"]
+    assert tiled.parts["VAE decoder at work"] < 0.5 * plan.parts["VAE decoder at work"]
 
 
 def test_with_low_memory_an_accelerator_holds_one_part_at_a_time(make_generator: Callable[..., VideoGenerator]) -> None:
