@@ -39,6 +39,12 @@ class Exchange:
         """The sum of a tensor over all processes."""
         return _Sum.apply(value, use, self)
 
+    def from_first(self, value: Tensor, use: str) -> Tensor:
+        """The first process's tensor, in all of them; the others give one of its shape and type, which is filled."""
+        dist.broadcast(value, group=self.group, group_src=0)
+        self.sent[use] += 0 if self.rank else (self.size - 1) * value.numel() * value.element_size()
+        return value
+
     def gathered(self, rows: Tensor, counts: Sequence[int], use: str) -> Tensor:
         """`N ...` -> the rows of all processes, one after another, of which each has `counts`."""
         own = counts[self.rank]

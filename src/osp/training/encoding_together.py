@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from osp.data.media.video import to_float
@@ -55,7 +54,7 @@ class ClipEncoder:
         if self.over is None:
             with self.autocast():
                 return self.vae.encode(to_float(clips))
-        dist.broadcast(clips, src=0, group=self.over.group)
+        clips = self.over.from_first(clips.contiguous(), "clips")
         frames, video = clips.shape[2], self.vae.pad_frames(to_float(clips))
         channels, size = 2 * self.vae.latent_channels, self.vae.strides.latent(*video.shape[2:])
         moments = torch.zeros(len(video), channels, *size, device=self.device)
@@ -68,10 +67,8 @@ class ClipEncoder:
 
     def _send_shape(self, shape: torch.Size) -> None:
         assert self.over is not None
-        dist.broadcast(torch.tensor(shape, device=self.device), src=0, group=self.over.group)
+        self.over.from_first(torch.tensor(shape, device=self.device), "clips")
 
     def _receive_shape(self) -> list[int]:
         assert self.over is not None
-        shape = torch.zeros(5, dtype=torch.long, device=self.device)
-        dist.broadcast(shape, src=0, group=self.over.group)
-        return shape.tolist()
+        return self.over.from_first(torch.zeros(5, dtype=torch.long, device=self.device), "clips").tolist()

@@ -98,7 +98,7 @@ class VideoVAE(nn.Module):
         return GaussianPosterior.from_moments(self.moments(video, chunk_frames, tiling), video.shape[2])
 
     def moments(self, video: Tensor, chunk_frames: int | None = None, tiling: Tiling | None = None) -> Tensor:
-        """What `encode` makes its posterior of: means and log variances, which are not clamped, `B 2L T H W`."""
+        """Means and log variances, which are not clamped, `B 2L T H W`: `encode` makes its posterior of them."""
         length = self.strides.latent_frames(video.shape[2])
         return self._run("encoder", self.pad_frames(video), chunk_frames, tiling, length)
 
