@@ -174,6 +174,7 @@ def started(
 
 def _work(arguments: Sequence[str], environ: Mapping[str, Any], rank: int, log: Path, double: bool = False) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     torch.set_num_threads(1)
     os.environ.update({key: str(value) for key, value in environ.items()})
     cast(Any, rank_zero_only).rank = rank  # Lightning has looked when it was imported

@@ -1,5 +1,7 @@
 """Before the processes of a run have met, one that is gone or fails ends the others."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +18,6 @@ from osp.errors import DataError, OspError
 from osp.training import meeting
 from osp.training.failures import failures_told
 from osp.training.meeting import Meeting
-from osp.training.watchdog import Watchdog
 
 HOST = socket.gethostname()
 
@@ -28,9 +29,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> "SimpleQueue[str]":
     """The lines that would end this process, which nothing has started yet."""
     lines: SimpleQueue[str] = SimpleQueue()
 
-    def end(folder: Path, line: str, end_others: Any) -> None:
+    def end(folder: Path, line: str, end_others: Any, code: int) -> None:
         end_others()
-        lines.put(line)
+        lines.put(f"{code} {line}")
         sys.exit()  # the thread
 
     monkeypatch.setattr(meeting, "end_process", end)
@@ -70,7 +71,7 @@ def test_one_that_starts_others_ends_with_one_of_them(
         other.kill()
         line = told.get(timeout=60)
     assert line == (
-        f"rank 0 of 2 on {HOST}: rank 1 (host {HOST}, process {other.pid}) is gone; it was last seen while it "
+        f"1 rank 0 of 2 on {HOST}: rank 1 (host {HOST}, process {other.pid}) is gone; it was last seen while it "
         "started; the same command goes on"
     )
     assert killed == [9]
@@ -107,16 +108,31 @@ def test_one_of_a_launcher_ends_with_one_that_fails(
         raise DistNetworkError("the connection was reset")
 
 
-def test_a_watchdog_takes_over_when_all_have_met(
+def test_a_signal_ends_one_that_waits_for_others(
+    monkeypatch: pytest.MonkeyPatch, told: "SimpleQueue[str]", tmp_path: Path
+) -> None:
+    is_rank(monkeypatch, 0)
+    before = signal.signal(signal.SIGUSR1, lambda *arguments: None)  # which a process that waits does not come to
+    try:
+        with Meeting(tmp_path):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            line = told.get(timeout=60)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert line == "138 ended by SIGUSR1 before all processes had met; the same command goes on"
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_it_is_over_when_all_have_met(
     monkeypatch: pytest.MonkeyPatch, told: "SimpleQueue[str]", tmp_path: Path
 ) -> None:
     is_rank(monkeypatch, 0)
     with Meeting(tmp_path) as meets:
         (file,) = tmp_path.glob(".ranks-*/0.json")
-        meets.on_fit_start(SimpleNamespace(callbacks=[Watchdog(tmp_path, None)]), None)  # type: ignore[arg-type]
         assert file.exists()
-        meets.on_fit_start(SimpleNamespace(callbacks=[Watchdog(tmp_path)]), None)  # type: ignore[arg-type]
+        meets.on_fit_start(None, None)  # type: ignore[arg-type]
         assert not file.parent.exists()
+        assert signal.set_wakeup_fd(-1) == -1
     monkeypatch.delenv("LOCAL_RANK")
     with Meeting(tmp_path):  # alone
         assert not [*tmp_path.iterdir()]

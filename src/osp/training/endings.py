@@ -28,7 +28,8 @@ from osp.training.saving import LastCheckpoint, remove_parts, validates
 
 log = logging.getLogger(__name__)
 
-_SIGNALS = {signal.SIGINT: "^C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP", signal.SIGUSR1: "SIGUSR1"}
+SIGNALS = {signal.SIGINT: "^C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP", signal.SIGUSR1: "SIGUSR1"}
+"""Those that ask a run to end, and how they are called."""
 _SAME = 0.5  # seconds in which a second ^C is the first one, delivered twice by a shell or a launcher
 
 
@@ -60,7 +61,7 @@ class Endings:
         """Take the signals, unless they are ignored, as under nohup; again after somebody else has taken them."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in _SIGNALS:
+        for number in SIGNALS:
             now = signal.getsignal(number)
             if now is not signal.SIG_IGN and now != self._take:
                 self._before.setdefault(number, now)
@@ -192,7 +193,7 @@ def leave(
     run: TrainingRun, ended: Ended, saved: int | None = None, steps: int | None = None, requeue: bool = False
 ) -> NoReturn:
     """Say how the run goes on, and end the process with the code of the signal."""
-    name = _SIGNALS.get(signal.Signals(ended.number), str(ended.number))
+    name = SIGNALS.get(signal.Signals(ended.number), str(ended.number))
     if not is_first_process():
         sys.exit(128 + ended.number)
     goes_on = "the same command goes on"

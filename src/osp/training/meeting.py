@@ -6,6 +6,7 @@ without a word, or is itself in the process that is gone.
 """
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from osp.training.cluster import SlurmStep
+from osp.training.endings import SIGNALS
 from osp.training.failures import MISSING
 from osp.training.heartbeats import FOLDER, STARTING, Beat, Heartbeats, missing
 
@@ -33,8 +35,10 @@ _LAUNCHERS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELAS
 class Meeting(Callback):
     """Inside, a process that is killed or fails ends the others on its host, with exit code 1 and one line.
 
+    A signal that asks for the end is heard too: a process that waits for others runs no handlers of Python's.
+
     A process that a launcher has started as one of several looks from the beginning on; one that starts the others
-    itself, from `begin` on. It ends when the training begins with a watchdog, which sees such processes too.
+    itself, from `begin` on. That ends when all have met; then it is up to the watchdog (`osp.training.watchdog`).
 
     Args:
         folder: of the run; `.ranks-HOST` in it has a small file of each process until they have met.
@@ -49,6 +53,9 @@ class Meeting(Callback):
         self._trainer: lightning.Trainer | None = None  # which has started further processes
         self._processes = 1
         self._over = threading.Event()
+        self._pipe: tuple[int, int] | None = (
+            None  # of the signals that came; what reads them, and what Python writes to
+        )
         if (place := _place(nodes, os.environ)) is not None:
             rank, self._processes = place
             self._mine = Beat.here(_start(os.environ), rank)
@@ -70,9 +77,8 @@ class Meeting(Callback):
             self._look_after_others()
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """All have met; stop where a watchdog looks after them."""
-        if any(getattr(callback, "watches", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            self._stop()
+        """All have met, and their watchdog has begun."""
+        self._stop()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -88,26 +94,51 @@ class Meeting(Callback):
             self._beats.write(replace(mine, failed=failed_line(error)))
 
     def _stop(self) -> None:
+        if self._pipe is not None and not self._over.is_set():
+            signal.set_wakeup_fd(-1)
+            os.close(self._pipe[1])
         self._over.set()
         if self._mine is not None:
             self._beats.drop(self._mine.rank)
 
     def _look_after_others(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._pipe = os.pipe()
+            for end in self._pipe:
+                os.set_blocking(end, False)
+            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._look, name="meeting", daemon=True).start()
 
     def _look(self) -> None:
         since: float | None = None
+        asked = lost = None
         while not self._over.wait(_PERIOD):
             quiet_observer()
-            if (lost := self._missing()) is None:
-                since = None
-                continue
-            since = since or time.monotonic()
-            if time.monotonic() - since > _GRACE:
-                assert self._mine is not None
-                place = f"rank {self._mine.rank} of {self._processes} on {self._mine.host}"
-                line = f"{place}: {lost_line(lost)}; the same command goes on"
-                end_process(self.folder, line, lambda: end_children(self._trainer, 1.0))
+            asked, lost = asked or self._asked(), self._missing()
+            since = None if asked is None and lost is None else since or time.monotonic()
+            if since is not None and time.monotonic() - since > _GRACE:
+                self._end(asked, lost)
+        if self._pipe is not None:
+            os.close(self._pipe[0])
+
+    def _asked(self) -> int | None:
+        """The signal that asks this process to end; where it waits for the others, Python's own handlers wait too."""
+        came = b""
+        if self._pipe is not None:
+            with suppress(OSError):  # none came
+                came = os.read(self._pipe[0], 64)
+        return next((number for number in came if number in SIGNALS), None)
+
+    def _end(self, asked: int | None, lost: Beat | None) -> NoReturn:
+        assert self._mine is not None
+        line = ""
+        if lost is not None:
+            line = f"rank {self._mine.rank} of {self._processes} on {self._mine.host}: {lost_line(lost)}"
+        if asked is not None:  # all may have been asked, and the first one tells
+            told = f"ended by {SIGNALS[signal.Signals(asked)]} before all processes had met"
+            line = told if self._mine.rank == 0 else ""
+        line = f"{line}; the same command goes on" if line else ""
+        end_process(self.folder, line, lambda: end_children(self._trainer, 1.0), 128 + asked if asked else 1)
 
     def _missing(self) -> Beat | None:
         """A process of this host that is gone or has failed."""
@@ -166,15 +197,16 @@ def failed_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:300]
 
 
-def end_process(folder: Path, line: str, end_others: Callable[[], None]) -> NoReturn:
-    """Tell the line, in the log of the run too if that can be done, and end this process and those it has started."""
-    os.write(2, f"osp train: {line}\n".encode("utf-8", "backslashreplace"))
-    told = threading.Thread(target=_append, args=(folder / "train.log", line), daemon=True)
-    told.start()
-    told.join(_TOLD_LATE)
+def end_process(folder: Path, line: str, end_others: Callable[[], None], code: int = 1) -> NoReturn:
+    """End this process and those that it has started; tell the line, in the log of the run too if that can be done."""
+    if line:
+        os.write(2, f"osp train: {line}\n".encode("utf-8", "backslashreplace"))
+        told = threading.Thread(target=_append, args=(folder / "train.log", line), daemon=True)
+        told.start()
+        told.join(_TOLD_LATE)
     with suppress(Exception):  # whatever state the run is in, it ends
         end_others()
-    os._exit(1)
+    os._exit(code)
 
 
 def _append(path: Path, line: str) -> None:

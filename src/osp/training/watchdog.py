@@ -69,11 +69,6 @@ class Watchdog(Callback):
         self._missing_since: float | None = None
         self._world = 1
 
-    @property
-    def watches(self) -> bool:
-        """Whether it looks after the processes of the run."""
-        return self.limit is not None
-
     # --- what the training does -----------------------------------------------------------------------------------
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
