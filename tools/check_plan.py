@@ -26,6 +26,7 @@ MIB = 2**20
 _DENOISER = (
     "module=denoiser", "denoiser=cross_tiny", "text=words", "objective=flow_tiny", "vae=pretrained", "data=synthetic",
     "trainer=cpu", "denoiser.heads=8", "clip.frames=9", "clip.height=64", "clip.width=64", "data.batch_size=24",
+    "text.max_tokens=8",  # so that each batch has as many, which the plan counts
 )  # fmt: skip
 _HEAVY = (*_DENOISER, "denoiser.heads=24", "data.batch_size=2")
 _JOINT = (*_DENOISER, "denoiser=suv_tiny", "data.batch_size=24")
@@ -79,11 +80,12 @@ def compare(overrides: Sequence[str]) -> tuple[int, int]:
     """The bytes predicted and measured; of several processes the one that took most."""
     with tempfile.TemporaryDirectory() as folder:
         given = [*overrides, f"path={folder}/vae"] if "vae=pretrained" in overrides else list(overrides)
-        _save_vae(Path(folder, "vae"))
-        return _predicted(given), max(_measured(given, folder))
+        save_vae(Path(folder, "vae"))
+        return predicted(given), max(_measured(given, folder))
 
 
-def _predicted(overrides: Sequence[str]) -> int:
+def predicted(overrides: Sequence[str]) -> int:
+    """The bytes of the plan for a CPU."""
     from osp.cli.plan import asked_of
     from osp.training.memory.plan import plan_training
 
@@ -118,14 +120,15 @@ def measured_here(overrides: Sequence[str]) -> int:
     torch.set_num_threads(1)
     small = [one for one in WARM_UP if not one.startswith("denoiser") or "module=denoiser" in overrides]
     small = [one for one in small if not one.startswith("vae") or "module=vae" in overrides]
-    _train([*overrides, *small])
+    train([*overrides, *small])
     with PeakMemory(torch.device("cpu")) as memory:
-        _train(overrides)
+        train(overrides)
     assert memory.taken is not None
     return memory.taken
 
 
-def _train(overrides: Sequence[str]) -> None:
+def train(overrides: Sequence[str], steps: int = 3) -> None:
+    """Train for so many steps, and for nothing else."""
     import lightning
 
     from osp.cli.plain import instantiate
@@ -137,8 +140,8 @@ def _train(overrides: Sequence[str]) -> None:
     data = instantiate(cfg.data)
     module = _module(cfg, data)
     module.prepare(data)
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 3}
-    trainer: lightning.Trainer = instantiate(cfg.trainer, limit_val_batches=0, val_check_interval=3, **options)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": steps}
+    trainer: lightning.Trainer = instantiate(cfg.trainer, limit_val_batches=0, val_check_interval=steps, **options)
     trainer.fit(module, data)
 
 
@@ -152,7 +155,7 @@ def composed(verb: str, overrides: Sequence[str]) -> Any:
         return compose(verb, list(overrides))
 
 
-def _save_vae(folder: Path) -> None:
+def save_vae(folder: Path) -> None:
     """A small VAE with random weights, to encode videos with."""
     from osp.vae import WFVAE
     from osp.weights.pretrained import save_pretrained

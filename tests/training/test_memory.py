@@ -9,7 +9,7 @@ from osp.devices.live import LiveBytes
 from osp.diffusion import Flow
 from osp.errors import UsageError
 from osp.training.memory.layout import Layout
-from osp.training.memory.rehearsal import ACTIVATIONS, COPIES, GRADIENTS, KINDS, Rehearsal, rehearse_denoiser
+from osp.training.memory.rehearsal import ACTIVATIONS, COPIES, GRADIENTS, KINDS, WAITING, Rehearsal, rehearse_denoiser
 
 LATENT, WORDS = (2, 3, 8, 8), 8
 
@@ -22,8 +22,8 @@ def model() -> CrossTransformer:
         )  # fmt: skip
 
 
-def rehearsed(recompute_every: int = 0, precision: str = "32-true") -> Rehearsal:
-    return rehearse_denoiser(model(), None, Flow(), LATENT, WORDS, recompute_every, precision, True)
+def rehearsed(recompute_every: int = 0, precision: str = "32-true", offloads: bool = False) -> Rehearsal:
+    return rehearse_denoiser(model(), None, Flow(), LATENT, WORDS, recompute_every, precision, True, offloads)
 
 
 def test_live_bytes_follow_tensors_until_they_are_gone() -> None:
@@ -56,6 +56,14 @@ def test_recomputing_keeps_less_and_computes_the_blocks_once_more() -> None:
     assert plain.kept["block 1"] > 10 * tokens
     assert again.peak({})[ACTIVATIONS] < plain.peak({})[ACTIVATIONS]
     assert again.flops > plain.flops
+
+
+def test_inputs_of_blocks_wait_on_the_cpu_until_the_blocks_are_computed_again() -> None:
+    again, waiting = (rehearsed(1, offloads=offloads).timeline for offloads in (False, True))
+    tokens = 2 * 3 * 4 * 4 * 24 * 4
+    assert waiting[:, KINDS.index(WAITING)].max() == 2 * tokens  # all but the first, which a long skip may take too
+    assert waiting.sum(axis=1).max() == again.sum(axis=1).max()
+    assert set(waiting[:, KINDS.index(WAITING)]) == {0, tokens, 2 * tokens}
 
 
 def test_shares_of_gradients_and_tokens_move_the_peak() -> None:
@@ -94,16 +102,25 @@ def test_a_rehearsal_leaves_nothing_fake_behind() -> None:
     [
         ({"devices": 1, "strategy": "auto"}, None, Layout()),
         ({"devices": -1, "strategy": "ddp"}, None, Layout(8, "ddp")),
-        ({"devices": 2, "num_nodes": 2, "strategy": "ddp"}, None, Layout(4, "ddp")),
+        ({"devices": 2, "num_nodes": 2, "strategy": "ddp"}, None, Layout(4, "ddp", nodes=2)),
         (
             {"strategy": {"_target_": "osp.parallel.ShardedStrategy", "sequence": 2, "replicas": None}, "num_nodes": 2},
             16,
-            Layout(16, "fsdp", 2, 2),
+            Layout(16, "fsdp", 2, 2, nodes=2),
         ),
+        ({"strategy": {"_target_": "osp.parallel.ShardedStrategy"}}, 32, Layout(32, "fsdp", 1, 4, nodes=4)),
     ],
 )
 def test_a_layout_is_read_from_the_trainer(trainer: dict[str, object], devices: int | None, wanted: Layout) -> None:
     assert Layout.of(trainer, devices, here=8) == wanted
+
+
+def test_what_devices_send_stays_in_a_machine_as_far_as_it_can() -> None:
+    assert Layout(8, "ddp").sent(800, 1) == (1400, 0)
+    assert Layout(16, "ddp", nodes=2).sent(800, 1) == (1400, 100)
+    copies, whole = (Layout(16, "fsdp", replicas=copies, nodes=2) for copies in (2, 1))
+    assert copies.sent(800, 2) == (6 * 700, 100)
+    assert whole.sent(800, 2) == (6 * 700, 6 * 50)
 
 
 def test_devices_that_do_not_divide_are_refused() -> None:

@@ -1,7 +1,5 @@
 """`osp plan`: whether a training run fits its devices, and what time and money it takes."""
 
-from typing import Any
-
 from omegaconf import DictConfig, OmegaConf
 
 from osp.checks import check_number
@@ -9,7 +7,7 @@ from osp.cli.plain import instantiate, plain
 from osp.cli.printing import say, show_result
 from osp.devices.datasheets import find_device
 from osp.training.memory.advice import advise
-from osp.training.memory.asked import Asked, read_asked
+from osp.training.memory.asked import Asked, read_asked, without_missing
 from osp.training.memory.layout import Layout
 from osp.training.memory.plan import plan_training
 from osp.training.memory.refusal import refusal
@@ -37,19 +35,10 @@ def run(cfg: DictConfig) -> None:
 
 def asked_of(cfg: DictConfig) -> Asked:
     """The run that a configuration of `osp plan` asks for; paths that it does not give are not needed."""
-    config = plain(OmegaConf.create(_without_missing(plain(cfg, resolve=False))))
+    config = plain(OmegaConf.create(without_missing(plain(cfg, resolve=False))))
     device = find_device(config["device"])
     layout = Layout.of(config["trainer"], config["devices"], device.per_node)
     precision, accelerated = config["trainer"]["precision"], device.name != "cpu"
     if precision == "auto":
         precision = "bf16-mixed" if accelerated else "32-true"
     return read_asked(config, instantiate, layout, precision=precision, accelerated=accelerated)
-
-
-def _without_missing(value: Any) -> Any:
-    """Plain values, in which what has to be given and is not is null."""
-    if isinstance(value, dict):
-        return {key: _without_missing(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_missing(inner) for inner in value]
-    return None if value == "???" else value

@@ -1,5 +1,6 @@
 """`osp train`: seed, model, data, module, callbacks, logger, trainer, fit."""
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
@@ -37,9 +39,13 @@ from osp.training.fit import (
     write_result,
 )
 from osp.training.meeting import Meeting
+from osp.training.memory.check import check_fits
+from osp.training.memory.rehearsal import NotPlannedError
 from osp.training.module import TrainingModule
 from osp.training.records import Record
 from osp.training.runs import TrainingRun
+
+log = logging.getLogger(__name__)
 
 # Keys of `trainer` whose values other settings decide, and what to do instead.
 _TRAINER_KEYS = {
@@ -89,11 +95,12 @@ def _run(
     denoises = "denoiser" in cfg.module
     check_start(cfg.start_from, cfg.after, name=cfg.name, trains_denoiser=denoises, goes_on=goes_on)
     data: ClipDataModule = instantiate(cfg.data)
+    trainer = _trainer(cfg, training.folder)
+    planned = check_fits(plain(cfg), _planned_part, trainer) if cfg.check_memory else None
     module = _module(cfg, data)
     module.prepare(data)
     if cfg.start_from is not None and not goes_on:
         module.start_from(cfg.start_from)
-    trainer = _trainer(cfg, training.folder)
     mesh = Mesh.of(trainer)
     if cfg.global_batch is not None:
         mesh = Mesh(cfg.data.get("devices") or mesh.data)
@@ -102,6 +109,8 @@ def _run(
         keys = [f"module.{part}.{key}" for part in ("denoiser", "vae") for key in ("path", "source")]
         check_kept(training, module, [cfg.start_from, *(OmegaConf.select(cfg, key) for key in keys)])
     start = begin(training, plain(cfg), resume=cfg.resume)
+    if planned is not None:  # said now: settings that fit nothing have ended the run by now
+        log.info(planned)
     overrides = HydraConfig.get().overrides.task
     if start.result is None:
         record = Record(training, OmegaConf.to_yaml(cfg, resolve=True), files, overrides, start.changed)
@@ -124,7 +133,8 @@ def _hydra_files(cfg: DictConfig) -> dict[str, str]:
 
 
 def _check(cfg: DictConfig) -> None:
-    check_choice("requeue", cfg.requeue, (True, False))
+    for key in ("requeue", "check_memory"):
+        check_choice(key, cfg[key], (True, False))
     steps = {"checkpoint_every": 1, "trainer.max_steps": 1, "trainer.val_check_interval": 1}
     for key, instead in _TRAINER_KEYS.items():
         if key in cfg.trainer:
@@ -137,6 +147,14 @@ def _check(cfg: DictConfig) -> None:
         check_numbers(cfg, {f"data.{part}.{size}": 1 for size in ("frames", "height", "width") if size in clips})
         if "rule" in clips and clips.rule is None:
             raise UsageError("data=buckets needs a rule for the clips' shapes: choose buckets=tokens or buckets=shapes")
+
+
+def _planned_part(config: Any) -> Any:
+    """The object of a part of a configuration; one that cannot be built ends the run later, where it is needed."""
+    try:
+        return instantiate(config)
+    except InstantiationException as error:
+        raise NotPlannedError(" ".join(str(error).split())) from error
 
 
 def _module(cfg: DictConfig, data: ClipDataModule) -> TrainingModule:

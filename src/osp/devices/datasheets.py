@@ -55,13 +55,16 @@ DEVICES = {
         DataSheet("a100-40", 40, 312, 19.5, 1555, 300, 25),
         # NVIDIA A100 data sheet, SXM 80 GB: 312 TFLOPS, 19.5 TFLOPS, 2,039 GB/s, NVLink 600 GB/s; network 200 Gbit/s.
         DataSheet("a100-80", 80, 312, 19.5, 2039, 300, 25),
-        # NVIDIA L40S data sheet: 48 GB, 733 TFLOPS with sparsity, 91.6 TFLOPS, 864 GB/s, PCIe 4 64 GB/s both ways.
-        DataSheet("l40s", 48, 366.5, 91.6, 864, 32, 25),
+        # NVIDIA A800 80 GB: an A100 with NVLink of 400 GB/s.
+        DataSheet("a800", 80, 312, 19.5, 2039, 200, 25),
+        # NVIDIA L40S data sheet: 48 GB, 362 TFLOPS, 91.6 TFLOPS, 864 GB/s, PCIe 4 64 GB/s both ways.
+        DataSheet("l40s", 48, 362, 91.6, 864, 32, 25),
         # NVIDIA Ada architecture white paper, RTX 4090: 24 GB, 165.2 TFLOPS bfloat16 with float32 sums, 82.6 TFLOPS,
         # 1,008 GB/s; PCIe 4 x16 without peer access.
         DataSheet("rtx4090", 24, 165.2, 82.6, 1008, 16, 12.5),
-        # Huawei Atlas 800T A2 with Ascend 910B: 64 GB HBM, 376 TFLOPS half precision and 94 float32 (910B1; other
-        # variants have less), 1.6 TB/s, HCCS 392 GB/s in both directions together; network 200 Gbit/s.
+        # Uncertain: Huawei publishes few numbers of the 910B. 64 GB and 376 TFLOPS half precision are those reported of
+        # the 910B2 (910B1 about 414, 910B3 313, and the 910B4 280 with 32 GB); bfloat16 is taken to be as fast, float32
+        # a quarter. 1.6 TB/s, and seven links of HCCS, 392 GB/s in both directions together; network 200 Gbit/s.
         DataSheet("ascend910b", 64, 376, 94, 1600, 196, 25),
         # A server's CPU, no vendor's: 64 GB, about 1.5 TFLOPS float32 with AVX-512 on 32 cores, bfloat16 as slow where
         # there is no AMX, 8 channels DDR5-4800. Measured values: peak_tflops=, memory_gb=.

@@ -12,11 +12,11 @@ from osp.data.datamodule import ClipDataModule
 from osp.data.media.video import to_float
 from osp.errors import UsageError
 from osp.evaluation.metrics import psnr
-from osp.parallel import passing_through
 from osp.seeds import stable_seed
+from osp.training.adversarial import discriminator_loss, vae_loss
 from osp.training.build import with_memory
 from osp.training.clipping import NormClipping
-from osp.training.discriminator import PatchDiscriminator3d, adaptive_weight, hinge_loss
+from osp.training.discriminator import PatchDiscriminator3d
 from osp.training.losses import VAELoss
 from osp.training.module import Batch, TrainingModule
 from osp.training.optimisation import Optimisation
@@ -145,11 +145,13 @@ class VAEModule(TrainingModule):
             # The VAE's backward pass left gradients in it that must go. Lightning would count its step as another
             # global step, so it is taken on the optimiser itself.
             others[0].zero_grad()
+            assert self.discriminator is not None
             for batch in batches[self.accumulate :]:
-                against = self._discriminator_loss(to_float(batch["video"]))
+                against = discriminator_loss(self._through, self.discriminator, to_float(batch["video"]))
                 self.manual_backward(against / self.accumulate)
                 logs["discriminator"] = logs.get("discriminator", 0.0) + against.detach() / self.accumulate
             others[0].optimizer.step()
+            others[0].zero_grad()  # or they would lie there while the VAE has its next turn
             logs |= self._averaged({"discriminator": logs["discriminator"]})
 
         clips = sum(len(batch["video"]) for batch in batches[: self.accumulate])
@@ -186,32 +188,16 @@ class VAEModule(TrainingModule):
         return self.vae(video, self._noise if mesh.data > 1 else None, (mesh.data_rank, mesh.data))
 
     def _vae_backward(self, video: Tensor, step: int) -> dict[str, Tensor]:
-        weights: list[Tensor] = []  # of the last layer, as the pass has them: between passes they may be split
-        hook = self.vae.last_layer.register_forward_hook(lambda layer, *_: weights.append(layer.weight))
-        result = self._through(video)
-        hook.remove()
-        losses = self.loss(video, result)
-        total, logs = losses.total, dict(losses.terms)
-        if self.discriminating(step):
-            assert self.discriminator is not None
-            adversarial = -self.discriminator(result.reconstruction).float().mean()
-            with passing_through(self.vae, self.discriminator):
-                pulls = adaptive_weight(losses.reconstruction, adversarial, weights[0], self._mean_over_processes)
-            weight = self.discriminator_weight * pulls
-            total = total + weight * adversarial
-            logs |= {"adversarial": adversarial, "adversarial_weight": weight}
+        against = self.discriminator if self.discriminating(step) else None
+        total, terms = vae_loss(
+            self.vae, self._through, self.loss, video, against, self.discriminator_weight, self._mean_over_processes
+        )
         self.manual_backward(total / self.accumulate)
-        return {name: value.detach() for name, value in (logs | {"total": total}).items()}
+        return {name: value.detach() for name, value in (terms | {"total": total}).items()}
 
     def _mean_over_processes(self, gradient: Tensor) -> Tensor:
         mean: Tensor = self.trainer.strategy.reduce(gradient, reduce_op="mean")
         return mean
-
-    def _discriminator_loss(self, video: Tensor) -> Tensor:
-        assert self.discriminator is not None
-        with torch.no_grad():
-            reconstruction = self._through(video).reconstruction
-        return hinge_loss(self.discriminator(video).float(), self.discriminator(reconstruction).float())
 
     def _place_perceptual(self) -> None:
         if self.loss.perceptual is not None:

@@ -44,8 +44,12 @@ def _changes(asked: Asked) -> Iterator[tuple[str, Asked]]:
         layout = layout.sharded()
         asked = replace(asked, layout=layout)
         yield "trainer=fsdp", asked
+    if layout.kind == "fsdp" and layout.replicas > 1:
+        layout = replace(layout, replicas=1)
+        asked = replace(asked, layout=layout)
+        yield "trainer.strategy.replicas=1", asked
     for sequence in _SEQUENCES if isinstance(work, DenoiserWork) and layout.kind == "fsdp" else ():
-        if sequence > layout.sequence and layout.devices % sequence == 0:
+        if sequence > layout.sequence and layout.devices % sequence == 0 and asked.shares(sequence):
             asked = replace(asked, layout=replace(layout, sequence=sequence), accumulate=_kept(asked, sequence))
             yield f"trainer.strategy.sequence={sequence}", asked
     while asked.batch > 1:
@@ -55,6 +59,9 @@ def _changes(asked: Asked) -> Iterator[tuple[str, Asked]]:
     if asked.precision == "32-true" and asked.accelerated:
         asked = replace(asked, precision="bf16-mixed")
         yield "trainer.precision=bf16-mixed", asked
+    if isinstance(work, DenoiserWork) and not work.offloads:
+        asked = replace(asked, work=replace(work, offloads=True))
+        yield "module.offload_activations=true", asked
     if layout.kind == "fsdp" and not layout.on_cpu:
         yield "trainer.strategy.offload_optimizer=true", replace(asked, layout=replace(asked.layout, on_cpu=True))
 

@@ -21,6 +21,7 @@ from osp.training.discriminator import PatchDiscriminator3d
 from osp.training.fit import batches_in_step
 from osp.training.losses import VAELoss
 from osp.training.memory.layout import Layout
+from osp.training.memory.rehearsal import NotPlannedError
 from osp.vae import WFVAE, VideoVAE
 from osp.weights.pretrained import open_pretrained
 
@@ -58,6 +59,7 @@ class DenoiserWork:
     frozen: int
     gives_frames: bool
     recompute_every: int
+    offloads: bool
     muon: bool
 
 
@@ -91,6 +93,13 @@ class Asked:
         strides = (self.work.vae or _vae_of(self.work.denoiser)).strides
         return strides.latent(*self.shape)
 
+    def shares(self, sequence: int) -> bool:
+        """Whether so many devices can share a clip's tokens."""
+        work = self.work
+        return (
+            isinstance(work, DenoiserWork) and work.denoiser.splits_tokens and not work.denoiser.config.heads % sequence
+        )
+
     @property
     def tokens(self) -> int:
         """Tokens of a clip; of a VAE its pixels."""
@@ -111,8 +120,10 @@ def read_asked(
     """The run that a configuration of `osp train` in plain values asks for.
 
     `build` makes an object of a part of it. `shapes` are those of the clips, where they are known. Raises UsageError
-    for what does not fit together.
+    for what does not fit together, and NotPlannedError for another module than ours.
     """
+    if str(config["module"]["_target_"]).rpartition(".")[2] not in ("DenoiserModule", "VAEModule"):
+        raise NotPlannedError(f"what {config['module']['_target_']} does in a step is not known")
     trains_denoiser = "denoiser" in config["module"]
     work = _denoiser_work(config, build) if trains_denoiser else _vae_work(config, build)
     data, module = config["data"], config["module"]
@@ -142,6 +153,15 @@ def read_asked(
     return max(asked, key=lambda one: one.batch * one.tokens)
 
 
+def without_missing(value: Any) -> Any:
+    """Plain values, in which what has to be given and is not is null."""
+    if isinstance(value, dict):
+        return {key: without_missing(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_missing(inner) for inner in value]
+    return None if value == "???" else value
+
+
 def _with(asked: Asked, **changes: Any) -> Asked:
     return Asked(**{name: changes.get(name, getattr(asked, name)) for name in Asked.__dataclass_fields__})
 
@@ -164,6 +184,7 @@ def _denoiser_work(config: Mapping[str, Any], build: Build) -> DenoiserWork:
         frozen,
         module.get("masks") is not None,
         module["recompute_every"],
+        bool(module.get("offload_activations")),
         module.get("muon_lr") is not None,
     )
 
@@ -173,10 +194,9 @@ def _vae_work(config: Mapping[str, Any], build: Build) -> VAEWork:
     if not isinstance(vae, WFVAE):
         raise UsageError("module=vae trains a WF-VAE; choose one as vae")
     discriminator = None if module["discriminator_start"] is None else _model(module["discriminator"], build)
-    loss = module["loss"]
-    if loss["perceptual"] is not None:  # its values do not matter
-        loss = loss | {"perceptual": loss["perceptual"] | {"trunk": None, "download": False}}
-    return VAEWork(vae, build(loss), discriminator)
+    with torch.device("meta"):
+        loss = build(module["loss"])
+    return VAEWork(vae, loss, discriminator)
 
 
 def _model(config: Any, build: Build) -> Any:

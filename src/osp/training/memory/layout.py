@@ -14,7 +14,8 @@ Kind = Literal["one", "ddp", "fsdp"]
 class Layout:
     """The processes of a run, one a device, and what each holds of model and clips.
 
-    `one` and `ddp`: all of the model; `fsdp`: a part of it, of `replicas` whole copies. `sequence` processes share a
+    `one` and `ddp`: all of the model; `fsdp`: a part of it, of `replicas` whole copies. The devices lie in `nodes`
+    machines, neighbours in one. `sequence` processes share a
     clip's tokens. `prefetch` and `reshards`: see `osp.parallel.ShardedStrategy`; `on_cpu`: weights, gradients and the
     optimisers' state lie in the memory of the CPU. Raises UsageError for sizes that do not divide the devices.
     """
@@ -26,6 +27,7 @@ class Layout:
     prefetch: int = 1
     reshards: bool = True
     on_cpu: bool = False
+    nodes: int = 1
 
     def __post_init__(self) -> None:
         check_number("devices", self.devices, least=1, whole=True)
@@ -38,23 +40,25 @@ class Layout:
     def of(cls, trainer: Mapping[str, Any], devices: int | None, here: int) -> Self:
         """The layout that settings of `trainer` mean, on so many devices; None: those that they say.
 
-        `here` are the devices that stand for "all of the machine".
+        `here` are the devices of a machine.
         """
         nodes = int(trainer.get("num_nodes") or 1)
-        if devices is None:
+        if devices is not None:
+            nodes = max(nodes, -(-devices // here))
+        else:
             said = trainer.get("devices", 1)
             one_node = here if said in (-1, "-1", "auto") else len(said) if isinstance(said, list) else int(said)
             devices = nodes * one_node
         strategy = trainer.get("strategy", "auto")
         if not isinstance(strategy, Mapping):
-            return cls(devices, "one" if devices == 1 else "ddp")
+            return cls(devices, "one" if devices == 1 else "ddp", nodes=nodes)
         sequence = int(strategy.get("sequence") or 1)
         if not str(strategy.get("_target_")).endswith("ShardedStrategy"):
-            return cls(devices, "ddp" if devices > 1 else "one", sequence)
+            return cls(devices, "ddp" if devices > 1 else "one", sequence, nodes=nodes)
         replicas = int(strategy.get("replicas") or nodes)
         prefetch, reshards = int(strategy.get("prefetch", 1)), bool(strategy.get("reshard_after_forward", True))
         on_cpu = bool(strategy.get("offload_optimizer", False))
-        return cls(devices, "fsdp", sequence, replicas, prefetch, reshards, on_cpu)
+        return cls(devices, "fsdp", sequence, replicas, prefetch, reshards, on_cpu, nodes)
 
     @property
     def shards(self) -> int:
@@ -67,8 +71,8 @@ class Layout:
         return self.devices // self.sequence
 
     def sharded(self) -> Self:
-        """The same devices with a part of the model on each."""
-        return replace(self, kind="fsdp", replicas=1)
+        """The same devices with a part of the model on each, and a whole copy in each machine."""
+        return replace(self, kind="fsdp", replicas=self.nodes if self.devices % self.nodes == 0 else 1)
 
     def buffers(self, weights: int, largest: int, parts: int) -> int:
         """Bytes of weights and gradients under way, of a model with so many bytes of weights.
@@ -83,14 +87,22 @@ class Layout:
         # One more that is under way; and in the backward pass a part's own gradient, and its copy to be reduced.
         return min(gathered, parts * largest) + 3 * largest
 
-    def sent(self, weights: int, accumulate: int) -> int:
-        """Bytes of weights and gradients that a device sends in one step of so many batches."""
-        if self.devices == 1:
-            return 0
-        others = (self.devices - 1) / self.devices
+    def sent(self, weights: int, accumulate: int) -> tuple[float, float]:
+        """Bytes of weights and gradients that a device sends in one step of so many batches.
+
+        The first number is what goes to devices of its machine, the second what goes to other machines. What a group
+        of devices gathers or averages is taken to go from device to device within each machine first.
+        """
         if self.kind != "fsdp":
-            return round(2 * weights * others)
+            return _around(2 * weights, self.devices, self.nodes)
         passes = (2 if self.reshards else 1) * accumulate
-        within = (self.shards - 1) / self.shards
-        between = 2 * weights / self.shards * (self.replicas - 1) / self.replicas
-        return round(within * weights * (passes + accumulate) + between)
+        copies = min(self.replicas, self.nodes)  # machines that a weight's copies lie in
+        within = _around(weights * (passes + accumulate), self.shards, -(-self.nodes // self.replicas))
+        between = _around(2 * weights / self.shards, self.replicas, copies)
+        return within[0] + between[0], within[1] + between[1]
+
+
+def _around(size: float, devices: int, machines: int) -> tuple[float, float]:
+    """Bytes that each of so many devices sends, in its machine and out of it, for a sum or a whole of this size."""
+    each = devices / machines
+    return size * (each - 1) / each, size / each * (machines - 1) / machines

@@ -1,20 +1,26 @@
 """Whether a training run fits its devices: what each of them holds, part by part, and at which moment it is most."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import nn
 
+from osp.devices.simulated import fake_twin
+from osp.parallel.sequence_bytes import exchanged_bytes
 from osp.training.memory.asked import Asked, DenoiserWork, VAEWork
 from osp.training.memory.rehearsal import (
     ACTIVATIONS,
     GRADIENTS,
     OUTSIDE,
+    WAITING,
     Rehearsal,
     rehearse_denoiser,
     rehearse_encoding,
     rehearse_vae,
+    without_values,
 )
 
 _FLOAT = 4
@@ -25,7 +31,8 @@ class TrainingPlan:
     """The bytes on one device: `parts` by name, each as large as it gets, and `phases` with all that is there at once.
 
     `kept` are the activations that each part of the model keeps for the backward pass, `learned` the bytes of all
-    weights that learn, `flops` the operations of one device in a step.
+    weights that learn, `flops` the operations of one device in a step, `sent` the bytes of tokens that it sends in a
+    step to those that share its clips.
     """
 
     asked: Asked
@@ -34,6 +41,7 @@ class TrainingPlan:
     kept: Mapping[str, int]
     learned: int
     flops: int
+    sent: int = 0
 
     @property
     def peak(self) -> int:
@@ -51,13 +59,18 @@ def plan_training(asked: Asked) -> TrainingPlan:
 
     The batch of the largest shape goes forward and back without memory (`osp.training.memory.rehearsal`); weights,
     gradients, the optimiser's state and what devices exchange follow from their numbers. What the driver, the
-    framework and an allocator's unused parts take comes on top.
+    framework and an allocator's unused parts take comes on top. Raises NotPlannedError for a model that does not run
+    without values.
     """
     layout, work = asked.layout, asked.work
     batch, encoding = _rehearsed(asked), _encoded(asked)
     learned = _learned(work)
     weights = _FLOAT * sum(map(_parameters, learned))
-    share = {ACTIVATIONS: 1 / layout.sequence, GRADIENTS: 0.0 if asked.accumulate > 1 else 1 / layout.shards}
+    share = {
+        ACTIVATIONS: 1 / layout.sequence,
+        WAITING: 0.0,
+        GRADIENTS: 0.0 if asked.accumulate > 1 else 1 / layout.shards,
+    }
     peak = batch.peak(share)
     on_device = 0 if layout.on_cpu else 1
     parts = {
@@ -85,16 +98,26 @@ def plan_training(asked: Asked) -> TrainingPlan:
         again = parts["gradients"] if isinstance(work, DenoiserWork) and work.gives_frames else 0
         phases["encoding videos"] = stays + again + parts["VAE at work"]
     flops = asked.accumulate * (batch.flops // layout.sequence + (encoding.flops if encoding else 0))
-    return TrainingPlan(asked, {k: v for k, v in parts.items() if v}, phases, batch.kept, weights, flops)
+    there = {name: size for name, size in parts.items() if size}
+    return TrainingPlan(asked, there, phases, batch.kept, weights, flops, asked.accumulate * _sent_tokens(asked))
 
 
 @lru_cache(maxsize=32)
 def _run(work: DenoiserWork | VAEWork, size: tuple[int, ...], precision: str, accelerated: bool) -> Rehearsal:
-    if isinstance(work, VAEWork):
-        return rehearse_vae(work.vae, work.loss, work.discriminator, size, precision, accelerated)
-    return rehearse_denoiser(
-        work.denoiser, work.text, work.objective, size, work.words, work.recompute_every, precision, accelerated
-    )
+    with without_values():
+        if isinstance(work, VAEWork):
+            return rehearse_vae(work.vae, work.loss, work.discriminator, size, precision, accelerated)
+        return rehearse_denoiser(
+            work.denoiser,
+            work.text,
+            work.objective,
+            size,
+            work.words,
+            work.recompute_every,
+            precision,
+            accelerated,
+            work.offloads,
+        )
 
 
 def _rehearsed(asked: Asked) -> Rehearsal:
@@ -106,7 +129,8 @@ def _encoded(asked: Asked) -> Rehearsal | None:
     """The encoding of a batch of videos, where a denoiser trains on these."""
     if isinstance(asked.work, VAEWork) or asked.work.vae is None:
         return None
-    return rehearse_encoding(asked.work.vae, (asked.batch, *asked.shape), asked.precision, asked.accelerated)
+    with without_values():
+        return rehearse_encoding(asked.work.vae, (asked.batch, *asked.shape), asked.precision, asked.accelerated)
 
 
 def _learned(work: DenoiserWork | VAEWork) -> list[nn.ModuleList]:
@@ -164,6 +188,23 @@ def _tokens_under_way(asked: Asked) -> int:
         return 0
     width, size = asked.work.denoiser.config.width, 2 if asked.precision != "32-true" else _FLOAT
     return 2 * 3 * asked.batch * asked.tokens * width * size // asked.layout.sequence
+
+
+def _sent_tokens(asked: Asked) -> int:
+    """Bytes of tokens that a device sends for a batch, forward and back; see `exchanged_bytes`."""
+    work, ranks = asked.work, asked.layout.sequence
+    if ranks == 1 or isinstance(work, VAEWork):
+        return 0
+    sent = _exchanged(work, asked.latent, ranks, asked.batch, asked.precision != "32-true")
+    again = sent["heads"] + sent["text"] if work.recompute_every else 0
+    return (2 * sent.total() + again // max(1, work.recompute_every)) // ranks
+
+
+@lru_cache(maxsize=32)
+def _exchanged(work: DenoiserWork, latent: tuple[int, int, int], ranks: int, batch: int, half: bool) -> Counter[str]:
+    with torch.device("meta"):
+        model = fake_twin(work.denoiser)
+    return exchanged_bytes(model.bfloat16() if half else model, latent, work.words, ranks, batch)[0]
 
 
 def _parameters(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,26 @@ from osp.denoiser.rotary import rotary_tables
 from osp.devices.live import LiveBytes, flops_of
 from osp.devices.simulated import fake_twin, simulated
 from osp.diffusion import Objective, squared_error
-from osp.training.discriminator import PatchDiscriminator3d, adaptive_weight, hinge_loss
+from osp.errors import OspError
+from osp.training.adversarial import discriminator_loss, vae_loss
+from osp.training.discriminator import PatchDiscriminator3d
 from osp.training.losses import VAELoss
 from osp.vae import WFVAE, VideoVAE
 from osp.vae.autoencoder import COLOURS
+
+
+class NotPlannedError(OspError):
+    """A training run whose memory nothing here can count."""
+
 
 ACTIVATIONS = "activations"
 OUTSIDE = "activations outside the blocks"
 GRADIENTS = "gradients"
 COPIES = "copies of weights in half precision"
+WAITING = "activations in the memory of the CPU"
 
 
-KINDS = (ACTIVATIONS, OUTSIDE, GRADIENTS, COPIES)
+KINDS = (ACTIVATIONS, OUTSIDE, GRADIENTS, COPIES, WAITING)
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,8 @@ class _Step(LiveBytes):
             return func(*args)
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.flops += flops_of(func, args, kwargs or {}, result)
-        self.timeline.append(tuple(self.kinds[kind] for kind in KINDS))
+        work = _work_space(func, args)
+        self.timeline.append(tuple(self.kinds[kind] + (work if kind == self.kind else 0) for kind in KINDS))
         return result
 
     def kind_of(self, func: Any, args: Any) -> str:
@@ -104,17 +114,21 @@ def rehearse_denoiser(
     recompute_every: int,
     precision: str,
     accelerated: bool,
+    offloads: bool = False,
 ) -> Rehearsal:
-    """A batch of latents `B T H W` with so many tokens of text; `text` is an encoder that learns along."""
+    """A batch of latents `B T H W` with so many tokens of text; `text` is an encoder that learns along.
+
+    `offloads`: see `Denoiser.offload_activations`.
+    """
     batch, *size = latent
     _fill_tables(denoiser, objective, size)
-    with _fresh_rotary(), simulated(precision, accelerated):
+    with fresh_rotary(), simulated(precision, accelerated):
         model = fake_twin(denoiser).train()
         model.recompute_every = recompute_every
         encoder = None if text is None else fake_twin(text).train()
         clean = torch.empty(batch, model.config.out_channels, *size)
         step = _Step()
-        followed = _Blocks(model.blocks, step)
+        followed = _Blocks(model, step, offloads)
         for module in (model, encoder):
             if module is not None:
                 step.follow_gradients(module)
@@ -122,7 +136,7 @@ def rehearse_denoiser(
             noise, times = torch.empty_like(clean), objective.sample_time(batch, tokens=size[1] * size[2])
             beside = torch.empty(batch, model.latent_channels - clean.shape[1], *size)
             noisy = torch.cat([objective.corrupt(clean, noise, times), beside], dim=1)
-            tokens, pooled = _words(model, encoder, batch, words)
+            tokens, pooled = read_words(model, encoder, batch, words)
             prediction = model(noisy, times, tokens, None, pooled)
             errors, _ = squared_error(prediction, objective.target(clean, noise, times), objective.weight(times))
             del prediction, noisy
@@ -157,28 +171,14 @@ def rehearse_vae(
         followed = _Parts(parts, step)
         with step:
             clip = clip * 1.0  # the batch in floating point
-            torch.autograd.backward(_vae_loss(model, loss, against, clip))
+            total, terms = vae_loss(model, model, loss, clip, against)
+            torch.autograd.backward(total)
+            del total, terms
             kept = followed.kept
             if against is not None:
                 against.zero_grad()
-                torch.autograd.backward(_discriminator_loss(model, against, clip))
+                torch.autograd.backward(discriminator_loss(model, against, clip))
     return step.result(kept)
-
-
-def _vae_loss(vae: WFVAE, loss: VAELoss, discriminator: PatchDiscriminator3d | None, video: Tensor) -> Tensor:
-    """The VAE's loss, as in `VAEModule`, whose own needs a Trainer."""
-    result = vae(video)
-    losses = loss(video, result)
-    if discriminator is None:
-        return losses.total
-    adversarial = -discriminator(result.reconstruction).float().mean()
-    return losses.total + adversarial * adaptive_weight(losses.reconstruction, adversarial, vae.last_layer.weight)
-
-
-def _discriminator_loss(vae: WFVAE, discriminator: PatchDiscriminator3d, video: Tensor) -> Tensor:
-    with torch.no_grad():
-        reconstruction = vae(video).reconstruction
-    return hinge_loss(discriminator(video).float(), discriminator(reconstruction).float())
 
 
 def rehearse_encoding(vae: VideoVAE, video: Sequence[int], precision: str, accelerated: bool) -> Rehearsal:
@@ -198,13 +198,20 @@ class _Blocks:
     """Follows a model through its blocks: what is made from the first one's input to the last one's output is theirs.
 
     The same holds on the way back. `kept` are the bytes that each block leaves for the backward pass.
+    With `offloads` the input of a block that is computed again waits on the CPU in between; that of a stage stays, as a
+    long skip may take it too.
     """
 
-    def __init__(self, blocks: nn.ModuleList, live: LiveBytes) -> None:
+    def __init__(self, model: Denoiser, live: LiveBytes, offloads: bool) -> None:
+        blocks, starts = model.blocks, {0, *accumulate(stage.blocks for stage in model.stages)}
+        again = range(0, len(blocks), model.recompute_every) if model.recompute_every and offloads else ()
         self.live, self.count = live, len(blocks)
         self.marks: list[int] = []
+        self._offloaded = set(again) - starts
+        self._inputs: dict[int, Tensor] = {}
         for number, block in enumerate(blocks):
             block.register_forward_pre_hook(self._entering(number))
+            block.register_forward_hook(self._left(number))
         blocks[-1].register_forward_hook(self._leave)
 
     def kept(self) -> dict[str, int]:
@@ -214,14 +221,25 @@ class _Blocks:
 
     def _entering(self, number: int) -> Callable[[nn.Module, Any], None]:
         def enter(block: nn.Module, inputs: Any) -> None:
-            if len(self.marks) != number:
-                return  # it is computed again
+            if len(self.marks) != number:  # it is computed again
+                if number in self._offloaded:
+                    self.live.rename(self._inputs.pop(number), ACTIVATIONS)
+                return
+            if number in self._offloaded:
+                self._inputs[number] = inputs[0]
             self.marks.append(self.live.kinds[ACTIVATIONS])
             if number == 0:
                 self.live.kind = ACTIVATIONS
                 _on_gradient(inputs[0], self._setting(OUTSIDE))
 
         return enter
+
+    def _left(self, number: int) -> Callable[[nn.Module, Any, Any], None]:
+        def left(block: nn.Module, inputs: Any, output: Any) -> None:
+            if number in self._inputs:
+                self.live.rename(self._inputs[number], WAITING)
+
+        return left
 
     def _leave(self, block: nn.Module, inputs: Any, output: Any) -> None:
         if len(self.marks) == self.count:
@@ -234,6 +252,27 @@ class _Blocks:
             self.live.kind = kind
 
         return found
+
+
+def _work_space(func: Any, args: Any) -> int:
+    """Bytes that a convolution takes while it runs: its inputs in the layout that the library computes in.
+
+    Where channels come last that are the weights, in that order and then in the library's, and their gradient. Measured
+    with oneDNN; libraries of GPUs reorder too.
+    """
+    if func not in _CONVOLUTIONS:
+        return 0
+    backward = func is torch.ops.aten.convolution_backward.default
+    if args[0].is_contiguous():
+        return sum(_size(one) for one in args[: 2 + backward])
+    return (2 + (backward and args[-1][1])) * _size(args[1 + backward])
+
+
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
 
 
 def _on_gradient(tensor: Tensor, call: Callable[[Tensor], None]) -> None:
@@ -257,7 +296,7 @@ class _Parts:
         return add
 
 
-def _words(model: Denoiser, encoder: nn.Module | None, batch: int, words: int) -> tuple[Tensor, Tensor | None]:
+def read_words(model: Denoiser, encoder: nn.Module | None, batch: int, words: int) -> tuple[Tensor, Tensor | None]:
     """Text `B L D` and pooled text `B P` as the model takes them."""
     if isinstance(encoder, WordText):
         text = encoder.read(torch.empty(batch, words, WORD_BYTES, dtype=torch.long), False)
@@ -277,7 +316,17 @@ def _fill_tables(denoiser: Denoiser, objective: Objective, size: Sequence[int]) 
 
 
 @contextmanager
-def _fresh_rotary() -> Iterator[None]:
+def without_values() -> Iterator[None]:
+    """For what runs on tensors without values: raises NotPlannedError where torch says that it needs them."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise NotPlannedError(f"a part of the model does not run on tensors without values ({said})") from error
+
+
+@contextmanager
+def fresh_rotary() -> Iterator[None]:
     """Rotary tables are made inside the block, and none of them outlives it."""
     rotary_tables.cache_clear()
     try:

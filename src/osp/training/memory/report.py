@@ -60,9 +60,10 @@ def _alike(plan: TrainingPlan, sequence: int) -> Iterator[tuple[str, int, int]]:
 def _time_lines(time: Estimate, mfu: float, plan: TrainingPlan) -> list[str]:
     cost = "" if time.cost is None else f", cost {time.cost:,.0f}"
     hours, devices = time.run / 3600, plan.asked.layout.devices
+    tokens = f", exchange of tokens {time.tokens:.3g} s" if time.tokens else ""
     return [
         f"a step: {time.step:.3g} s, of which computing {time.compute:.3g} s ({plan.flops / 1e12:,.0f} TFLOP each, at "
-        f"{100 * mfu:g} % of its peak), exchange {time.exchange:.3g} s beside it, update {time.update:.3g} s",
+        f"{100 * mfu:g} % of its peak){tokens}, exchange {time.exchange:.3g} s beside it, update {time.update:.3g} s",
         f"{time.steps:,} steps: {hours:,.1f} hours, {devices * hours:,.0f} hours of a device{cost}",
     ]
 

@@ -1,6 +1,6 @@
 """The time and cost of a training run, estimated from its operations and a device's rates."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from osp.devices.datasheets import DataSheet
 from osp.training.memory.plan import TrainingPlan
@@ -13,12 +13,13 @@ _UPDATE = 12
 class Estimate:
     """Seconds of one step, by what takes them, and of the run; the cost in the price's currency, None without a price.
 
-    What devices exchange is taken to be hidden behind computing as far as that is longer, and the update to read and
-    write memory at its full rate.
+    What devices exchange of weights and gradients is taken to be hidden behind computing as far as that is longer,
+    what they exchange of tokens is not, and the update to read and write memory at its full rate.
     """
 
     compute: float
     exchange: float
+    tokens: float
     update: float
     steps: int
     cost: float | None
@@ -26,7 +27,7 @@ class Estimate:
     @property
     def step(self) -> float:
         """Seconds of one step."""
-        return max(self.compute, self.exchange) + self.update
+        return max(self.compute + self.tokens, self.exchange) + self.update
 
     @property
     def run(self) -> float:
@@ -38,10 +39,11 @@ def estimate(plan: TrainingPlan, device: DataSheet, mfu: float, price: float | N
     """The time of a run on such devices that reach the share `mfu` of their peak, at a price per device and hour."""
     asked, layout = plan.asked, plan.asked.layout
     peak = device.fp32_tflops if asked.precision == "32-true" else device.bf16_tflops
-    link = device.link_gbs if layout.devices <= device.per_node else device.network_gbs
     compute = plan.flops / (1e12 * peak * mfu)
-    exchange = layout.sent(plan.learned, asked.accumulate) / (1e9 * link)
+    near, far = layout.sent(plan.learned, asked.accumulate)
+    exchange = near / (1e9 * device.link_gbs) + far / (1e9 * device.network_gbs)
+    tokens = plan.sent / (1e9 * device.link_gbs)
     update = _UPDATE * plan.learned / layout.shards / (1e9 * device.bandwidth_gbs)
-    found = Estimate(compute, exchange, update, asked.steps, None)
+    found = Estimate(compute, exchange, tokens, update, asked.steps, None)
     cost = None if price is None else price * layout.devices * found.run / 3600
-    return Estimate(compute, exchange, update, asked.steps, cost)
+    return replace(found, cost=cost)
