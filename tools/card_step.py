@@ -12,7 +12,6 @@ HFU also what is computed again, both by the peak of matrix products that is mea
 """
 
 import argparse
-import platform
 import runpy
 import statistics
 import sys
@@ -37,7 +36,7 @@ from osp.data.media.shape import Shape, Strides
 from osp.denoiser import Denoiser, Stage
 from osp.denoiser.flops import denoiser_flops
 from osp.denoiser.schedule import make_stages
-from osp.devices import PeakMemory, matmul_peak
+from osp.devices import PeakMemory, describe_device, matmul_peak
 from osp.devices.device import synchronize
 from osp.report.tables import markdown_table
 from osp.training.fit import quiet_lightning
@@ -174,8 +173,7 @@ def report(cases: Sequence[Case], device: torch.device, denoiser: Denoiser, sett
             f"{100 * again / seconds / peak:.1f}", f"{case.peak / GIB:.1f}", planned,
         ])  # fmt: skip
     print("\n".join(markdown_table(HEADINGS, rows, left=1)))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    print(f"\n{name}, torch {torch.__version__}, bfloat16 peak measured {peak / 1e12:.0f} TFLOP/s")
+    print(f"\n{describe_device(device)}, torch {torch.__version__}, bfloat16 peak measured {peak / 1e12:.0f} TFLOP/s")
 
 
 def planned_peak(case: Case, settings: Sequence[str]) -> int:

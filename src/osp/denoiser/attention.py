@@ -15,7 +15,7 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What a denoiser's attention has to know of a batch.
+    """A batch of tokens, as a denoiser's attention has to know it.
 
     The masks, of the video (`B N`) and of the text in the patterns' attention (`B L`), are True where a token is real,
     None where all are. `text` is the length L of that text, 0 where attention is among video tokens only.
