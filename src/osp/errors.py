@@ -22,7 +22,8 @@ _OF_MACHINES = {
 _FULL = re.compile(r"No space left on device|os error 28|Disk quota exceeded|File too large|os error 27")
 _NO_WRITE = re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos")
 _NO_MEMORY = re.compile(
-    r"can't allocate memory|[Oo]ut of memory|failed to map segment|[Cc]annot allocate memory|bad_alloc|allocate memory"
+    r"can't allocate memory|[Oo]ut of memory|failed to map segment|[Cc]annot allocate memory|bad_alloc|"
+    r"(not|to) allocate memory"
 )
 _NO_THREAD = re.compile(r"can't start new thread|Resource temporarily unavailable")
 

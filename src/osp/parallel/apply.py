@@ -11,7 +11,7 @@ The parts are those that the model lists as `parts`: a denoiser its blocks, a VA
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -25,6 +25,8 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.export import register_dataclass
+from torch.utils._pytree import SUPPORTED_NODES
 
 from osp.denoiser import Denoiser
 from osp.parallel.norms import share_norms
@@ -76,8 +78,23 @@ class Sharding:
             part.set_modules_to_backward_prefetch(parts[max(0, number - self.prefetch) : number][::-1])
 
     def _split(self, module: nn.Module) -> None:
+        module.register_forward_hook(open_results)  # before FSDP's own
         offload = CPUOffloadPolicy(pin_memory=self.mesh.device_type != "cpu") if self.offload else OffloadPolicy()
         fully_shard(module, mesh=self.mesh, reshard_after_forward=self.reshard_after_forward, offload_policy=offload)
+
+
+def open_results(module: nn.Module, inputs: object, result: object) -> None:
+    """A forward hook that lets torch look into the data classes of a result.
+
+    FSDP gathers weights for the backward pass when a gradient comes to a tensor of the result, and before torch 2.12
+    it finds none in a data class that torch does not know.
+    """
+    kind = type(result)
+    if is_dataclass(kind):
+        if kind not in SUPPORTED_NODES:
+            register_dataclass(kind)
+        for field in fields(kind):
+            open_results(module, inputs, getattr(result, field.name))
 
 
 @dataclass(frozen=True)
