@@ -90,8 +90,10 @@ class Weights(Mapping[str, Tensor]):
         return len(self.stored)
 
 
-def filled(model: Model, weights: Weights) -> Model:
+def filled(model: Model, weights: Weights, copy: bool = True) -> Model:
     """A model without memory -> with copies of these weights, in its own types, in eval mode.
+
+    Without `copy` weights that are of the right type become its own: those that no file holds.
 
     Under `torch.device("meta")` it stays without memory, and they are read later: `unread` has them.
     """
@@ -100,8 +102,8 @@ def filled(model: Model, weights: Weights) -> Model:
         return model.eval()
     wanted = model.state_dict()
     # One after another, so that there is one copy; the files may change afterwards.
-    copies = {key: value.to(wanted[key].dtype, copy=True) for key, value in weights.items()}
-    model.load_state_dict(copies, assign=True)
+    own = {key: value.to(wanted[key].dtype, copy=copy) for key, value in weights.items()}
+    model.load_state_dict(own, assign=True)
     return model.eval()
 
 

@@ -55,7 +55,7 @@ def load_published(
     cannot be read safely and for unknown, missing or misshapen keys, which it lists.
     """
     opened = open_published(kind, source, config, dtype)
-    model = filled(opened.model.to(parse_dtype(dtype)), opened.weights)
+    model = filled(opened.model.to(parse_dtype(dtype)), opened.weights, copy=False)
     if isinstance(model, VideoVAE):
         model.origin = None if isinstance(source, Mapping) else str(source)
         model.scaling = published_scaling(model, opened.further_settings)
