@@ -63,7 +63,9 @@ class Model(BoringModel):
         fully_shard(self, mesh=self.device_mesh["data_parallel"])
     def on_train_end(self):
         weight = self.layer.weight
-        print(weight.device, isinstance(weight, DTensor), weight.to_local().shape[0], self.trainer.world_size)
+        about = weight.device, isinstance(weight, DTensor), weight.to_local().shape[0], self.trainer.world_size
+        sys.stdout.write(" ".join(map(str, about)) + "\n")  # at once, as two processes write to one pipe
+        sys.stdout.flush()
 
 Trainer(**quiet, devices=2, strategy="npu_fsdp2", max_steps=2, limit_val_batches=1, enable_checkpointing=False).fit(
     Model()
