@@ -64,8 +64,7 @@ class Model(BoringModel):
     def on_train_end(self):
         weight = self.layer.weight
         about = weight.device, isinstance(weight, DTensor), weight.to_local().shape[0], self.trainer.world_size
-        sys.stdout.write(" ".join(map(str, about)) + "\n")  # at once, as two processes write to one pipe
-        sys.stdout.flush()
+        print(" ".join(map(str, about)) + chr(10), end="", flush=True)  # at once: two processes write to one pipe
 
 Trainer(**quiet, devices=2, strategy="npu_fsdp2", max_steps=2, limit_val_batches=1, enable_checkpointing=False).fit(
     Model()
