@@ -70,6 +70,7 @@ class Model(BoringModel):
 Trainer(**quiet, devices=2, strategy="npu_fsdp2", max_steps=2, limit_val_batches=1, enable_checkpointing=False).fit(
     Model()
 )
+torch.distributed.destroy_process_group()  # or its threads may outlive the interpreter
 """
 )
 
