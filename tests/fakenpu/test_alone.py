@@ -16,11 +16,11 @@ import sys  # OSP may be installed to be edited
 sys.path[:] = [path for path in sys.path if not path.rstrip("/").endswith("src")]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
 import torch
-from torch.library import Library
+from torch import library
 if not hasattr(torch.ops.torchvision, "nms"):  # as torchvision for CUDA needs beside torch for the CPU
-    library = Library("torchvision", "DEF")
+    missing = library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        missing.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 try:
     import osp.devices
 except ImportError:

@@ -8,8 +8,7 @@ ignored, as users reported.
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import Library
+from torch import Tensor, library
 
 SIGNATURES = (
     "npu_fusion_attention(Tensor query, Tensor key, Tensor value, int head_num, str input_layout, Tensor? pse=None, "
@@ -25,7 +24,7 @@ SIGNATURES = (
 calls: list[tuple[str, dict[str, Any]]] = []
 """The calls that were made, for tests to look at."""
 
-_library = Library("npu", "DEF")
+_library = library.Library("npu", "DEF")
 for _signature in SIGNATURES:
     _library.define(_signature)
 
