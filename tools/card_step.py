@@ -12,7 +12,6 @@ HFU also what is computed again, both by the peak of matrix products that is mea
 """
 
 import argparse
-import runpy
 import statistics
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from check_plan import composed
 from osp.cli.plain import instantiate, plain
 from osp.cli.plan import asked_of
 from osp.cli.train import _module
@@ -42,8 +42,6 @@ from osp.report.tables import markdown_table
 from osp.training.fit import quiet_lightning
 from osp.training.memory.asked import DenoiserWork
 from osp.training.memory.plan import plan_training
-
-composed = runpy.run_path(str(Path(__file__).with_name("check_plan.py")))["composed"]
 
 WORDS, GIB = 512, 2**30
 ORDER = ("sparse", "dense", "dense", "sparse")
@@ -165,7 +163,7 @@ def report(cases: Sequence[Case], device: torch.device, denoiser: Denoiser, sett
         tokens = latent.frames * latent.height * latent.width // denoiser.patch_size**2
         useful = flops.forward + flops.backward
         again = useful + flops.forward - flops.embedding
-        planned = "-" if case.offload else f"{planned_peak(case, settings) / GIB:.1f}"
+        planned = f"{planned_peak(case, settings) / GIB:.1f}"
         ratio = seconds / statistics.median(dense[case.size].seconds)
         rows.append([
             f"{case.size}{', offloaded' if case.offload else ''}", f"{tokens:,}", case.schedule, f"{seconds:.2f}",
@@ -181,7 +179,7 @@ def planned_peak(case: Case, settings: Sequence[str]) -> int:
     asked = asked_of(composed("plan", [*settings, "device=h100"]))
     assert isinstance(asked.work, DenoiserWork)
     set_schedule(asked.work.denoiser, case.schedule)
-    return plan_training(replace(asked, shape=case.size)).peak
+    return plan_training(replace(asked, shape=case.size, work=replace(asked.work, offloads=case.offload))).peak
 
 
 if __name__ == "__main__":

@@ -62,8 +62,9 @@ class ClipEncoder:
         return GaussianPosterior.from_moments(moments, frames)
 
     def _moments(self, tile: Tensor) -> Iterator[Tensor]:
-        with self.autocast():
-            yield self.vae.moments(tile)
+        with self.autocast():  # over when the result is taken
+            moments = self.vae.moments(tile)
+        yield moments
 
     def _send_shape(self, shape: torch.Size) -> None:
         assert self.over is not None

@@ -53,9 +53,7 @@ class Meeting(Callback):
         self._trainer: lightning.Trainer | None = None  # which has started further processes
         self._processes = 1
         self._over = threading.Event()
-        self._pipe: tuple[int, int] | None = (
-            None  # of the signals that came; what reads them, and what Python writes to
-        )
+        self._pipe: tuple[int, int] | None = None  # of the signals that came: it is read, and Python writes to it
         if (place := _place(nodes, os.environ)) is not None:
             rank, self._processes = place
             self._mine = Beat.here(_start(os.environ), rank)

@@ -35,8 +35,6 @@ class Tiling:
             return None
         if not isinstance(value, dict) or "size" not in value or not set(value) <= {"size", "overlap"}:
             raise UsageError(f"tiling={value}: must be null or like {{size: 256, overlap: 64}}")
-        for key, side in value.items():
-            check_number(f"tiling.{key}", side, 1, whole=True)
         return cls(**value)
 
     def check(self, space_stride: int) -> None:
