@@ -48,6 +48,18 @@ def _logging_as_before() -> Iterator[None]:
             logger.disabled, logger.propagate = False, True
 
 
+@pytest.fixture(autouse=True)
+def _log_of_the_project_alone(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Leave what other packages log out of `caplog`: how much that is depends on which tests ran before."""
+
+    def is_own(record: logging.LogRecord) -> bool:
+        return record.name.split(".")[0] in ("osp", "tests")
+
+    caplog.handler.addFilter(is_own)
+    yield
+    caplog.handler.removeFilter(is_own)
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Remember what lies in the checkout."""
     session.config.stash[_ENTRIES] = _visible()
