@@ -75,7 +75,7 @@ class Turns(Callback):
         set_schedule(denoiser, case.schedule)
         denoiser.offload_activations = case.offload
         for one in batch:
-            one["latent"] = torch.randn(1, denoiser.config.out_channels, *_STRIDES.latent(*case.size))
+            one["latent"] = torch.randn(1, denoiser.config.channels, *_STRIDES.latent(*case.size))
             one["latent"] = one["latent"].to(pl_module.device)
         self.memory = PeakMemory(pl_module.device)
         self.memory.__enter__()

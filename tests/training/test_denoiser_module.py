@@ -549,7 +549,11 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path, one_size: 
     wide = {"channels": 8, "out_channels": 8}
     refused(r"4 channels, but denoiser\.channels=8; set", data, denoiser=new_denoiser(**wide))
     refused(r"4 channels, but denoiser\.channels=8; set", data, denoiser=new_denoiser(**wide), codec=codec)
-    refused("out_channels=8 differ", data, denoiser=new_denoiser(out_channels=8))
+    refused(
+        r"out_channels=8: Flow .*predicts 4 channels; .*=4, or .*ddpm_v10", data, denoiser=new_denoiser(out_channels=8)
+    )
+    learned = Epsilon(learned_variance=True)
+    refused(r"out_channels=4: Epsilon with learned_variance .*predicts 8 channels; set .*=8$", data, objective=learned)
     refused(r"tokens 6 wide, but denoiser\.text_channels=8", data, text=new_text(channels=6))
     joint = {"channels": 4, "out_channels": 4, "heads": 1, "head_dim": 16, "text_channels": 8, "pooled_channels": 4}
     refused(r"no pooled text, but denoiser\.pooled_channels=4", data, denoiser=JointTransformer(**joint))

@@ -10,6 +10,7 @@ from torch import Tensor
 from osp.checks import check_number
 from osp.diffusion.noise import Generators, draw_integers
 from osp.diffusion.objective import Objective
+from osp.diffusion.variational import bound_tables, variational_bits
 from osp.errors import UsageError
 
 
@@ -78,7 +79,39 @@ class Discrete(Objective):
 
 @dataclass(frozen=True)
 class Epsilon(Discrete):
-    """The noise is predicted. With `min_snr`, the weight is min(snr, min_snr) / snr."""
+    """The noise is predicted. With `min_snr`, the weight is min(snr, min_snr) / snr.
+
+    With `learned_variance` the model predicts as many channels again, which place the variance of the step before
+    between its bounds (arXiv 2102.09672): v1.0 and v1.1. The variational bound of these is added to the squared error,
+    neither weighted nor scaled down, as published.
+    """
+
+    learned_variance: bool = False
+
+    def prediction_channels(self, channels: int) -> int:
+        """As many as the latent has, and as many again for a learned variance."""
+        return 2 * channels if self.learned_variance else channels
+
+    def predicted(self, output: Tensor) -> Tensor:
+        """The noise in a model's output, without the variance."""
+        return output.chunk(2, dim=1)[0] if self.learned_variance else output
+
+    def error(
+        self, output: Tensor, clean: Tensor, noise: Tensor, time: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Objective.error`; with a learned variance the mask does not reduce the number of values (v1.1)."""
+        errors, values = super().error(self.predicted(output), clean, noise, time, mask)
+        if not self.learned_variance:
+            return errors, values
+        tables = _bound_tables(self.steps, self.beta_start, self.beta_end, time.device)
+        bits = variational_bits(tables, output, clean, noise, time)
+        if mask is not None:
+            bits = bits * mask.to(bits)[:, None]
+        return errors + bits.flatten(1).sum(1), torch.full_like(values, clean[0].numel())
+
+    @property
+    def _told(self) -> str:
+        return "Epsilon with learned_variance" if self.learned_variance else super()._told
 
     def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """The noise, which is what the model should predict."""
@@ -148,3 +181,8 @@ def _levels(steps: int, start: float, end: float, zero_snr: bool, device: torch.
     """Alpha and sigma, `2 steps`, in float32; one copy a device."""
     kept = _alphas_cumprod(steps, start, end, zero_snr)
     return torch.stack([kept.sqrt(), (1 - kept).sqrt()]).float().to(device)
+
+
+@cache
+def _bound_tables(steps: int, start: float, end: float, device: torch.device) -> Tensor:
+    return bound_tables(_alphas_cumprod(steps, start, end, False)).to(device)

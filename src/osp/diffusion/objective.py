@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from osp.checks import check_choice
+from osp.diffusion.loss import squared_error
 from osp.diffusion.noise import Generators
 from osp.errors import UsageError
 from osp.extensions import import_named
@@ -58,6 +59,41 @@ class Objective(ABC):
     def weight(self, time: Tensor) -> Tensor:
         """How much a sample's squared error counts, `B` in float32."""
         return torch.ones_like(time, dtype=torch.float32)
+
+    def prediction_channels(self, channels: int) -> int:
+        """How many channels a model predicts for latents of so many."""
+        return channels
+
+    def predicted(self, output: Tensor) -> Tensor:
+        """The part of a model's output that predicts the target, `B C T H W`; all of it, unless a variance is learned.
+
+        Sampling takes nothing else.
+        """
+        return output
+
+    def error(
+        self, output: Tensor, clean: Tensor, noise: Tensor, time: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Each sample's weighted error, and how many values it has, both `B`; see `squared_error`."""
+        return squared_error(output, self.target(clean, noise, time), self.weight(time), mask)
+
+    def check_channels(self, channels: int, out_channels: int) -> None:
+        """Raise UsageError unless a denoiser of latents of `channels` predicts as many as this objective learns."""
+        wanted = self.prediction_channels(channels)
+        if out_channels == wanted:
+            return
+        mend = (
+            ", or choose an objective with a learned variance, such as ddpm_v10" if out_channels == 2 * wanted else ""
+        )
+        raise UsageError(
+            f"denoiser.out_channels={out_channels}: {self._told} of denoiser.channels={channels} predicts {wanted} "
+            f"channels; set denoiser.out_channels={wanted}{mend}"
+        )
+
+    @property
+    def _told(self) -> str:
+        """The objective in a message."""
+        return type(self).__name__
 
     def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """The noisy latent that the model is given."""

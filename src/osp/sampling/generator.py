@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -86,11 +85,12 @@ class VideoGenerator:
 
     def _check_parts(self) -> None:
         config, channels = self.denoiser.config, self.codec.latent_channels
-        if config.channels != channels or config.out_channels != channels:
+        if config.channels != channels:
             raise UsageError(
-                f"the denoiser takes latents of {config.channels} channels and gives {config.out_channels}, and those "
-                f"of the VAE ({self.codec.name}) have {channels}; give the VAE that it was trained with"
+                f"the denoiser takes latents of {config.channels} channels, and those of the VAE ({self.codec.name}) "
+                f"have {channels}; give the VAE that it was trained with"
             )
+        self.objective.check_channels(channels, config.out_channels)
         if self.denoiser.text_channels != self.text.channels:
             raise UsageError(
                 f"the denoiser reads text {self.denoiser.text_channels} wide, and the text encoder ({self.text.name}) "
@@ -346,7 +346,10 @@ class VideoGenerator:
 
     def _predict(self, encoded: Encoded, guidance: float, rescale: float, together: bool) -> Predict:
         """The prediction to sample with; of its two calls this process makes one if another makes the other."""
-        model = partial(call_denoiser, self.denoiser)
+
+        def model(latent: Tensor, time: Tensor, **named: Any) -> Tensor:
+            return self.objective.predicted(call_denoiser(self.denoiser, latent, time, **named))
+
         inputs = (
             denoiser_inputs(self.denoiser, encoded.text, encoded.condition),
             denoiser_inputs(self.denoiser, encoded.without_text, encoded.without_condition),

@@ -8,20 +8,22 @@ from osp.data.features.format import FeatureIdentity
 from osp.data.media.shape import Shape
 from osp.data.sources import ClipSource
 from osp.denoiser import Denoiser
+from osp.diffusion import Objective
 from osp.errors import UsageError
 from osp.training.encode_features import text_identities
 from osp.training.peek import clip_shapes, has_captions
 from osp.vae import LatentCodec
 
 
-def check_parts(denoiser: Denoiser, text: TextEncoder | None, codec: LatentCodec | None, masks: MaskMix | None) -> None:
+def check_parts(
+    denoiser: Denoiser,
+    objective: Objective,
+    text: TextEncoder | None,
+    codec: LatentCodec | None,
+    masks: MaskMix | None,
+) -> None:
     """Raise UsageError for parts that do not fit together, whatever the data."""
     config = denoiser.config
-    if config.channels != config.out_channels:
-        raise UsageError(
-            f"denoiser.channels={config.channels} and out_channels={config.out_channels} differ; "
-            "what is trained here predicts as many channels as it is given"
-        )
     if text is not None:
         _check_text(denoiser, f"text ({text.name})", text.channels, text.pooled_channels)
     conditions = denoiser.latent_channels > config.channels
@@ -37,6 +39,7 @@ def check_parts(denoiser: Denoiser, text: TextEncoder | None, codec: LatentCodec
         )
     if codec is not None:
         _check_channels(denoiser, masks, codec.latent_channels, codec.strides.time, f"the VAE ({codec.name})")
+    objective.check_channels(config.channels, config.out_channels)
 
 
 def check_data(
@@ -113,7 +116,7 @@ def _check_channels(denoiser: Denoiser, masks: MaskMix | None, channels: int, ti
     if channels != config.channels:
         raise UsageError(
             f"latents of {whose} have {channels} channels, but denoiser.channels={config.channels}; "
-            f"set denoiser.channels={channels} denoiser.out_channels={channels}, or use another VAE"
+            f"set denoiser.channels={channels}, and denoiser.out_channels with it, or use another VAE"
         )
     if masks is not None and tuple(config.frame_channels) != (channels, time_stride):
         raise UsageError(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from osp.conditioning import ConditionInputs, EncodedText, call_denoiser, denoiser_inputs
 from osp.denoiser import Denoiser
-from osp.diffusion import Objective, squared_error
+from osp.diffusion import Objective
 
 TIME_PARTS = 4
 """The loss is also logged for each of so many equal parts of the times, from little noise to much."""
@@ -25,11 +25,10 @@ class Noised:
     condition: ConditionInputs | None = None
 
     def error(self, denoiser: Denoiser, objective: Objective) -> tuple[Tensor, Tensor]:
-        """Each sample's weighted squared error, and how many values it has, both `B`."""
+        """Each sample's error by the objective, and how many values it has, both `B`."""
         noisy = objective.corrupt(self.clean, self.noise, self.times)
         prediction = call_denoiser(denoiser, noisy, self.times, **denoiser_inputs(denoiser, self.text, self.condition))
-        target = objective.target(self.clean, self.noise, self.times)
-        return squared_error(prediction, target, objective.weight(self.times))
+        return objective.error(prediction, self.clean, self.noise, self.times)
 
 
 class StepErrors:

@@ -120,7 +120,7 @@ class DenoiserModule(TrainingModule):
             parts["text"] = text
         self.model = nn.ModuleDict(parts)
         self.clipping = AdaptiveClipping() if clipping is None else clipping
-        check_parts(denoiser, text, codec, self.masks)
+        check_parts(denoiser, objective, text, codec, self.masks)
         self._identity: LatentIdentity | None = None  # known once the data are
         self._encodes = False  # whether batches are videos
 

@@ -29,19 +29,21 @@ class Kind:
     """A published model.
 
     `build` makes our model, without weights, for published settings and the weights they came with. `defaults` are the
-    settings where a configuration is silent, `full_sizes` what the full-size models have beyond them.
+    settings where a configuration is silent, `full_sizes` what the full-size models have beyond them. `layout` is the
+    kind's own where its keys or settings are not those of its family (None).
     """
 
     build: Callable[[Mapping[str, Any], Mapping[str, Any]], nn.Module]
     defaults: Mapping[str, Any]
     full_sizes: tuple[Mapping[str, Any], ...]
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
 class Family:
     """A model family: its name, our class, the layout, and the published kinds of it by name.
 
-    Saved models and checkpoints name the class; `former_names` are names that it had there before.
+    The layout is that of the kinds that have none of their own, and of models whose kind is not given. Saved models and checkpoints name the class; `former_names` are names that it had there before.
     """
 
     name: str
@@ -54,3 +56,7 @@ class Family:
     def names(self) -> tuple[str, ...]:
         """All that the family goes by, the class's name first."""
         return self.model.__name__, self.name, *self.former_names
+
+    def layout_of(self, kind: Kind) -> Layout:
+        """How the published code writes a model of this kind."""
+        return kind.layout or self.layout

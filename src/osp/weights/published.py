@@ -106,29 +106,34 @@ def open_published(
     return Opened(best.model, from_published(best.pairs, weights, best.model, dtype), best.further_settings)
 
 
-def to_published(model: nn.Module) -> dict[str, Tensor]:
+def to_published(model: nn.Module, kind: str | None = None) -> dict[str, Tensor]:
     """The state dict of a model as the published code names it, copied.
 
-    Raises UsageError for a model that is not known there.
+    `kind` says which published code where a family has several; None: that of the family's own layout. Raises
+    UsageError for a model that is not known there.
     """
-    return {key: value.clone() for key, value in _weights(model).items()}
+    return {key: value.clone() for key, value in _weights(model, find_layout(model, kind)).items()}
 
 
-def published_settings(model: nn.Module) -> dict[str, Any]:
+def published_settings(model: nn.Module, kind: str | None = None) -> dict[str, Any]:
     """The constructor settings of a model as the published code names them. Raises UsageError as `to_published`."""
-    return _layout(model).settings(model)
+    return find_layout(model, kind).settings(model)
 
 
 def save_published(
-    model: nn.Module, folder: str | Path, further_settings: Mapping[str, Any] | None = None
+    model: nn.Module,
+    folder: str | Path,
+    further_settings: Mapping[str, Any] | None = None,
+    kind: str | None = None,
 ) -> dict[str, Any]:
     """Write a model for the published code: `config.json` and `diffusion_pytorch_model.safetensors`.
 
-    `further_settings` go into the configuration too. Gives what it says. Raises UsageError for a folder that holds
-    something else.
+    `further_settings` go into the configuration too; `kind` as in `to_published`. Gives what it says. Raises
+    UsageError for a folder that holds something else.
     """
-    config = {_CLASS: _layout(model).class_name(model), **(further_settings or {}), **published_settings(model)}
-    write_model(Path(folder), _WEIGHTS, _weights(model), config, is_alike=lambda other: _CLASS in other)
+    layout = find_layout(model, kind)
+    config = {_CLASS: layout.class_name(model), **(further_settings or {}), **layout.settings(model)}
+    write_model(Path(folder), _WEIGHTS, _weights(model, layout), config, is_alike=lambda other: _CLASS in other)
     return config
 
 
@@ -139,13 +144,13 @@ class Candidate:
     """
 
     def __init__(self, family: Family, kind: Kind, settings: Mapping[str, Any], weights: Weights, origin: str) -> None:
-        self.model = build_published(family, kind, settings, weights, origin)
-        self.pairs = list(family.layout.key_pairs(self.model))
+        self.model, layout = build_published(family, kind, settings, weights, origin), family.layout_of(kind)
+        self.pairs = list(layout.key_pairs(self.model))
         if forgotten := self.model.state_dict().keys() - {pair.ours for pair in self.pairs}:
             raise RuntimeError(f"family {family.name}: its layout has no key for {', '.join(sorted(forgotten))}")
         self.expected = {key: pair.published_shape for pair in self.pairs for key in pair.published}
-        self.ignored = family.layout.ignored(self.model)
-        shaping = family.layout.settings(self.model)
+        self.ignored = layout.ignored(self.model)
+        shaping = layout.settings(self.model)
         self.further_settings = {
             key: value for key, value in settings.items() if key not in shaping and not key.startswith("_")
         }
@@ -165,12 +170,18 @@ def build_published(
     return build_empty(build, {**kind.defaults, **settings}, len(weights), origin, UsageError, "these settings make no")
 
 
-def _weights(model: nn.Module) -> Weights:
-    return _to_published(_layout(model).key_pairs(model), model.state_dict())
-
-
-def _layout(model: nn.Module) -> Layout:
+def find_layout(model: nn.Module, kind: str | None = None) -> Layout:
+    """How the published code writes a model, as one of this kind. Raises UsageError for a kind of another family."""
     family = family_of(model)
     if family is None:
         raise UsageError(f"there is no published form of a {type(model).__name__}")
-    return family.layout
+    if kind is None:
+        return family.layout
+    other, found = find_kind(kind)
+    if other is not family:
+        raise UsageError(f"kind={kind}: is of {other.model.__name__}; choose {', '.join(family.kinds)}")
+    return family.layout_of(found)
+
+
+def _weights(model: nn.Module, layout: Layout) -> Weights:
+    return _to_published(layout.key_pairs(model), model.state_dict())

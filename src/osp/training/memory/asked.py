@@ -220,7 +220,7 @@ def _vae(config: Any, denoiser: Denoiser, build: Build) -> VideoVAE:
 
 def _vae_of(denoiser: Denoiser) -> VideoVAE:
     """The published VAE that has the denoiser's channels."""
-    channels = denoiser.config.out_channels
+    channels = denoiser.config.channels
     if channels not in _VAES:
         raise UsageError(f"which VAE makes latents of {channels} channels is not known; give vae=NAME of conf/vae")
     with torch.device("meta"):

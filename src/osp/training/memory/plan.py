@@ -168,7 +168,7 @@ def _clip(asked: Asked) -> int:
     if isinstance(asked.work, VAEWork):
         return pixels
     latent, denoiser = asked.latent, asked.work.denoiser
-    values = _FLOAT * denoiser.config.out_channels * latent[0] * latent[1] * latent[2]
+    values = _FLOAT * denoiser.config.channels * latent[0] * latent[1] * latent[2]
     if asked.work.vae is not None:
         return pixels + values
     return values + (0 if asked.work.text is not None else _FLOAT * asked.work.words * denoiser.text_channels)

@@ -23,7 +23,7 @@ from osp.denoiser.grid import Grid
 from osp.denoiser.rotary import rotary_tables
 from osp.devices.live import LiveBytes, flops_of
 from osp.devices.simulated import fake_twin, simulated
-from osp.diffusion import Objective, squared_error
+from osp.diffusion import Objective
 from osp.errors import OspError
 from osp.training.adversarial import discriminator_loss, vae_loss
 from osp.training.discriminator import PatchDiscriminator3d
@@ -126,7 +126,7 @@ def rehearse_denoiser(
         model = fake_twin(denoiser).train()
         model.recompute_every = recompute_every
         encoder = None if text is None else fake_twin(text).train()
-        clean = torch.empty(batch, model.config.out_channels, *size)
+        clean = torch.empty(batch, model.config.channels, *size)
         step = _Step()
         followed = _Blocks(model, step, offloads)
         for module in (model, encoder):
@@ -138,7 +138,7 @@ def rehearse_denoiser(
             noisy = torch.cat([objective.corrupt(clean, noise, times), beside], dim=1)
             tokens, pooled = read_words(model, encoder, batch, words)
             prediction = model(noisy, times, tokens, None, pooled)
-            errors, _ = squared_error(prediction, objective.target(clean, noise, times), objective.weight(times))
+            errors, _ = objective.error(prediction, clean, noise, times)
             del prediction, noisy
             torch.autograd.backward(errors.sum())
     return step.result(followed.kept())
@@ -310,9 +310,9 @@ def _fill_tables(denoiser: Denoiser, objective: Objective, size: Sequence[int]) 
     patch = denoiser.patch_size
     for pattern in dict.fromkeys(denoiser.schedule):
         pattern.runs(Grid(size[0], size[1] // patch, size[2] // patch))
-    times = objective.sample_time(1, tokens=1)
-    objective.levels(times)
-    objective.weight(times)
+    times, one = objective.sample_time(1, tokens=1), torch.zeros(1, 1, 1, 1, 1)
+    objective.corrupt(one, one, times)
+    objective.error(one.expand(-1, objective.prediction_channels(1), -1, -1, -1), one, one, times)
 
 
 @contextmanager
