@@ -212,7 +212,7 @@ def test_parts_that_do_not_fit_together_are_refused(make_generator: Make) -> Non
     good = make_generator("joint")
     flows = {"encoder_flow_channels": 4, "decoder_flow_channels": 4, "encoder_blocks": 1, "decoder_blocks": 1}
     other = LatentCodec(WFVAE(latent_channels=8, base_channels=4, level1="2d", **flows), 0.0, 1.0)
-    with pytest.raises(UsageError, match=r"latents of 4 channels .* have 8"):
+    with pytest.raises(UsageError, match=r"latents of 4 channels, .* have 8"):
         VideoGenerator(good.denoiser, good.text, good.objective, other)
     with pytest.raises(UsageError, match=r"text 16 wide, .* gives 8"):
         VideoGenerator(good.denoiser, WordText(8, 16, 1, 2), good.objective, good.codec)
