@@ -43,7 +43,8 @@ class Kind:
 class Family:
     """A model family: its name, our class, the layout, and the published kinds of it by name.
 
-    The layout is that of the kinds that have none of their own, and of models whose kind is not given. Saved models and checkpoints name the class; `former_names` are names that it had there before.
+    The layout is that of the kinds that have none of their own, and of models whose kind is not given. Saved models and
+    checkpoints name the class; `former_names` are names that it had there before.
     """
 
     name: str
