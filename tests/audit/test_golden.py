@@ -140,14 +140,14 @@ def test_entries_beyond_those_that_are_needed_do_no_harm(tmp_path: Path) -> None
 
 def test_settings_that_are_not_built_are_neither_passed_nor_failed(tmp_path: Path) -> None:
     path = copied(tmp_path, "causalvae", "b_groupnorm")
-    change(path, lambda s: s["config"].update(encoder_temporal_downsample=["TimeDownsampleRes2x", ""]))
+    change(path, lambda s: s["config"].update(encoder_temporal_downsample=["TimeDownsample4x", ""]))
     path = copied(tmp_path, "sched_v15", "a_shift7_50")
     change(path, lambda s: s["config"].update(use_linear_quadratic_schedule=True))
     path = copied(tmp_path, "sched_v13", "a_100")
     change(path, lambda s: s["config"].update(beta_schedule="scaled_linear"))
     outcomes = list(check(tmp_path))
     assert [outcome.state for outcome in outcomes] == ["not supported"] * 3
-    assert "TimeDownsampleRes2x" in outcomes[0].detail
+    assert "TimeDownsample4x" in outcomes[0].detail
     assert summary(outcomes) == "0 passed, 0 failed, 3 not supported, 0 unknown"
 
 

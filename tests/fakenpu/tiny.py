@@ -14,7 +14,7 @@ from osp.denoiser import CrossTransformer
 from osp.diffusion import Flow
 from osp.training.checkpoint_io import AtomicCheckpointIO
 from osp.training.denoiser_module import DenoiserModule
-from osp.training.discriminator import PatchDiscriminator3d
+from osp.training.discriminator import PatchDiscriminator
 from osp.training.losses import VAELoss
 from osp.training.module import TrainingModule
 from osp.training.saving import BestCheckpoint, LastCheckpoint
@@ -49,7 +49,7 @@ def new_text() -> WordText:
 def new_module(kind: str) -> TrainingModule:
     """`vae`, with a discriminator from step 1 on, or `denoiser`, on videos."""
     if kind == "vae":
-        vae, discriminator = new_vae(), PatchDiscriminator3d(width=4, layers=2)
+        vae, discriminator = new_vae(), PatchDiscriminator(width=4, layers=2)
         return VAEModule(vae, VAELoss(), discriminator=discriminator, discriminator_start=1, lr=1e-3, ema_decay=0.9)
     codec = LatentCodec(new_vae(), [0.1] * 4, [2.0] * 4)
     return DenoiserModule(new_denoiser(), new_text(), Flow(shift=1.0), codec, lr=1e-3, ema_decay=0.9)

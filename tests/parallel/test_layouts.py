@@ -22,7 +22,7 @@ from osp.diffusion import Flow
 from osp.parallel import ReplicatedStrategy, ShardedStrategy, local, whole
 from osp.training import vae_module
 from osp.training.denoiser_module import DenoiserModule
-from osp.training.discriminator import PatchDiscriminator3d
+from osp.training.discriminator import PatchDiscriminator
 from osp.training.losses import VAELoss
 from osp.training.module import TrainingModule
 from osp.training.vae_module import VAEModule
@@ -40,7 +40,7 @@ LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
 }
 
 
-class SmoothDiscriminator(PatchDiscriminator3d):
+class SmoothDiscriminator(PatchDiscriminator):
     """One whose gradients do not jump; see `test_a_run_is_that_of_one_process`."""
 
     def __init__(self, **settings: Any) -> None:
@@ -73,7 +73,7 @@ def new_module(kind: str) -> TrainingModule:
     torch.manual_seed(3)
     if kind != "denoiser":
         with torch.device("meta"):
-            against = SmoothDiscriminator if kind == "vae in single" else PatchDiscriminator3d
+            against = SmoothDiscriminator if kind == "vae in single" else PatchDiscriminator
             vae, discriminator = new_vae(), against(width=4, layers=2, dropout=0.0)
         rates: dict[str, Any] = {"lr": 1e-5 if kind == "vae in single" else 1e-3, "ema_decay": 0.9}
         return VAEModule(vae, VAELoss(), discriminator=discriminator, discriminator_start=2, **rates)

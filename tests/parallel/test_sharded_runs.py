@@ -21,7 +21,7 @@ from osp.parallel.state import StateInParts
 from osp.training.checkpoint_io import AtomicCheckpointIO
 from osp.training.clipping import AdaptiveClipping
 from osp.training.denoiser_module import DenoiserModule
-from osp.training.discriminator import PatchDiscriminator3d
+from osp.training.discriminator import PatchDiscriminator
 from osp.training.losses import VAELoss
 from osp.training.module import TrainingModule
 from osp.training.resumed import read_resumed
@@ -52,7 +52,7 @@ def new_module(kind: str) -> TrainingModule:
         return VAEModule(
             vae,
             VAELoss(),
-            discriminator=PatchDiscriminator3d(4, 2),
+            discriminator=PatchDiscriminator(4, 2),
             discriminator_start=1,
             lr=1e-3,
             warmup_steps=3,

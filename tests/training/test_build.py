@@ -14,7 +14,7 @@ from osp.errors import UsageError
 from osp.training.build import has_memory, is_built_later, with_memory
 from osp.training.checkpoints import load_trained_vae
 from osp.training.denoiser_module import DenoiserModule
-from osp.training.discriminator import PatchDiscriminator3d
+from osp.training.discriminator import PatchDiscriminator
 from osp.training.ema import ExponentialMovingAverage
 from osp.training.losses import VAELoss
 from osp.training.module import TrainingModule
@@ -35,7 +35,7 @@ def text_module(kind: Any, **sizes: int) -> DenoiserModule:
 def vae_module() -> VAEModule:
     sizes = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4}
     vae = WFVAE(**sizes, encoder_blocks=1, decoder_blocks=1, attention=False, dropout=0.1)
-    return VAEModule(vae, VAELoss(), discriminator=PatchDiscriminator3d(4, 2, 0.2), discriminator_start=2)
+    return VAEModule(vae, VAELoss(), discriminator=PatchDiscriminator(4, 2, 0.2), discriminator_start=2)
 
 
 MODULES = {

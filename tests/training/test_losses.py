@@ -1,13 +1,16 @@
 """The VAE's loss terms and the adversarial ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from osp.training.discriminator import PatchDiscriminator3d, adaptive_weight, hinge_loss
+from osp.errors import UsageError
+from osp.training.discriminator import Balance, PatchDiscriminator, hinge_loss
 from osp.training.losses import VAELoss
 from osp.vae import GaussianPosterior
-from osp.vae.wfvae import Autoencoding
+from osp.vae.autoencoder import Autoencoding
 
 
 class FrameDistance(nn.Module):
@@ -46,7 +49,7 @@ def test_terms_are_summed_as_published(pixel: str, per_value: float) -> None:
 
 
 def test_discriminator_has_the_published_strides_and_widths() -> None:
-    discriminator = PatchDiscriminator3d()
+    discriminator = PatchDiscriminator()
     convolutions = [layer for layer in discriminator.layers if isinstance(layer, nn.Conv3d)]
     assert [layer.out_channels for layer in convolutions] == [64, 128, 256, 512, 512, 1]
     assert [layer.stride for layer in convolutions] == [
@@ -58,7 +61,7 @@ def test_discriminator_has_the_published_strides_and_widths() -> None:
         (1, 1, 1),
     ]
     with torch.device("meta"):
-        logits = PatchDiscriminator3d()(torch.empty(1, 3, 25, 256, 256))
+        logits = PatchDiscriminator()(torch.empty(1, 3, 25, 256, 256))
     assert logits.shape == (1, 1, 7, 16, 16)
 
 
@@ -67,11 +70,54 @@ def test_hinge_loss_is_zero_beyond_the_margin_only() -> None:
     assert hinge_loss(torch.tensor([0.0]), torch.tensor([0.5])).item() == pytest.approx(0.5 * (1.0 + 1.5))
 
 
-def test_adaptive_weight_is_the_ratio_of_gradients() -> None:
+@pytest.mark.parametrize(("floor", "most"), [(1e-6, 1e6), (1e-4, 1e4)])
+def test_the_adversarial_weight_is_the_ratio_of_gradients(floor: float, most: float) -> None:
+    balance = Balance(0.5, floor=floor, most=most)
     weight = torch.tensor([3.0, 4.0], requires_grad=True)
-    ratio = adaptive_weight(
-        (weight * torch.tensor([6.0, 8.0])).sum(), (weight * torch.tensor([0.0, 2.0])).sum(), weight
-    )
-    assert ratio.item() == pytest.approx(10.0 / 2.0)
+    ratio = balance((weight * torch.tensor([6.0, 8.0])).sum(), (weight * torch.tensor([0.0, 2.0])).sum(), weight)
+    assert ratio.item() == pytest.approx(0.5 * 10.0 / (2.0 + floor))
     assert not ratio.requires_grad
-    assert adaptive_weight(weight.sum() * 1e12, (weight * 0).sum(), weight).item() == pytest.approx(1e6)
+    assert balance(weight.sum() * 1e12, (weight * 0).sum(), weight).item() == pytest.approx(0.5 * most)
+    small = balance((weight * 1e-3).sum(), (weight * 1e-4).sum(), weight).item()
+    assert small == pytest.approx(0.5 * 2**0.5 * 1e-3 / (2**0.5 * 1e-4 + floor))
+
+
+def test_discriminators_of_earlier_versions_have_the_published_strides_and_widths() -> None:
+    frames, clips = PatchDiscriminator(64, 3, 0.0, "2d"), PatchDiscriminator(64, 3, 0.0, "3d")
+    for one, kernel, strides in (
+        (frames, (4, 4), [(2, 2), (2, 2), (2, 2), (1, 1), (1, 1)]),
+        (clips, (3, 3, 3), [(2, 2, 2), (2, 2, 2), (1, 2, 2), (1, 1, 1), (1, 1, 1)]),
+    ):
+        convolutions = [layer for layer in one.layers if isinstance(layer, nn.Conv2d | nn.Conv3d)]
+        assert [layer.out_channels for layer in convolutions] == [64, 128, 256, 512, 1]
+        assert [layer.stride for layer in convolutions] == strides
+        assert {layer.kernel_size for layer in convolutions} == {kernel}
+        assert [layer.bias is not None for layer in convolutions] == [True, False, False, False, True]
+        assert max(layer.weight.std().item() for layer in convolutions) == pytest.approx(0.02, rel=0.1)
+    video = torch.randn(2, 3, 5, 32, 32)
+    assert frames(video).shape == (10, 1, 2, 2)
+    assert clips(video).shape == (2, 1, 2, 4, 4)
+
+
+def test_a_discriminator_of_frames_sees_each_frame_alone() -> None:
+    judge = PatchDiscriminator(4, 1, 0.0, "2d").eval()
+    video = torch.randn(1, 3, 4, 16, 16)
+    other = video.clone()
+    other[:, :, 2] += 1.0
+    changed = (judge(video) - judge(other)).abs().flatten(1).sum(1) > 0
+    assert changed.tolist() == [False, False, True, False]
+
+
+def test_other_discriminators_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"module\.discriminator\.dimensions=4d: is not known.*2d.*3d"):
+        PatchDiscriminator(dimensions="4d")
+    with pytest.raises(UsageError, match=r"module\.discriminator\.layers=0"):
+        PatchDiscriminator(layers=0)
+
+
+def test_a_vae_without_wavelets_has_no_such_term() -> None:
+    video = torch.zeros(2, 3, 5, 16, 16)
+    result = replace(autoencoding(video, 0.5), encoder_coefficients=(), decoder_coefficients=())
+    got = VAELoss(wavelet_weight=0)(video, result)
+    assert [*got.terms] == ["pixel", "kl"]
+    assert got.total.item() == pytest.approx(got.reconstruction.item() + got.terms["kl"].item())

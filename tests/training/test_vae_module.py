@@ -16,7 +16,7 @@ from osp.errors import DataError, UsageError
 from osp.training.checkpoint_io import AtomicCheckpointIO
 from osp.training.checkpoints import load_trained_vae
 from osp.training.clipping import DivergedError
-from osp.training.discriminator import PatchDiscriminator3d
+from osp.training.discriminator import PatchDiscriminator
 from osp.training.losses import VAELoss
 from osp.training.saving import BestCheckpoint, LastCheckpoint
 from osp.training.vae_module import VAEModule
@@ -29,7 +29,7 @@ TINY = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 4, "d
 def new_module(**settings: object) -> VAEModule:
     torch.manual_seed(3)
     vae = WFVAE(**TINY, encoder_blocks=1, decoder_blocks=1, attention=False)
-    discriminator = PatchDiscriminator3d(width=4, layers=2)
+    discriminator = PatchDiscriminator(width=4, layers=2)
     defaults = {"lr": 1e-3, "ema_decay": 0.9, "discriminator": discriminator, "discriminator_lr": 1e-3}
     return VAEModule(vae, VAELoss(), **{**defaults, **settings})
 
@@ -257,7 +257,7 @@ from lightning.pytorch.callbacks import Callback
 from osp.data.datamodule import ClipDataModule
 from osp.data.sources import SyntheticClips
 from osp.training.clipping import DivergedError
-from osp.training.discriminator import PatchDiscriminator3d
+from osp.training.discriminator import PatchDiscriminator
 from osp.training.losses import VAELoss
 from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE
@@ -278,7 +278,7 @@ torch.manual_seed(0)
 sizes = dict(latent_channels=4, base_channels=4, encoder_flow_channels=4, decoder_flow_channels=4)
 module = VAEModule(
     WFVAE(**sizes, encoder_blocks=1, decoder_blocks=1), VAELoss(), lr=1e-3, accumulate=2,
-    discriminator=PatchDiscriminator3d(width=4, layers=2), discriminator_start=2,
+    discriminator=PatchDiscriminator(width=4, layers=2), discriminator_start=2,
 )
 data = ClipDataModule(train=SyntheticClips(40, 5, 16, 16, seed=0), val=None, batch_size=1)
 lightning.Trainer(

@@ -23,9 +23,24 @@ def build_odvae() -> CausalVideoVAE:
         conv_in="2d",
         encoder_blocks=("2d", "2d", "3d", "3d"),
         encoder_resize=("space", "space_time", "space_time", "none"),
-        encoder_time=(False,) * 4,
+        encoder_time=("none",) * 4,
         decoder_resize=("none", "frame", "space_time", "space_time"),
-        decoder_time=(False,) * 4,
+        decoder_time=("none",) * 4,
+    )
+
+
+def build_causalvae_v11() -> CausalVideoVAE:
+    """v1.1's layers in small: time is halved and doubled by mixed layers."""
+    return CausalVideoVAE(
+        base_channels=8,
+        multipliers=(1, 1, 2, 4),
+        blocks=1,
+        norm="layer",
+        conv_in="2d",
+        encoder_blocks=("2d", "2d", "3d", "3d"),
+        encoder_resize=("frame", "frame", "frame", "none"),
+        encoder_time=("none", "mixed", "mixed", "none"),
+        decoder_time=("none", "none", "mixed", "mixed"),
     )
 
 
@@ -34,6 +49,7 @@ VAES = {
     "8x8x8": lambda: build_wfvae(level1="3d"),
     "nearest": lambda: build_wfvae(level1="2d", temporal_interpolation="nearest", attention=False),
     "od-vae": build_odvae,
+    "v1.1": build_causalvae_v11,
 }
 
 

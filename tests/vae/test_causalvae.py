@@ -10,13 +10,25 @@ from torch import Tensor, nn
 
 from osp.errors import UsageError
 from osp.vae import CausalVideoVAE
-from osp.vae.causalvae import MixedAttention, TimeDownsample, TimeUpsample
+from osp.vae.causalvae import (
+    MixedAttention,
+    MixedTimeDownsample,
+    MixedTimeUpsample,
+    TimeDownsample,
+    TimeUpsample,
+)
 from osp.vae.layers import FrameAttention
 from osp.vae.stream import StreamState
 from osp.weights import causalvae as published
 
 MANIFESTS = Path(__file__).parent.parent / "golden" / "manifests"
-SIZES = {"causalvae_defaults_4x8x8_4ch": 229_169_895, "odvae_v1_2_4x8x8_4ch": 239_189_991}
+SIZES = {
+    "causalvae_defaults_4x8x8_4ch": 229_169_895,
+    "odvae_v1_2_4x8x8_4ch": 239_189_991,
+    "causalvae_v1_0_release": 229_169_895,
+    "causalvae_v1_1_release": 246_859_499,
+    "odvae_v1_2_release": 239_189_991,
+}
 
 
 def tiny(**settings: object) -> CausalVideoVAE:
@@ -24,10 +36,10 @@ def tiny(**settings: object) -> CausalVideoVAE:
     levels = {
         "encoder_blocks": ["2d", "3d", "3d"],
         "encoder_resize": ["frame", "space_time", "none"],
-        "encoder_time": [True, False, False],
+        "encoder_time": ["plain", "none", "none"],
         "decoder_blocks": ["2d", "3d", "3d"],
         "decoder_resize": ["none", "space", "space_time"],
-        "decoder_time": [False, True, False],
+        "decoder_time": ["none", "plain", "none"],
     }
     return CausalVideoVAE(**{**small, **levels, **settings})
 
@@ -54,7 +66,7 @@ def in_chunks(module: nn.Module, x: Tensor, chunk: int) -> Tensor:
     return torch.cat(pieces, dim=2)
 
 
-@pytest.mark.parametrize("part", ["encoder", "decoder", "down", "up"])
+@pytest.mark.parametrize("part", ["encoder", "decoder", "down", "up", "mixed down", "mixed up"])
 @torch.no_grad()
 def test_layers_give_the_whole_clip_result_in_chunks(part: str) -> None:
     torch.manual_seed(0)
@@ -66,6 +78,8 @@ def test_layers_give_the_whole_clip_result_in_chunks(part: str) -> None:
         "decoder": (vae.decoder, 4),
         "down": (TimeDownsample(), 2),
         "up": (TimeUpsample(), 2),
+        "mixed down": (MixedTimeDownsample(2).double(), 2),
+        "mixed up": (MixedTimeUpsample(2).double(), 2),
     }[part]
     for frames in (1, 5, 13):
         x = torch.randn(1, channels, frames, 8, 8, dtype=torch.float64)
@@ -122,8 +136,9 @@ def test_settings_build_the_same_vae_again() -> None:
         ({"encoder_blocks": "3d3"}, "encoder_blocks=3d3"),
         ({"encoder_blocks": ["3d", "4d", "3d"]}, "encoder_blocks=4d: is not known"),
         ({"decoder_resize": ["none", "space", "time"]}, "decoder_resize=time: is not known"),
+        ({"encoder_time": ["half", "none", "none"]}, "encoder_time=half: is not known"),
         ({"encoder_attention": "none"}, "encoder_attention=none: is not known"),
-        ({"encoder_time": [False, False, False]}, r"shrinks .*\(2, 4\).*grows .*\(4, 4\)"),
+        ({"encoder_time": ["none", "none", "none"]}, r"shrinks .*\(2, 4\).*grows .*\(4, 4\)"),
         ({"norm": "batch"}, "norm=batch: is not known"),
         ({"norm": "group"}, "multiples of 32"),
     ],
@@ -131,3 +146,41 @@ def test_settings_build_the_same_vae_again() -> None:
 def test_shapes_that_cannot_be_built_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         tiny(**settings)
+
+
+@torch.no_grad()
+def test_mixed_layers_mix_what_the_plain_ones_give_with_a_convolution() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 4, 6, dtype=torch.float64)
+    for mixed, plain in ((MixedTimeDownsample(3), TimeDownsample()), (MixedTimeUpsample(3), TimeUpsample())):
+        mixed.double()
+        alone = plain(x)
+        convolved = mixed.conv(x if isinstance(plain, TimeDownsample) else alone)
+        expected = 0.880797078 * alone + 0.119202922 * convolved
+        torch.testing.assert_close(mixed(x), expected, rtol=0, atol=1e-8)
+        mixed.mix_factor.fill_(1e4)
+        assert torch.equal(mixed(x), alone)
+        mixed.mix_factor.fill_(-1e4)
+        assert torch.equal(mixed(x), convolved)
+
+
+def test_gradients_of_mixed_layers_are_those_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    for layer in (MixedTimeDownsample(2).double(), MixedTimeUpsample(2).double()):
+        x = torch.randn(1, 2, 5, 2, 3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x, factor, layer=layer: layer(x), (x, layer.mix_factor))
+
+
+def test_settings_of_time_that_were_saved_as_true_and_false_build_the_same_vae() -> None:
+    former = {"encoder_time": [True, False, False], "decoder_time": [False, True, False]}
+    assert tiny(**former).config == tiny().config
+
+
+def test_a_pass_in_training_gives_a_reconstruction_and_gradients_everywhere() -> None:
+    torch.manual_seed(0)
+    vae = tiny(encoder_time=["mixed", "none", "none"], decoder_time=["none", "mixed", "none"])
+    result = vae(torch.randn(2, 3, 6, 8, 8))  # 6 frames, which the VAE fills up
+    assert result.reconstruction.shape == (2, 3, 6, 8, 8)
+    assert result.encoder_coefficients == ()
+    (result.reconstruction.square().mean() + result.posterior.kl().mean()).backward()
+    assert [name for name, value in vae.named_parameters() if value.grad is None or not value.grad.abs().sum()] == []

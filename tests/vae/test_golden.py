@@ -35,6 +35,14 @@ def test_vae(case: Case, slide: bool, request: pytest.FixtureRequest) -> None:
     assert [one for one in found if not one.passed] == []
 
 
+@pytest.mark.parametrize("kind", ["causalvae", "causalvae_loss"])
+def test_all_recorded_cases_of_earlier_vaes_and_their_losses(kind: str, shared: Path) -> None:
+    cases = find_cases(shared / "golden", kind)
+    assert cases
+    for case in cases:
+        assert [one for one in compare(case) if not one.passed] == [], case.name
+
+
 def test_every_kind_has_cases() -> None:
     assert len(find_cases(GOLDEN, "wavelet")) == 2
     assert {case.kind for case in VAE_CASES} == {"wfvae_v13", "wfvae_v15", "causalvae"}

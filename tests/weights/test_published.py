@@ -62,10 +62,10 @@ OWN = [
             "multipliers": (1, 2),
             "encoder_blocks": ("2d", "2d"),
             "encoder_resize": ("frame", "space_time"),
-            "encoder_time": (False, True),
+            "encoder_time": ("none", "mixed"),
             "decoder_blocks": ("2d", "3d"),
             "decoder_resize": ("frame", "space_time"),
-            "decoder_time": (True, False),
+            "decoder_time": ("mixed", "none"),
             "decoder_attention": "mixed",
         },
     ),
@@ -136,7 +136,10 @@ def test_weights_load_from_wherever_they_are(layout: str, small: Case, tmp_path:
 
 FULL_SIZE = {
     "causalvae_defaults_4x8x8_4ch": "causalvae",
+    "causalvae_v1_0_release": "causalvae",
+    "causalvae_v1_1_release": "causalvae",
     "odvae_v1_2_4x8x8_4ch": "causalvae",
+    "odvae_v1_2_release": "causalvae",
     "wfvae_large_16ch": "wfvae_v13",
     "wfvae_v1_3_4x8x8_4ch": "wfvae_v13",
     "wfvae_v1_3_4x8x8_8ch": "wfvae_v13",
@@ -151,6 +154,60 @@ def test_a_full_size_checkpoint_without_config_is_recognised(name: str) -> None:
     del weights["encoder.conv_out.conv.bias"]
     with pytest.raises(WeightImportError, match=r"full-size settings.*1 missing: encoder\.conv_out\.conv\.bias$"):
         load_published(FULL_SIZE[name], weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "times", "attention"),
+    [
+        ("causalvae_v1_0_release", ("plain", "plain", "none", "none"), "mixed"),
+        ("causalvae_v1_1_release", ("none", "mixed", "mixed", "none"), "frame"),
+        ("odvae_v1_2_release", ("none", "none", "none", "none"), "frame"),
+    ],
+)
+def test_what_the_keys_of_earlier_vaes_do_not_say_is_what_was_released(
+    name: str, times: tuple[str, ...], attention: str
+) -> None:
+    manifest = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
+    weights = {key: torch.ones(()).expand(shape) for key, shape in manifest["keys"].items()}
+    model = open_published("causalvae", weights).model
+    assert model.config.encoder_time == times
+    assert (model.config.encoder_attention, model.config.decoder_attention) == (attention, attention)
+    assert model.settings == open_published("causalvae", weights, manifest["config"]).model.settings
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch", "wrapped", "averaged"])
+def test_the_loss_in_a_file_of_an_earlier_vae_is_left_out(form: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = CausalVideoVAE(**CAUSAL, encoder_time=("none", "mixed", "mixed", "none"))
+    weights = to_published(vae)
+    further = weights | {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.ones(4, 3, 4, 4)}
+    (tmp_path / "config.json").write_text(json.dumps(published_settings(vae) | {"in_channels": 3, "out_channels": 3}))
+    if form == "safetensors":
+        save_file(further, tmp_path / "diffusion_pytorch_model.safetensors")
+    elif form == "torch":
+        torch.save(further, tmp_path / "pytorch_model.bin")
+    elif form == "wrapped":
+        torch.save({"state_dict": further, "epoch": 3}, tmp_path / "last.ckpt")
+    else:
+        last = {key: torch.zeros_like(value) for key, value in further.items()}
+        averaged = {f"module.{key}": value for key, value in further.items()}
+        content = {
+            "ema_state_dict": averaged,
+            "state_dict": {"gen_model": last, "dics_model": {"main.0.bias": torch.ones(1)}},
+        }
+        torch.save(content, tmp_path / "checkpoint-7.ckpt")
+    again = load_published("causalvae", tmp_path)
+    assert equal(to_published(again), weights)
+
+
+def test_a_checkpoint_without_averages_gives_its_generator(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = CausalVideoVAE(**CAUSAL)
+    weights = to_published(vae)
+    content = {"ema_state_dict": {}, "state_dict": {"gen_model": weights, "dics_model": {"main.0.bias": torch.ones(1)}}}
+    torch.save(content, tmp_path / "checkpoint-7.ckpt")
+    (tmp_path / "config.json").write_text(json.dumps(published_settings(vae)))
+    assert equal(to_published(load_published("causalvae", tmp_path)), weights)
 
 
 def test_what_a_configuration_says_beyond_the_shape_is_kept(small: Case) -> None:
@@ -189,6 +246,7 @@ WRONG_SETTINGS = [
     ("causalvae", {"hidden_sise": 4}, "no setting hidden_sise; it has"),
     ("causalvae", {"attn_resolutions": [16]}, r"attn_resolutions=\[16\] is of no published CausalVideoVAE"),
     ("causalvae", {"q_conv": "Conv2d"}, "q_conv='Conv2d'"),
+    ("causalvae", {"in_channels": 1}, "in_channels=1 is of no published CausalVideoVAE; all have 3"),
     ("causalvae", {"encoder_resnet_blocks": ["ResnetBlock4D"]}, "encoder_resnet_blocks='ResnetBlock4D': is not known"),
     ("causalvae", {"encoder_temporal_downsample": None}, "these settings make no CausalVideoVAE"),
     ("causalvae", {"hidden_size_mult": [1, 2, 4, 4, 4]}, "one entry a level"),

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from osp.audit.case import Case, Comparison, Unknown, Unsupported
+from osp.audit.losses import run_causalvae_loss
 from osp.audit.networks import run_denoiser, run_manifest, run_vae, run_wavelet
 from osp.audit.schedules import run_v13, run_v15
 from osp.denoiser import Denoiser
@@ -37,8 +38,9 @@ class Outcome:
 
 
 def runners() -> dict[str, Runner]:
-    """How a case of each kind is run: every kind of the registry's families, wavelets and schedules."""
+    """How a case of each kind is run: every kind of the registry's families, wavelets, schedules and losses."""
     found: dict[str, Runner] = {"wavelet": run_wavelet, "sched_v13": run_v13, "sched_v15": run_v15}
+    found["causalvae_loss"] = run_causalvae_loss
     for family in FAMILIES.values():
         found |= dict.fromkeys(family.kinds, run_denoiser if issubclass(family.model, Denoiser) else run_vae)
     return found

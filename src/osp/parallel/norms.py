@@ -21,24 +21,25 @@ class _Sum(torch.autograd.Function):
         return _Sum.forward(ctx, gradient.contiguous())
 
 
-class SharedBatchNorm3d(nn.BatchNorm3d):
+class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm in training over the batches of all processes, as of one batch that holds them all; in float32.
 
     Batches have the same size in all of them.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """`B C T H W` -> the same, normalised."""
+        """`B C T H W` or `B C H W` -> the same, normalised."""
         if not self.training:
             return super().forward(x)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         values = x.to(torch.promote_types(x.dtype, torch.float32))
-        dims, processes = (0, 2, 3, 4), dist.get_world_size()
+        dims, processes = (0, *range(2, x.ndim)), dist.get_world_size()
         count = values.numel() // values.shape[1] * processes
         mean = _Sum.apply(values.mean(dims)) / processes
-        centred = values - mean[:, None, None, None]
+        each = (-1, *(1 for _ in dims[1:]))  # one value a channel
+        centred = values - mean.reshape(each)
         variance = _Sum.apply(centred.square().mean(dims)) / processes
         self.num_batches_tracked.add_(1)
         with torch.no_grad():
@@ -46,15 +47,18 @@ class SharedBatchNorm3d(nn.BatchNorm3d):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
             self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), momentum)
         scale = torch.rsqrt(variance + self.eps) * self.weight
-        return (centred * scale[:, None, None, None] + self.bias[:, None, None, None]).to(x.dtype)
+        return (centred * scale.reshape(each) + self.bias.reshape(each)).to(x.dtype)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions."""
 
 
 def share_norms(model: nn.Module) -> None:
     """Make the batch norms of a model see the batches of all processes; names and tensors stay as they are."""
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
-            if type(layer) is nn.BatchNorm3d:
-                shared = SharedBatchNorm3d(layer.num_features, layer.eps, layer.momentum, device="meta")
+            if type(layer) in (nn.BatchNorm2d, nn.BatchNorm3d):
+                shared = SharedBatchNorm(layer.num_features, layer.eps, layer.momentum, device="meta")
                 shared.weight, shared.bias = layer.weight, layer.bias
                 for buffer, value in layer.named_buffers():
                     setattr(shared, buffer, value)

@@ -16,14 +16,14 @@ from osp.conditioning import WordText
 from osp.denoiser import Denoiser
 from osp.parallel import drawn_weights
 from osp.training.checkpoints import load_trained_vae
-from osp.training.discriminator import PatchDiscriminator3d
+from osp.training.discriminator import PatchDiscriminator
 from osp.vae import VideoVAE
 from osp.weights import load_pretrained, load_published
 from osp.weights.lazy import Weights, filled, take_unread
 
 Model = TypeVar("Model", bound=nn.Module)
 
-REBUILT = (Denoiser, VideoVAE, WordText, PatchDiscriminator3d)
+REBUILT = (Denoiser, VideoVAE, WordText, PatchDiscriminator)
 """The classes of models that their own `settings`, plain values, build again."""
 
 READERS = (load_pretrained, load_published, load_trained_vae)

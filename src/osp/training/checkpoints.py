@@ -51,7 +51,7 @@ _GIVE_VAE = "vae=trained vae.path=CHECKPOINT, or vae=pretrained vae.path=FOLDER"
 _GIVE_TEXT = "text=NAME text.path=FOLDER"
 
 
-def load_trained_vae(path: str | Path) -> WFVAE:
+def load_trained_vae(path: str | Path) -> VideoVAE:
     """The VAE of a training checkpoint, with its averaged weights, in eval mode; read later under a device "meta".
 
     Raises WeightImportError for a file that is not a readable checkpoint and DataError for one that holds no VAE.
@@ -61,7 +61,7 @@ def load_trained_vae(path: str | Path) -> WFVAE:
     return vae
 
 
-def open_vae(state: TrainingCheckpoint, averaged: bool = True) -> tuple[WFVAE, Weights]:
+def open_vae(state: TrainingCheckpoint, averaged: bool = True) -> tuple[VideoVAE, Weights]:
     """The VAE of a training checkpoint, without memory, and its weights: the averaged ones, or those of the last step.
 
     Raises DataError for a checkpoint that holds no VAE, and WeightImportError for weights that do not fit.
@@ -76,7 +76,10 @@ def open_vae(state: TrainingCheckpoint, averaged: bool = True) -> tuple[WFVAE, W
             )
         raise DataError(f"{path}: holds no VAE trained here; a checkpoint of `osp train` is needed")
     weights = averaged_weights(state) if averaged else state.stored("vae.")
-    return _opened(WFVAE, settings, weights, state, "vae_settings")
+    # Before others could be trained, a checkpoint did not name its VAE.
+    name = state.entry("vae_model") or WFVAE.__name__
+    kind: type[VideoVAE] = find_class(name, VideoVAE, f"{path}: vae_model", DataError)  # type: ignore[type-abstract]
+    return _opened(kind, settings, weights, state, "vae_settings")
 
 
 def _opened(

@@ -7,6 +7,7 @@ from osp.denoiser import CrossTransformerConfig, JointTransformerConfig
 _TARGETS = {
     "osp.data.features.FeatureClips": "osp.data.sources.FeatureClips",
     "osp.data.synthetic.SyntheticClips": "osp.data.sources.SyntheticClips",
+    "osp.training.discriminator.PatchDiscriminator3d": "osp.training.discriminator.PatchDiscriminator",
 }
 # Former keys by today's target, since one former name stood for different things; checkpoints hold the same keys.
 _KEYS = {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from osp.checks import check_choice
 from osp.evaluation.lpips import PerceptualDistance
-from osp.vae.wfvae import Autoencoding
+from osp.vae.autoencoder import Autoencoding
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class LossTerms:
     @property
     def total(self) -> Tensor:
         """The sum of reconstruction and regularisers."""
-        return self.reconstruction + self.terms["kl"] + self.terms["wavelet_flow"]
+        total = self.reconstruction + self.terms["kl"]
+        return total + self.terms["wavelet_flow"] if "wavelet_flow" in self.terms else total
 
 
 class VAELoss:
@@ -29,8 +30,9 @@ class VAELoss:
 
     Pixels: |x - y| (or its square) plus `perceptual_weight` times the frame's perceptual distance at every pixel,
     summed over everything and divided by the number of frames. Divergence and wavelet flow (the L1 distance between
-    the encoder's and the decoder's coefficients at both inner levels) are summed over each clip. The published loss
-    divides the pixels by a learnable variance that it keeps at 1, so there is none here.
+    the encoder's and the decoder's coefficients at both inner levels) are summed over each clip; a VAE without wavelets
+    has `wavelet_weight` 0. The published loss divides the pixels by a learnable variance that it keeps at 1, so there
+    is none here.
     """
 
     def __init__(
@@ -62,7 +64,8 @@ class VAELoss:
             values_per_frame = video[0, :, 0].numel()
             reconstruction = reconstruction + self.perceptual_weight * distance.mean() * values_per_frame
         terms["kl"] = self.kl_weight * result.posterior.kl().mean()
-        levels = zip(result.decoder_coefficients, result.encoder_coefficients, strict=True)
-        flow = torch.stack([(ours.float() - theirs.float()).abs().sum() / batch for ours, theirs in levels])
-        terms["wavelet_flow"] = self.wavelet_weight * flow.sum()
+        if result.encoder_coefficients:
+            levels = zip(result.decoder_coefficients, result.encoder_coefficients, strict=True)
+            flow = torch.stack([(ours.float() - theirs.float()).abs().sum() / batch for ours, theirs in levels])
+            terms["wavelet_flow"] = self.wavelet_weight * flow.sum()
         return LossTerms(reconstruction, terms)

@@ -16,13 +16,13 @@ from osp.seeds import stable_seed
 from osp.training.adversarial import discriminator_loss, vae_loss
 from osp.training.build import with_memory
 from osp.training.clipping import NormClipping
-from osp.training.discriminator import PatchDiscriminator3d
+from osp.training.discriminator import Balance, PatchDiscriminator
 from osp.training.losses import VAELoss
 from osp.training.module import Batch, TrainingModule
 from osp.training.optimisation import Optimisation
 from osp.training.peek import clip_shapes
-from osp.vae import WFVAE
-from osp.vae.wfvae import Autoencoding
+from osp.vae import VideoVAE
+from osp.vae.autoencoder import Autoencoding
 
 
 class VAEModule(TrainingModule):
@@ -44,13 +44,15 @@ class VAEModule(TrainingModule):
 
     def __init__(
         self,
-        vae: WFVAE,
+        vae: VideoVAE,
         loss: VAELoss,
         *,
         gradient_clip: float = 1e5,
-        discriminator: PatchDiscriminator3d | None = None,
+        discriminator: PatchDiscriminator | None = None,
         discriminator_start: int | None = None,
         discriminator_weight: float = 0.5,
+        discriminator_floor: float = 1e-6,
+        discriminator_most: float = 1e6,
         discriminator_lr: float | None = None,
         seed: int = 0,
         **optimisation: Any,
@@ -59,14 +61,15 @@ class VAEModule(TrainingModule):
         check_number("module.discriminator_start", discriminator_start, least=0, whole=True, null="never")
         check_number("module.discriminator_lr", discriminator_lr, least=0, null="lr")
         check_number("module.gradient_clip", gradient_clip, above=0)
-        if not isinstance(vae, WFVAE):
-            raise UsageError(f"a {type(vae).__name__} cannot be trained here, only evaluated; choose a WF-VAE as vae")
+        check_trainable(vae, loss)
         self.vae = vae
         self.clipping = NormClipping(gradient_clip)
         self.discriminator = None if discriminator_start is None else discriminator
+        if self.discriminator is not None:
+            vae.last_layer  # noqa: B018 (it raises where a VAE has none)
         self.loss = loss
         self.discriminator_start = discriminator_start or 0
-        self.discriminator_weight = discriminator_weight
+        self.balance = Balance(discriminator_weight, discriminator_floor, discriminator_most)
         self.discriminator_lr = discriminator_lr
         self._noise = torch.Generator()
 
@@ -174,7 +177,8 @@ class VAEModule(TrainingModule):
         return torch.cat([to_float(batch["video"]), outputs], dim=-1)[:clips]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint says how to build its VAE."""
+        """A checkpoint says which VAE it holds, and how to build it."""
+        checkpoint["vae_model"] = type(self.vae).__name__
         checkpoint["vae_settings"] = self.vae.settings
 
     def _averaged(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -190,7 +194,7 @@ class VAEModule(TrainingModule):
     def _vae_backward(self, video: Tensor, step: int) -> dict[str, Tensor]:
         against = self.discriminator if self.discriminating(step) else None
         total, terms = vae_loss(
-            self.vae, self._through, self.loss, video, against, self.discriminator_weight, self._mean_over_processes
+            self.vae, self._through, self.loss, video, against, self.balance, self._mean_over_processes
         )
         self.manual_backward(total / self.accumulate)
         return {name: value.detach() for name, value in (terms | {"total": total}).items()}
@@ -202,3 +206,13 @@ class VAEModule(TrainingModule):
     def _place_perceptual(self) -> None:
         if self.loss.perceptual is not None:
             self.loss.perceptual.to(self.device)
+
+
+def check_trainable(vae: VideoVAE, loss: VAELoss) -> None:
+    """Raise UsageError for a VAE without weights, and for a loss of wavelets where the VAE has none."""
+    if not isinstance(vae, VideoVAE) or not any(True for _ in vae.parameters()):
+        raise UsageError(f"a {type(vae).__name__} has no weights to train; choose another vae")
+    if loss.wavelet_weight and not vae.has_wavelets:
+        raise UsageError(
+            f"module.loss.wavelet_weight={loss.wavelet_weight}: a {type(vae).__name__} has no wavelets; use 0"
+        )

@@ -1,6 +1,7 @@
 """The base of all VAEs: encode and decode, whole, in pieces and in tiles, for any number of frames."""
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,20 @@ _PIECE = 2
 _LARGE = 256 * 256  # pixels of a frame
 
 
+@dataclass(frozen=True)
+class Autoencoding:
+    """One pass through a VAE, with what the losses need.
+
+    `reconstruction` is `B C T H W`. Of a VAE with wavelets, `encoder_coefficients` and `decoder_coefficients` hold the
+    inner levels of the pyramid as the encoder took them from the video and as the decoder rebuilt them.
+    """
+
+    reconstruction: Tensor
+    posterior: GaussianPosterior
+    encoder_coefficients: tuple[Tensor, ...] = ()
+    decoder_coefficients: tuple[Tensor, ...] = ()
+
+
 class VideoVAE(nn.Module):
     """A causal video VAE: the first frame becomes one latent frame, every further `time_stride` frames another one.
 
@@ -29,12 +44,14 @@ class VideoVAE(nn.Module):
     what was added. Height and width are multiples of `space_stride`.
 
     A subclass has the attributes below, the modules `encoder` and `decoder`, and calls them in `encode_moments` and
-    `decode_latent`.
+    `decode_latent`. To be trained against a discriminator it has a `last_layer`, too.
     """
 
     latent_channels: int
     time_stride: int
     space_stride: int
+    has_wavelets = False
+    """Whether a pass gives wavelet coefficients of encoder and decoder, which a loss may compare."""
     tiling: Tiling | None = None
     """The tiles that frames go through in where a call does not say; None: whole frames."""
     origin: str | None = None
@@ -52,6 +69,13 @@ class VideoVAE(nn.Module):
     def settings(self) -> dict[str, Any]:
         """The keyword arguments that build this VAE again."""
 
+    @property
+    def last_layer(self) -> nn.Module:
+        """The last layer that learns, where the adversarial loss is balanced. Raises UsageError if there is none."""
+        raise UsageError(
+            f"a {type(self).__name__} names no last layer, so that no discriminator can be balanced with it"
+        )
+
     @abstractmethod
     def encode_moments(self, video: Tensor, state: StreamState | None = None) -> Tensor:
         """`B 3 T H W` with T = 1 mod `time_stride` (any T in a stream) -> mean and log variance, `B 2L T' H' W'`."""
@@ -59,6 +83,14 @@ class VideoVAE(nn.Module):
     @abstractmethod
     def decode_latent(self, latent: Tensor, state: StreamState | None = None) -> Tensor:
         """`B L T' H' W'` -> `B 3 1+(T'-1)*time_stride H W`; in a stream, the frames that are ready."""
+
+    def forward(
+        self, video: Tensor, generator: torch.Generator | None = None, share: tuple[int, int] = (0, 1)
+    ) -> Autoencoding:
+        """`B 3 T H W` to a latent (`GaussianPosterior.sample`) and back, with what the losses need."""
+        posterior = GaussianPosterior.from_moments(self.encode_moments(self.pad_frames(video)), video.shape[2])
+        reconstruction = self.decode_latent(posterior.sample(generator, share))
+        return Autoencoding(reconstruction[:, :, : video.shape[2]], posterior)
 
     def can_stream(self, half: Half) -> bool:
         """Whether every layer of that half can work on a piece of a clip, which a norm over all frames cannot."""

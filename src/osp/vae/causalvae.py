@@ -1,8 +1,9 @@
 """CausalVideoVAE: the causal convolutional video VAE of v1.0 and v1.1, and OD-VAE, its faster heir of v1.2.
 
 Chen et al., "OD-VAE: An Omni-dimensional Video Compressor for Improving Latent Video Diffusion Model",
-arXiv:2409.01199. A pyramid of residual levels; v1.0 works in 3D throughout and halves time by averaging, v1.2 starts
-with levels that see single frames and halves time with strided convolutions.
+arXiv:2409.01199. A pyramid of residual levels; v1.0 works in 3D throughout and halves time by averaging, v1.1 and v1.2
+start with levels that see single frames. v1.1 halves time by an average and a convolution, mixed in a learned
+proportion, v1.2 with convolutions that are strided in time and space.
 """
 
 from collections import OrderedDict
@@ -33,7 +34,14 @@ from osp.vae.stream import Chain, StreamState
 
 Kernel = Literal["2d", "3d"]
 Resize = Literal["none", "frame", "space", "space_time"]
+TimeResize = Literal["none", "plain", "mixed"]
 Attention = Literal["frame", "mixed"]
+
+# As they were saved when there was no other change of time than the plain one.
+_FORMER_TIMES = {False: "none", True: "plain"}
+
+MIX_FACTOR = 2.0
+"""What a mixed time layer's proportion begins with, before the sigmoid: 0.88 of the part without weights."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,9 @@ class CausalVAEConfig:
     multipliers[i]` wide. `encoder_blocks` and `decoder_blocks` say whether the residual blocks of a level see single
     frames or three, `conv_in` the same of the encoder's first layer. `encoder_resize` and `decoder_resize` are the
     learned changes of size: "space" alone, or "space_time"; "frame" computes what "space" does and differs in the
-    layout of published checkpoints only. `encoder_time` and `decoder_time` add a halving or doubling of time without
-    weights. `inner_channels` are those between encoder or decoder and the 1x1x1 convolution at the latent. "mixed" is
-    an older form of attention.
+    layout of published checkpoints only. `encoder_time` and `decoder_time` add a halving or doubling of time: "plain"
+    without weights, "mixed" with a convolution beside it (v1.1). `inner_channels` are those between encoder or decoder
+    and the 1x1x1 convolution at the latent. "mixed" is an older form of attention.
     """
 
     latent_channels: int = 4
@@ -57,11 +65,11 @@ class CausalVAEConfig:
     conv_in: Kernel = "3d"
     encoder_blocks: Sequence[Kernel] = ("3d", "3d", "3d", "3d")
     encoder_resize: Sequence[Resize] = ("space", "space", "space", "none")
-    encoder_time: Sequence[bool] = (False, True, True, False)
+    encoder_time: Sequence[TimeResize] = ("none", "plain", "plain", "none")
     encoder_attention: Attention = "frame"
     decoder_blocks: Sequence[Kernel] = ("3d", "3d", "3d", "3d")
     decoder_resize: Sequence[Resize] = ("none", "space", "space", "space")
-    decoder_time: Sequence[bool] = (False, False, True, True)
+    decoder_time: Sequence[TimeResize] = ("none", "none", "plain", "plain")
     decoder_attention: Attention = "frame"
     norm: Norm = "group"
     dropout: float = 0.0
@@ -76,15 +84,9 @@ class CausalVAEConfig:
         for name in ("encoder_attention", "decoder_attention"):
             check_choice(name, getattr(self, name), get_args(Attention))
         check_choice("conv_in", self.conv_in, get_args(Kernel))
-        for part, choices in (("blocks", get_args(Kernel)), ("resize", get_args(Resize)), ("time", (True, False))):
+        for part, choices in (("blocks", Kernel), ("resize", Resize), ("time", TimeResize)):
             for name in (f"encoder_{part}", f"decoder_{part}"):
-                levels = getattr(self, name)
-                if isinstance(levels, str) or len(levels) != len(self.multipliers):
-                    raise UsageError(
-                        f"{name}={levels} does not fit multipliers={list(self.multipliers)}; it needs one entry a level"
-                    )
-                for level in levels:
-                    check_choice(name, level, choices)
+                self._check_levels(name, get_args(choices))
         # Values from YAML or JSON are lists; equal settings must compare as equal.
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), Sequence) and not isinstance(value, str):
@@ -95,10 +97,22 @@ class CausalVAEConfig:
                 f"the decoder grows them by {self.strides('decoder')}; make the resize and time entries agree"
             )
 
+    def _check_levels(self, name: str, choices: Sequence[str]) -> None:
+        levels = getattr(self, name)
+        if isinstance(levels, str) or len(levels) != len(self.multipliers):
+            raise UsageError(
+                f"{name}={levels} does not fit multipliers={list(self.multipliers)}; it needs one entry a level"
+            )
+        if name.endswith("_time"):
+            levels = [_FORMER_TIMES[level] if isinstance(level, bool) else level for level in levels]
+            object.__setattr__(self, name, levels)
+        for level in levels:
+            check_choice(name, level, choices)
+
     def strides(self, half: Literal["encoder", "decoder"]) -> tuple[int, int]:
         """The factors by which one half changes time and space."""
         resizes, times = getattr(self, f"{half}_resize"), getattr(self, f"{half}_time")
-        doublings = sum(times) + sum(resize == "space_time" for resize in resizes)
+        doublings = sum(time != "none" for time in times) + sum(resize == "space_time" for resize in resizes)
         return 2**doublings, 2 ** sum(resize != "none" for resize in resizes)
 
 
@@ -114,6 +128,46 @@ class TimeDownsample(nn.Module):
         if state is not None:
             state.keep(self, x[:, :, outputs * 2 :])
         return F.avg_pool3d(x, (3, 1, 1), (2, 1, 1)) if outputs else x[:, :, :0]
+
+
+class _Mixed(nn.Module):
+    """Two ways to change the length of a clip, in a learned proportion: sigmoid(`mix_factor`) of the plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.tensor([MIX_FACTOR]))
+
+    def mixed(self, plain: Tensor, convolved: Tensor) -> Tensor:
+        share = self.mix_factor.sigmoid().to(plain.dtype)
+        return share * plain + (1 - share) * convolved.to(plain.dtype)
+
+
+class MixedTimeDownsample(_Mixed):
+    """Halves the frames after the first one: the average of three frames, and a strided 3x3x3 convolution (v1.1)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.average = TimeDownsample()
+        self.conv = CausalConv3d(channels, channels, (3, 3, 3), (2, 1, 1))
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B C T H W` -> `B C 1+(T-1)/2 H W`."""
+        return self.mixed(self.average(x, state), self.conv(x, state))
+
+
+class MixedTimeUpsample(_Mixed):
+    """Doubles the frames after the first one: interpolated, and the same after a causal 3x3x3 convolution (v1.1)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.growth = 2
+        self.interpolate = TimeUpsample()
+        self.conv = CausalConv3d(channels, channels, (3, 3, 3))
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """`B C T H W` -> `B C 1+2(T-1) H W`; in a stream, the frames that are ready."""
+        doubled = self.interpolate(x, state)
+        return self.mixed(doubled, self.conv(doubled, state))
 
 
 class MixedAttention(FrameAttention):
@@ -149,12 +203,9 @@ class Encoder(nn.Module):
         self.levels = Chain()
         for level, (inputs, width) in enumerate(zip([c.base_channels, *widths], widths, strict=False)):
             blocks = _blocks(c.blocks, inputs, width, c.encoder_blocks[level], c)
-            resize: list[nn.Module] = []
-            if c.encoder_resize[level] != "none":
-                resize.append(Downsample(width, time=c.encoder_resize[level] == "space_time"))
-            if c.encoder_time[level]:
-                resize.append(TimeDownsample())
-            self.levels.append(_level(blocks, resize))
+            resize, time = c.encoder_resize[level], c.encoder_time[level]
+            resizes = [] if resize == "none" else [Downsample(width, time=resize == "space_time")]
+            self.levels.append(_level(blocks, resizes, _halvings(time, width)))
         # The published encoder's attention has a group norm whatever the others have.
         self.mid = _mid(widths[-1], c.encoder_attention, "group", c)
         self.norm_out = norm_layer(c.norm, widths[-1])
@@ -180,12 +231,9 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList()
         for level, (width, inputs) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
             blocks = _blocks(c.blocks + 1, inputs, width, c.decoder_blocks[level], c)
-            resize: list[nn.Module] = []
-            if c.decoder_resize[level] != "none":
-                resize.append(Upsample(width, time=c.decoder_resize[level] == "space_time"))
-            if c.decoder_time[level]:
-                resize.append(TimeUpsample())
-            self.levels.append(_level(blocks, resize))
+            resize, time = c.decoder_resize[level], c.decoder_time[level]
+            resizes = [] if resize == "none" else [Upsample(width, time=resize == "space_time")]
+            self.levels.append(_level(blocks, resizes, _doublings(time, width)))
         self.norm_out = norm_layer(c.norm, widths[0])
         self.conv_out = CausalConv3d(widths[0], COLOURS, (3, 3, 3))
 
@@ -198,7 +246,7 @@ class Decoder(nn.Module):
 
 
 class CausalVideoVAE(VideoVAE):
-    """The CausalVideoVAE of v1.0 and v1.1 (the defaults), OD-VAE of v1.2, and any other shape of the family.
+    """The CausalVideoVAE of v1.0 and v1.1, OD-VAE of v1.2, and any other shape of the family.
 
     Takes the fields of `CausalVAEConfig` as keyword arguments. Raises UsageError for a shape that cannot be built. The
     encoder of this family cannot stream, because its attention normalises over all frames.
@@ -220,6 +268,16 @@ class CausalVideoVAE(VideoVAE):
         """The keyword arguments that build this VAE again."""
         return asdict(self.config)
 
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The levels and the middles, which hold most of the weights and run one after another."""
+        return [*self.encoder.levels, self.encoder.mid, self.decoder.mid, *reversed(self.decoder.levels)]
+
+    @property
+    def last_layer(self) -> CausalConv3d:
+        """The last layer that learns, where the adversarial loss is balanced."""
+        return self.decoder.conv_out
+
     def encode_moments(self, video: Tensor, state: StreamState | None = None) -> Tensor:
         """`B 3 T H W` -> mean and log variance, `B 2L T' H' W'`. Raises UsageError in a stream."""
         return self.encoder(video, state)
@@ -236,8 +294,20 @@ def _blocks(count: int, inputs: int, width: int, kernel: Kernel, config: CausalV
     ]
 
 
-def _level(blocks: list[nn.Module], resize: list[nn.Module]) -> Chain:
-    return Chain(OrderedDict(blocks=Chain(*blocks), resize=Chain(*resize)))
+def _level(blocks: Sequence[nn.Module], resize: Sequence[nn.Module], time: Sequence[nn.Module]) -> Chain:
+    return Chain(OrderedDict(blocks=Chain(*blocks), resize=Chain(*resize), time=Chain(*time)))
+
+
+def _halvings(time: TimeResize, width: int) -> Sequence[nn.Module]:
+    if time == "none":
+        return ()
+    return (TimeDownsample() if time == "plain" else MixedTimeDownsample(width),)
+
+
+def _doublings(time: TimeResize, width: int) -> Sequence[nn.Module]:
+    if time == "none":
+        return ()
+    return (TimeUpsample() if time == "plain" else MixedTimeUpsample(width),)
 
 
 def _mid(width: int, attention: Attention, norm: Norm, config: CausalVAEConfig) -> Chain:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from osp.checks import check_choice, check_number
 from osp.errors import UsageError
-from osp.vae.autoencoder import COLOURS, VideoVAE
+from osp.vae.autoencoder import COLOURS, Autoencoding, VideoVAE
 from osp.vae.layers import (
     CausalConv3d,
     Downsample,
@@ -74,20 +74,6 @@ class WFVAEConfig:
             ("flow_blocks", 0),
         ):
             check_number(name, getattr(self, name), least, whole=True)
-
-
-@dataclass(frozen=True)
-class Autoencoding:
-    """One pass through the VAE, with what the losses need.
-
-    `reconstruction` is `B C T H W`; `encoder_coefficients` and `decoder_coefficients` hold levels 1 and 2 of the
-    wavelet pyramid as the encoder took them from the video and as the decoder rebuilt them.
-    """
-
-    reconstruction: Tensor
-    posterior: GaussianPosterior
-    encoder_coefficients: tuple[Tensor, Tensor]
-    decoder_coefficients: tuple[Tensor, Tensor]
 
 
 class Encoder(nn.Module):
@@ -188,6 +174,7 @@ class WFVAE(VideoVAE):
     """
 
     space_stride = 8
+    has_wavelets = True
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from osp.vae.causalvae import CausalVAEConfig, CausalVideoVAE
+from osp.vae.causalvae import CausalVAEConfig, CausalVideoVAE, MixedTimeDownsample, MixedTimeUpsample
 from osp.weights.keys import (
     KeyPair,
     Setting,
@@ -23,6 +23,9 @@ _RENAMED = tuple(
         (r"^encoder\.moments$", "quant_conv"),
         (r"^decoder\.from_latent$", "post_quant_conv"),
         (r"^encoder\.levels\.(\d+)\.resize\.0", r"encoder.down.\1.downsample"),
+        # Their strided convolution in time is not wrapped once more, as all others in 3D are.
+        (r"^encoder\.levels\.(\d+)\.time\.0(\.conv$)?", r"encoder.down.\1.time_downsample"),
+        (r"^decoder\.levels\.(\d+)\.time\.0", r"decoder.up.\1.time_upsample"),
         (r"^decoder\.levels\.(\d+)\.resize\.0", r"decoder.up.\1.upsample"),
         (r"^encoder\.levels\.(\d+)\.blocks", r"encoder.down.\1.block"),
         (r"^decoder\.levels\.(\d+)\.blocks", r"decoder.up.\1.block"),
@@ -37,6 +40,8 @@ _RENAMED = tuple(
 _KERNELS = {"ResnetBlock2D": "2d", "ResnetBlock3D": "3d"}
 _DOWN = {"": "none", "Downsample": "frame", "SpatialDownsample2x": "space", "Spatial2xTime2x3DDownsample": "space_time"}
 _UP = {"": "none", "Upsample": "frame", "SpatialUpsample2x": "space", "Spatial2xTime2x3DUpsample": "space_time"}
+_TIME_DOWN = {"": "none", "TimeDownsample2x": "plain", "TimeDownsampleRes2x": "mixed"}
+_TIME_UP = {"": "none", "TimeUpsample2x": "plain", "TimeUpsampleRes2x": "mixed"}
 _ATTENTION = {"AttnBlock3DFix": "frame", "AttnBlock3D": "mixed"}
 _SETTINGS = {
     "hidden_size": Setting("base_channels"),
@@ -49,17 +54,19 @@ _SETTINGS = {
     "encoder_conv_in": Setting("conv_in", {"CausalConv3d": "3d", "Conv2d": "2d"}),
     "encoder_resnet_blocks": Setting("encoder_blocks", _KERNELS),
     "encoder_spatial_downsample": Setting("encoder_resize", _DOWN),
-    "encoder_temporal_downsample": Setting("encoder_time", {"": False, "TimeDownsample2x": True}),
+    "encoder_temporal_downsample": Setting("encoder_time", _TIME_DOWN),
     "encoder_attention": Setting("encoder_attention", _ATTENTION),
     "decoder_resnet_blocks": Setting("decoder_blocks", _KERNELS),
     "decoder_spatial_upsample": Setting("decoder_resize", _UP),
-    "decoder_temporal_upsample": Setting("decoder_time", {"": False, "TimeUpsample2x": True}),
+    "decoder_temporal_upsample": Setting("decoder_time", _TIME_UP),
     "decoder_attention": Setting("decoder_attention", _ATTENTION),
 }
 # Entries of their config files that all models share.
 _SAME_IN_ALL: dict[str, Any] = {
     "attn_resolutions": [],
     "double_z": True,
+    "in_channels": 3,
+    "out_channels": 3,
     "encoder_conv_out": "CausalConv3d",
     "encoder_mid_resnet": "ResnetBlock3D",
     "decoder_conv_in": "CausalConv3d",
@@ -72,14 +79,28 @@ _SAME_IN_ALL: dict[str, Any] = {
 _NOT_SHAPING = ("resolution", "lr", "use_tiling")
 _NOT_SHAPING_BEGIN = ("_", "loss_")
 
-# Our defaults are those of the published class for settings that its config lacks (v1.0 and v1.1).
+# Our defaults are those of the published class, for settings that a configuration lacks.
 DEFAULTS: dict[str, Any] = {}
-# The settings of the full-size models beyond the defaults: none for v1.0 and v1.1, the second entry for v1.2.
+_FLAT_FIRST = ["ResnetBlock2D", "ResnetBlock2D", "ResnetBlock3D", "ResnetBlock3D"]
+# The settings of the full-size models beyond the defaults: of v1.0, v1.1 and v1.2. Those of v1.0 are the ones that it
+# was released with. They differ from its class's defaults in what has no weights (where time is halved, and in the
+# order of the numbers in attention), so that its keys cannot tell the two apart.
 FULL_SIZES: tuple[dict[str, Any], ...] = (
-    {},
+    {
+        "encoder_temporal_downsample": ["TimeDownsample2x", "TimeDownsample2x", "", ""],
+        "encoder_attention": "AttnBlock3D",
+        "decoder_attention": "AttnBlock3D",
+    },
     {
         "encoder_conv_in": "Conv2d",
-        "encoder_resnet_blocks": ["ResnetBlock2D", "ResnetBlock2D", "ResnetBlock3D", "ResnetBlock3D"],
+        "encoder_resnet_blocks": _FLAT_FIRST,
+        "encoder_spatial_downsample": ["Downsample", "Downsample", "Downsample", ""],
+        "encoder_temporal_downsample": ["", "TimeDownsampleRes2x", "TimeDownsampleRes2x", ""],
+        "decoder_temporal_upsample": ["", "", "TimeUpsampleRes2x", "TimeUpsampleRes2x"],
+    },
+    {
+        "encoder_conv_in": "Conv2d",
+        "encoder_resnet_blocks": _FLAT_FIRST,
         "encoder_spatial_downsample": [
             "Downsample",
             "Spatial2xTime2x3DDownsample",
@@ -123,10 +144,14 @@ def published_settings(vae: CausalVideoVAE) -> dict[str, Any]:
 def key_pairs(vae: CausalVideoVAE) -> Iterator[KeyPair]:
     """Every tensor of the VAE with its published key."""
     flat = _flat_parts(vae)
-    return layer_pairs(vae, _published_name, lambda name, _: name.startswith(flat))
+    yield from layer_pairs(vae, published_name, lambda name, _: name.startswith(flat))
+    for name, module in vae.named_modules():
+        if isinstance(module, MixedTimeDownsample | MixedTimeUpsample):
+            yield KeyPair(f"{name}.mix_factor", (f"{published_name(name)}.mix_factor",), (1,))
 
 
-def _published_name(name: str) -> str:
+def published_name(name: str) -> str:
+    """The published name of a module of ours, without the wrappers of `layer_pairs`."""
     for pattern, theirs in _RENAMED:
         name = pattern.sub(theirs, name)
     return name
@@ -148,6 +173,7 @@ def _flat_parts(vae: CausalVideoVAE) -> tuple[str, ...]:
 FAMILY = Family(
     "causalvae",
     CausalVideoVAE,
-    Layout(lambda _: "CausalVAEModel", key_pairs, published_settings),
+    # The classes of v1.0 and v1.1 have their loss as a part, with its networks.
+    Layout(lambda _: "CausalVAEModel", key_pairs, published_settings, dropped=("loss.",)),
     {"causalvae": Kind(build, DEFAULTS, FULL_SIZES)},
 )

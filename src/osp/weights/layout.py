@@ -15,13 +15,14 @@ class Layout:
 
     `class_name` is that of the published class; `key_pairs` names the model's tensors there; `settings` are its
     published settings. `ignored` gives keys, with their shapes, that a checkpoint may hold and no output depends on:
-    they are not read, nor written.
+    they are not read, nor written. Nor are keys that begin with one of `dropped`, whatever their shapes.
     """
 
     class_name: Callable[[Any], str]
     key_pairs: Callable[[Any], Iterable[KeyPair]]
     settings: Callable[[Any], dict[str, Any]]
     ignored: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda _: {}
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

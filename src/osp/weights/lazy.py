@@ -77,6 +77,10 @@ class Weights(Mapping[str, Tensor]):
         """The shape of each, without reading it."""
         return {key: stored.shape for key, stored in self.stored.items()}
 
+    def without(self, beginnings: tuple[str, ...]) -> "Weights":
+        """Those whose keys begin with none of these."""
+        return Weights({key: one for key, one in self.stored.items() if not key.startswith(beginnings)})
+
     def __getitem__(self, key: str) -> Tensor:
         return self.stored[key].read()
 

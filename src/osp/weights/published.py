@@ -99,6 +99,7 @@ def open_published(
         weights = read_weights(source, {**found.defaults, **sizes[0]}.get("num_layers"))
     else:
         weights = unwrapped(source)
+    weights = weights.without(family.layout.dropped)
     candidates = [Candidate(family, found, size, weights, origin) for size in sizes]
     best = min(candidates, key=lambda candidate: candidate.misfits)
     check_keys(best.expected, weights, name, optional=best.ignored)

@@ -17,11 +17,12 @@ from osp.denoiser import Denoiser
 from osp.devices.mesh import Mesh
 from osp.diffusion import Objective
 from osp.errors import UsageError
-from osp.training.discriminator import PatchDiscriminator3d
+from osp.training.discriminator import PatchDiscriminator
 from osp.training.fit import batches_in_step
 from osp.training.losses import VAELoss
 from osp.training.memory.layout import Layout
 from osp.training.memory.rehearsal import NotPlannedError
+from osp.training.vae_module import check_trainable
 from osp.vae import WFVAE, VideoVAE
 from osp.weights.pretrained import open_pretrained
 
@@ -67,9 +68,9 @@ class DenoiserWork:
 class VAEWork:
     """A VAE to train, and the discriminator if there will be one; both without memory."""
 
-    vae: WFVAE
+    vae: VideoVAE
     loss: VAELoss
-    discriminator: PatchDiscriminator3d | None
+    discriminator: PatchDiscriminator | None
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,10 @@ def _denoiser_work(config: Mapping[str, Any], build: Build) -> DenoiserWork:
 
 def _vae_work(config: Mapping[str, Any], build: Build) -> VAEWork:
     module, vae = config["module"], _model(config["vae"], build)
-    if not isinstance(vae, WFVAE):
-        raise UsageError("module=vae trains a WF-VAE; choose one as vae")
     discriminator = None if module["discriminator_start"] is None else _model(module["discriminator"], build)
     with torch.device("meta"):
         loss = build(module["loss"])
+    check_trainable(vae, loss)
     return VAEWork(vae, loss, discriminator)
 
 

@@ -26,9 +26,9 @@ from osp.devices.simulated import fake_twin, simulated
 from osp.diffusion import Objective
 from osp.errors import OspError
 from osp.training.adversarial import discriminator_loss, vae_loss
-from osp.training.discriminator import PatchDiscriminator3d
+from osp.training.discriminator import PatchDiscriminator
 from osp.training.losses import VAELoss
-from osp.vae import WFVAE, VideoVAE
+from osp.vae import VideoVAE
 from osp.vae.autoencoder import COLOURS
 
 
@@ -145,9 +145,9 @@ def rehearse_denoiser(
 
 
 def rehearse_vae(
-    vae: WFVAE,
+    vae: VideoVAE,
     loss: VAELoss,
-    discriminator: PatchDiscriminator3d | None,
+    discriminator: PatchDiscriminator | None,
     video: Sequence[int],
     precision: str,
     accelerated: bool,
