@@ -60,14 +60,14 @@ def test_each_case_has_a_line_with_its_figures_and_the_others_run_on(tmp_path: P
     copied(tmp_path, "wavelet", "b")
     wrong = copied(tmp_path, *SMALL)
     change_tensors(wrong, lambda t: t["out/haar2d"].view(-1)[3].add_(0.5))
-    (tmp_path / "latte_v10").mkdir()
-    (tmp_path / "latte_v10" / "a.json").write_text("{}")
+    (tmp_path / "zoetrope_v0").mkdir()
+    (tmp_path / "zoetrope_v0" / "a.json").write_text("{}")
     done = run(tmp_path)
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     assert lines[0].startswith("failed         wavelet/a: difference 0.5, bar 1.4e-05 (haar2d, worst of 6)")
     assert lines[1].startswith("passed         wavelet/b: difference ")
-    assert lines[2] == "unknown        latte_v10: no such kind is known here (cases: 1)"
+    assert lines[2] == "unknown        zoetrope_v0: no such kind is known here (cases: 1)"
     assert lines[3] == "1 passed, 1 failed, 0 not supported, 1 unknown"
 
 

@@ -8,7 +8,7 @@ from osp.audit.case import Case
 from osp.audit.golden import compare, find_cases
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-KINDS = ("opensora_v13", "opensora_inpaint_v13", "ummdit_v15")
+KINDS = ("latte_v10", "latte_v11", "opensora_v13", "opensora_inpaint_v13", "ummdit_v15")
 CASES = [case for kind in KINDS for case in find_cases(GOLDEN, kind)]
 
 

@@ -17,6 +17,8 @@ from osp.weights.families import find_kind
 MANIFESTS = Path(__file__).parent.parent / "golden" / "manifests"
 # (kind, manifest, keys, parameters), as published
 FULL = [
+    ("latte_v10", "latte_v10", 968, 1_057_246_880),
+    ("latte_v11", "latte_v11", 968, 1_057_246_880),
     ("opensora_v13", "opensora_t2v_v1_3_2b", 687, 2_771_981_600),
     ("opensora_inpaint_v13", "opensora_inpaint_v1_3_2b", 693, 2_782_713_632),
     ("ummdit_v15", "sparse_ummdit_v1_5_tp1", 1178, 8_504_661_120),

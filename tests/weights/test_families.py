@@ -16,7 +16,7 @@ from osp.audit.golden import runners
 from osp.conditioning import WordText
 from osp.data.datamodule import ClipDataModule
 from osp.data.sources import SyntheticClips
-from osp.denoiser import CrossTransformer, Denoiser, JointTransformer, Stage
+from osp.denoiser import CrossTransformer, Denoiser, JointTransformer, LatteTransformer, Stage
 from osp.denoiser.attention import TokenBatch
 from osp.denoiser.denoiser import LinearLayers, make_config
 from osp.denoiser.flops import denoiser_flops, linear_layers
@@ -314,12 +314,15 @@ def test_what_is_not_registered_is_not_known(tmp_path: Path) -> None:
         save_pretrained(PlainTransformer(), tmp_path)
     with pytest.raises(UsageError, match="no published form of a PlainTransformer"):
         to_published(PlainTransformer())
-    with pytest.raises(UsageError, match=r"^model=WFVAE: is not known; choose CrossTransformer or JointTransformer$"):
+    with pytest.raises(
+        UsageError, match=r"^model=WFVAE: is not known; choose LatteTransformer, CrossTransformer or JointTransformer$"
+    ):
         find_class("WFVAE", Denoiser)
 
 
 def test_each_family_goes_by_one_name() -> None:
-    classes = {"wfvae": WFVAE, "causalvae": CausalVideoVAE, "cross": CrossTransformer, "joint": JointTransformer}
+    classes = {"wfvae": WFVAE, "causalvae": CausalVideoVAE, "latte": LatteTransformer}
+    classes |= {"cross": CrossTransformer, "joint": JointTransformer}
     assert {name: family.model for name, family in FAMILIES.items()} == classes
     for name, kind in classes.items():
         assert find_class(name, nn.Module) is find_class(kind.__name__, nn.Module) is kind
@@ -336,7 +339,7 @@ def test_full_sizes_of_each_family_are_described_wholly(name: str) -> None:
             assert family_of(model) is family
             assert {pair.ours for pair in family.layout.key_pairs(model)} == set(model.state_dict())
             if isinstance(model, Denoiser):
-                assert set(linear_layers(model)) <= set(model.linear_layers.rows)
+                assert linear_layers(model)  # all of them, or it would have raised
                 assert set(model.linear_layers.inputs) <= set(model.linear_layers.rows)
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from osp.audit.case import Case, Comparison, Unknown, Unsupported
+from osp.audit.latte import run_latte
 from osp.audit.losses import run_causalvae_loss
 from osp.audit.networks import run_denoiser, run_manifest, run_vae, run_wavelet
 from osp.audit.schedules import run_v13, run_v15
@@ -21,6 +22,7 @@ Runner = Callable[[Case], Iterator[Comparison]]
 State = Literal["passed", "failed", "not supported", "unknown"]
 STATES: tuple[State, ...] = ("passed", "failed", "not supported", "unknown")
 
+_OF_FAMILY: dict[str, Runner] = {"latte": run_latte}  # whose cases hold more than those of other denoisers
 MANIFESTS, _MANIFEST = "manifests", ".json.gz"
 _CASE = (".json", ".safetensors")
 
@@ -42,7 +44,8 @@ def runners() -> dict[str, Runner]:
     found: dict[str, Runner] = {"wavelet": run_wavelet, "sched_v13": run_v13, "sched_v15": run_v15}
     found["causalvae_loss"] = run_causalvae_loss
     for family in FAMILIES.values():
-        found |= dict.fromkeys(family.kinds, run_denoiser if issubclass(family.model, Denoiser) else run_vae)
+        usual = run_denoiser if issubclass(family.model, Denoiser) else run_vae
+        found |= dict.fromkeys(family.kinds, _OF_FAMILY.get(family.name, usual))
     return found
 
 

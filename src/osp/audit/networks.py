@@ -30,7 +30,7 @@ _INPUTS = {
     "video_mask": "attention_mask",
 }
 _NEEDED = ("latent", "time", "text")
-_ONE_TEXT = ("text", "text_mask", "pooled_text")  # which the published code gives one dimension more
+_ONE_TEXT = {"text": 3, "text_mask": 2, "pooled_text": 2}  # dimensions; published code may give one more, of size 1
 _LEAST_DECODED = 1e-4
 
 
@@ -63,8 +63,8 @@ def run_denoiser(case: Case) -> Iterator[Comparison]:
     """The prediction for each recorded set of inputs, and what the recorded blocks give."""
     model = load(case)
     assert isinstance(model, Denoiser)
-    for name in sorted({*case.setting("input_sets"), *(key.split("/")[1] for key in case.tensors if key[:3] == "in/")}):
-        prediction, outputs = _with_blocks(model, recorded_inputs(case, name))
+    for name in recorded_sets(case):
+        prediction, outputs = with_blocks(model, recorded_inputs(case, name))
         yield case.compare(f"{name}/sample", prediction, case.bar(f"{name}/sample"))
         bar = case.bar(f"{name}/blocks", f"{name}/sample")
         for place, recorded in case.below(f"out/{name}/block_").items():
@@ -130,6 +130,11 @@ def _manifest(path: Path) -> tuple[dict[str, Any], Weights]:
     return config, Weights.of(weights)
 
 
+def recorded_sets(case: Case) -> list[str]:
+    """The names of the sets of inputs, those that are said to be there and those that are."""
+    return sorted({*case.setting("input_sets"), *(key.split("/")[1] for key in case.tensors if key[:3] == "in/")})
+
+
 def recorded_inputs(case: Case, name: str) -> dict[str, Tensor]:
     """One recorded set, as our models take it. Raises DataError for an input that is missing or that they lack."""
     stored = case.below(f"in/{name}/")
@@ -138,13 +143,17 @@ def recorded_inputs(case: Case, name: str) -> dict[str, Tensor]:
     if missing := [_INPUTS[ours] for ours in _NEEDED if _INPUTS[ours] not in stored]:
         raise DataError(f"{name}: has no {', '.join(missing)}")
     given = {ours: stored[theirs] for ours, theirs in _INPUTS.items() if theirs in stored}
-    return {key: value.squeeze(1) if key in _ONE_TEXT else value for key, value in given.items()}
+    return {key: value.squeeze(1) if value.ndim > _ONE_TEXT.get(key, 5) else value for key, value in given.items()}
 
 
-def _with_blocks(model: Denoiser, given: Mapping[str, Tensor]) -> tuple[Tensor, list[Any]]:
-    """The prediction, and what each block gave."""
-    outputs: list[Any] = []
-    hooks = [block.register_forward_hook(lambda _, __, out: outputs.append(out)) for block in model.blocks]
+def with_blocks(model: Denoiser, given: Mapping[str, Any]) -> tuple[Tensor, dict[int, Any]]:
+    """The prediction, and what each block gave, by its number."""
+    outputs: dict[int, Any] = {}
+
+    def keeping(number: int) -> Callable[[Any, Any, Any], None]:
+        return lambda _, __, out: outputs.update({number: out})
+
+    hooks = [block.register_forward_hook(keeping(number)) for number, block in enumerate(model.blocks)]
     try:
         return model(**given), outputs
     finally:
@@ -152,7 +161,7 @@ def _with_blocks(model: Denoiser, given: Mapping[str, Tensor]) -> tuple[Tensor, 
             hook.remove()
 
 
-def _block_output(model: Denoiser, outputs: list[Any], place: str) -> Tensor:
+def _block_output(model: Denoiser, outputs: Mapping[int, Any], place: str) -> Tensor:
     """The output of block "N", or of block "STAGE_N_vis" or "STAGE_N_txt" where blocks are counted by stage."""
     first, *rest = place.split("_")
     if not rest:

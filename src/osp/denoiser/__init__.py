@@ -4,6 +4,7 @@ from osp.denoiser.cross import CrossTransformer, CrossTransformerConfig
 from osp.denoiser.denoiser import Denoiser
 from osp.denoiser.grid import Grid
 from osp.denoiser.joint import JointTransformer, JointTransformerConfig
+from osp.denoiser.latte import LatteTransformer, LatteTransformerConfig
 from osp.denoiser.restage import restage
 from osp.denoiser.schedule import Stage
 
@@ -14,6 +15,8 @@ __all__ = [
     "Grid",
     "JointTransformer",
     "JointTransformerConfig",
+    "LatteTransformer",
+    "LatteTransformerConfig",
     "Stage",
     "restage",
 ]

@@ -1,6 +1,6 @@
 """Attention inside the groups of a pattern."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ class TokenBatch:
     """A batch of tokens, as a denoiser's attention has to know it.
 
     The masks, of the video (`B N`) and of the text in the patterns' attention (`B L`), are True where a token is real,
-    None where all are. `text` is the length L of that text, 0 where attention is among video tokens only.
+    None where all are. `text` is the length L of that text, 0 where attention is among video tokens only. The attention
+    of the patterns in `unmasked` takes no notice of the video's mask.
     """
 
     grid: Grid
@@ -27,6 +28,11 @@ class TokenBatch:
     video_mask: Tensor | None = None
     text_mask: Tensor | None = None
     text: int = 0
+    unmasked: frozenset[Pattern] = frozenset()
+
+    def seen_by(self, pattern: Pattern) -> "TokenBatch":
+        """The batch as the attention of a pattern takes it."""
+        return replace(self, video_mask=None) if pattern in self.unmasked else self
 
 
 class GroupAttention:

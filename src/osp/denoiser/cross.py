@@ -1,4 +1,4 @@
-"""The cross-attention transformer of v1.0 to v1.3: video attends to itself by a pattern, then to text.
+"""The cross-attention transformer of v1.2 and v1.3: video attends to itself by a pattern, then to text.
 
 Lin et al., "Open-Sora Plan: Open-Source Large Video Generation Model", arXiv:2412.00131, section 2.2; its conditioning
 is that of PixArt-alpha (Chen et al., arXiv:2310.00426).
@@ -19,7 +19,7 @@ from osp.denoiser.rotary import rotary_tables, rotate
 from osp.denoiser.schedule import Stage
 from osp.devices import attention
 
-_TIME_CHANNELS = 256
+TIME_CHANNELS = 256
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ class CrossTransformer(Denoiser):
         self.condition_patches = nn.ModuleList(
             ConditionEmbedding(channels, c.width, c.patch_size) for channels in c.frame_channels
         )
-        self.time = MLP(_TIME_CHANNELS, c.width, c.width, nn.SiLU())
+        self.time = MLP(TIME_CHANNELS, c.width, c.width, nn.SiLU())
         self.modulation = nn.Linear(c.width, 6 * c.width)
         self.text = MLP(c.text_channels, c.width, c.width, nn.GELU(approximate="tanh"))
-        self.blocks = nn.ModuleList(CrossBlock(c) for _ in self.schedule)
+        self.blocks = nn.ModuleList(CrossBlock(c.width, c.head_dim) for _ in self.schedule)
         self.out_table = nn.Parameter(torch.randn(2, c.width) / c.width**0.5)
         self.out = nn.Linear(c.width, c.patch_size**2 * c.out_channels)
         # A new model predicts zero, and its text begins without a say, as in PixArt-alpha.
@@ -131,7 +131,7 @@ class CrossTransformer(Denoiser):
             x = x + embed(condition)
         rotary = rotary_tables(c.rotary_parts, grid, c.position_scale, x.device, x.dtype)
         text = self.text(text.to(dtype))
-        embedded = self.time(sinusoid(time, _TIME_CHANNELS).to(dtype))
+        embedded = self.time(sinusoid(time, TIME_CHANNELS).to(dtype))
         modulation = self.modulation(nn.functional.silu(embedded)).unflatten(1, (6, -1))
         x = placement.split(x)
         for i in range(len(self.blocks)):
@@ -161,18 +161,20 @@ class ConditionEmbedding(PatchEmbedding):
 class CrossBlock(nn.Module):
     """Self-attention by a pattern, cross-attention to text, feed-forward.
 
-    All blocks share one modulation, to which each adds a table of its own.
+    All blocks share one modulation, to which each adds a table of its own. A block that does not read text
+    (`reads_text`) has no cross-attention.
     """
 
-    def __init__(self, config: CrossTransformerConfig) -> None:
+    def __init__(self, width: int, head_dim: int, reads_text: bool = True) -> None:
         super().__init__()
-        width, self.head_dim = config.width, config.head_dim
+        self.head_dim, self.reads_text = head_dim, reads_text
         self.table = nn.Parameter(torch.randn(6, width) / width**0.5)
         self.qkv = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)
-        self.text_q = nn.Linear(width, width)
-        self.text_kv = nn.Linear(width, 2 * width)
-        self.text_out = nn.Linear(width, width)
+        if reads_text:
+            self.text_q = nn.Linear(width, width)
+            self.text_kv = nn.Linear(width, 2 * width)
+            self.text_out = nn.Linear(width, width)
         self.feed_forward = FeedForward(width, bias=True)
 
     def forward(
@@ -181,23 +183,40 @@ class CrossBlock(nn.Module):
         text: Tensor,
         text_mask: Tensor | None,
         modulation: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None,
         attend: Attend,
+        image_tokens: int = 0,
     ) -> Tensor:
-        """Tokens `B N D`, text `B L D`, its mask `B L`, modulation `B 6 D` -> `B N D`."""
+        """Tokens `B N D`, text `B L D`, its mask `B L`, modulation `B 6 D` -> `B N D`.
+
+        Without `rotary` tables nothing is rotated. In a joint batch the last `image_tokens` tokens are those of n
+        images, each with a text of its own: `B 1+n L D`, the mask `B 1+n L`.
+        """
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.table + modulation).unbind(1)
 
         q, k, v = self._heads(self.qkv(modulated_norm(x, 1 + scale, shift)), 3)
-        out, _ = attend((rotate(q, *rotary), rotate(k, *rotary), v))
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        out, _ = attend((q, k, v))
         x = torch.addcmul(x, gate[:, None], self.attention_out(out.flatten(2)))
 
-        # Each token attends to all of the text, so this needs no rearrangement.
-        (q,), (k, v) = self._heads(self.text_q(x), 1), self._heads(self.text_kv(text), 2)
-        x = x + self.text_out(attention(q, k, v, text_mask).flatten(2))
+        if self.reads_text:
+            x = x + self.text_out(self._read(x, text, text_mask, image_tokens))
 
         out = self.feed_forward(modulated_norm(x, 1 + ff_scale, ff_shift))
         return torch.addcmul(x, ff_gate[:, None], out)
 
+    def _read(self, x: Tensor, text: Tensor, mask: Tensor | None, image_tokens: int) -> Tensor:
+        """Each token's share of its text, `B N D`. All of the text is attended to, so nothing is rearranged."""
+        (q,), (k, v) = self._heads(self.text_q(x), 1), self._heads(self.text_kv(text), 2)
+        if not image_tokens:
+            return attention(q, k, v, mask).flatten(2)
+        clip = attention(q[:, :-image_tokens], k[:, 0], v[:, 0], None if mask is None else mask[:, 0])
+        images = q[:, -image_tokens:].unflatten(1, (k.shape[1] - 1, -1)).flatten(0, 1)
+        own = (part[:, 1:].flatten(0, 1) for part in (k, v))
+        read = attention(images, *own, None if mask is None else mask[:, 1:].flatten(0, 1))
+        return torch.cat((clip, read.unflatten(0, (len(x), -1)).flatten(1, 2)), dim=1).flatten(2)
+
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """`B N (parts H D)` -> so many of `B N H D`."""
-        return x.unflatten(2, (parts, -1, self.head_dim)).unbind(2)
+        """`... (parts H D)` -> so many of `... H D`."""
+        return x.unflatten(-1, (parts, -1, self.head_dim)).unbind(-3)

@@ -63,12 +63,14 @@ class LinearLayers:
 
     `rows` says for each, by its name with `*` for a number, which rows of a sample it sees: the "video" tokens, the
     "text" tokens, or one row ("once"). `inputs` are those that see an input of the model itself. `joint_text`: text
-    takes part in the attention of the patterns; else the video's tokens attend to it once more in each block.
+    takes part in the attention of the patterns; else the video's tokens attend to it once more, in the first of every
+    `text_every` blocks.
     """
 
     rows: Mapping[str, Literal["video", "text", "once"]]
     inputs: Collection[str]
     joint_text: bool
+    text_every: int = 1
 
 
 class Denoiser(nn.Module):
@@ -102,6 +104,21 @@ class Denoiser(nn.Module):
     def neutral_parts(self) -> list[Any]:
         """The modules that start without effect, so that `restage` may add them to a trained model."""
         return []
+
+    @property
+    def clip_frames(self) -> int | None:
+        """The latent frames of a clip where the model takes no other length but single images; None: it takes any."""
+        return None
+
+    def block_grids(self, grid: Grid, images: int = 0) -> list[Grid | None]:
+        """The tokens that each block works on; None for one that is passed by.
+
+        `images` are the last frames of the grid, where these are images of a joint batch. Raises UsageError for images,
+        which only some families take.
+        """
+        if images:
+            raise UsageError(f"images={images}: {type(self).__name__} takes no joint batches of clips and images")
+        return [grid] * len(self.schedule)
 
     @property
     def parts(self) -> Sequence[nn.Module]:

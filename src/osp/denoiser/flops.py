@@ -12,6 +12,7 @@ from osp.denoiser.grid import Grid
 from osp.denoiser.patterns import Pattern
 from osp.errors import UsageError
 
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 # Layers that torch's counter counts, but that `LinearLayers` cannot describe.
 _UNCOUNTED = (nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
@@ -52,39 +53,58 @@ class DenoiserFlops:
         return self.attention / self.forward
 
 
-def denoiser_flops(model: Denoiser, latent: Sequence[int], text: int, batch: int = 1) -> DenoiserFlops:
+def denoiser_flops(model: Denoiser, latent: Sequence[int], text: int, batch: int = 1, images: int = 0) -> DenoiserFlops:
     """The operations for so many latents of frames, height and width, each with so many tokens of text.
 
-    They do not depend on masks, which leave out what does not count but not, in general, its computation. The model may
-    be on the meta device. Raises UsageError for a latent or a text that the model does not take, and for a layer that
-    its family does not name.
+    In a joint batch the last so many frames of a latent are `images`, and each of these has as much text again. The
+    operations do not depend on masks, which leave out what does not count but not, in general, its computation. The
+    model may be on the meta device. Raises UsageError for a latent or a text that the model does not take, and for a
+    layer that its family does not name.
     """
-    grid = _grid(model, latent, text, batch)
-    layers, joint = linear_layers(model), model.linear_layers.joint_text
+    grid = _grid(model, latent, text, batch, images)
+    grids, described = model.block_grids(grid, images), model.linear_layers
+    tokens = {"video": grid.tokens, "text": text * (1 + images), "once": 1}
+    embedding = linear = 0
+    for name, weights in linear_layers(model).items():
+        own = _own_grid(name, grids, grid)
+        if own is not None:
+            seen = described.rows[_NUMBER.sub("*", name)]
+            products = weights * (own.tokens if seen == "video" else tokens[seen])
+            is_input = _NUMBER.sub("*", name) in described.inputs
+            embedding, linear = embedding + is_input * products, linear + (not is_input) * products
     heads_width: int = model.config.width
-    rows = {"video": grid.tokens, "text": text, "once": 1}
-    products = {name: rows[model.linear_layers.rows[name]] * weights for name, weights in layers.items()}
-    embedding = sum(products.get(name, 0) for name in model.linear_layers.inputs)
-    pairs = {pattern: _pairs(pattern, grid, text if joint else 0) for pattern in dict.fromkeys(model.schedule)}
+    joint = text if described.joint_text else 0
+    pairs = {each: _pairs(*each, joint) for each in set(zip(model.schedule, grids, strict=True))}
     # The products are queries times keys, and probabilities times values, in all heads.
-    attention = 2 * heads_width * sum(pairs[pattern] for pattern in model.schedule)
-    text_attention = 0 if joint else 2 * heads_width * len(model.schedule) * grid.tokens * text
-    parts = embedding, sum(products.values()) - embedding, attention, text_attention
-    return DenoiserFlops(*(2 * batch * part for part in parts))
+    attention = 2 * heads_width * sum(pairs[each] for each in zip(model.schedule, grids, strict=True))
+    readers = [] if described.joint_text else grids[:: described.text_every]
+    text_attention = 2 * heads_width * text * sum(own.tokens for own in readers if own is not None)
+    return DenoiserFlops(*(2 * batch * part for part in (embedding, linear, attention, text_attention)))
 
 
-def _grid(model: Denoiser, latent: Sequence[int], text: int, batch: int) -> Grid:
+def _grid(model: Denoiser, latent: Sequence[int], text: int, batch: int, images: int) -> Grid:
     """The grid of tokens, as the model checks and counts it."""
+    joint = {"images": images} if images else {}
+    texts = (1 + images,) if images else ()
+    model.block_grids(Grid(1 + images, 1, 1), images)  # refuses images for families that take none
     with torch.device("meta"):
         pooled = None if model.pooled_channels is None else torch.empty(batch, model.pooled_channels)
         video = torch.empty(batch, model.latent_channels, *latent)
-        return model.check(video, torch.empty(batch), torch.empty(batch, text, model.text_channels), None, pooled, None)
+        words = torch.empty(batch, *texts, text, model.text_channels)
+        return model.check(video, torch.empty(batch), words, None, pooled, None, **joint)
+
+
+def _own_grid(name: str, grids: Sequence[Grid | None], grid: Grid) -> Grid | None:
+    """The tokens that a layer sees: those of its block, or all."""
+    inside = _BLOCK.match(name)
+    return grids[int(inside[1])] if inside else grid
 
 
 def linear_layers(model: Denoiser) -> dict[str, int]:
-    """How many weights the linear layers have, by their names in the family's `LinearLayers`; all blocks' together.
+    """How many weights each linear layer has, by its name.
 
-    Raises UsageError for a family without these, and for a layer that is not in them: it would be counted wrong.
+    Raises UsageError for a family without `LinearLayers`, and for a layer that is not in them: it would be counted
+    wrong.
     """
     family = type(model).__name__
     if not hasattr(model, "linear_layers"):
@@ -95,16 +115,18 @@ def linear_layers(model: Denoiser) -> dict[str, int]:
             pattern = _NUMBER.sub("*", name)
             if pattern not in model.linear_layers.rows:
                 raise UsageError(f"{family}: its linear_layers do not say which rows {name} sees; add {pattern!r}")
-            weights[pattern] = weights.get(pattern, 0) + layer.weight.numel()
+            weights[name] = layer.weight.numel()
         elif isinstance(layer, _UNCOUNTED):
             raise UsageError(f"{family}: the operations of {name}, a {type(layer).__name__}, cannot be counted")
     return weights
 
 
-def _pairs(pattern: Pattern, grid: Grid, text: int) -> int:
-    """Pairs of a query and a key, over all groups.
+def _pairs(pattern: Pattern, grid: Grid | None, text: int) -> int:
+    """Pairs of a query and a key, over all groups; none where a block is passed by.
 
     The filling of groups is not in it, as the model cuts it off (`Pattern.runs`), but for what lies between real tokens
     in a group. Joint attention appends all of the text to each group, so that k groups see it k times.
     """
+    if grid is None:
+        return 0
     return sum((run.stop - run.start) * (run.length + text) ** 2 for run in pattern.runs(grid))

@@ -1,4 +1,4 @@
-"""The layers that both transformers are made of."""
+"""The layers that the transformers are made of."""
 
 import math
 
@@ -15,6 +15,13 @@ def sinusoid(time: Tensor, channels: int) -> Tensor:
     steps = torch.arange(half, device=time.device, dtype=torch.float32)
     angles = time.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
     return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def sines(positions: Tensor, channels: int) -> Tensor:
+    """`N` -> `N C`: sines, then cosines, of frequencies from 1 down towards 1/10000, in the positions' type."""
+    steps = torch.arange(0, channels, 2, device=positions.device, dtype=positions.dtype) / channels
+    angles = positions[:, None] * 10000.0**-steps
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

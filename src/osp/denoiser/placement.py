@@ -29,7 +29,7 @@ class Placement:
     def __init__(self, schedule: Sequence[Pattern], tokens: TokenBatch) -> None:
         self.schedule = schedule
         self._attentions: dict[Any, Attend] = {
-            pattern: GroupAttention(pattern, tokens) for pattern in dict.fromkeys(schedule)
+            pattern: GroupAttention(pattern, tokens.seen_by(pattern)) for pattern in dict.fromkeys(schedule)
         }
 
     def split(self, tokens: Tensor) -> Tensor:

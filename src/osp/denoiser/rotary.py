@@ -14,15 +14,22 @@ _BASE = 10000.0
 
 @lru_cache(maxsize=8)  # a pair may take tens of megabytes on the device
 def rotary_tables(
-    parts: tuple[int, ...], grid: Grid, scale: tuple[float, ...], device: torch.device, dtype: torch.dtype
+    parts: tuple[int, ...],
+    grid: Grid,
+    scale: tuple[float, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines `N 1 D/2` for heads of which each axis of the grid has a part.
 
-    Positions along an axis are divided by its `scale`. Cached by all of the arguments.
+    Positions along an axis are divided by its `scale`, and then cut to whole numbers if they are to be `whole`. Cached
+    by all of the arguments.
     """
     # A table made in inference mode could not serve a training step later.
     with torch.inference_mode(False), torch.no_grad():
         axes = [torch.arange(size, dtype=torch.float64, device=device) / s for size, s in zip(grid, scale, strict=True)]
+        axes = [axis.floor() for axis in axes] if whole else axes
         positions = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")])
         angles = []
         for part, position in zip(parts, positions, strict=True):

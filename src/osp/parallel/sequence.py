@@ -52,7 +52,7 @@ class SplitTokens(Placement):
     """A part of the video tokens lies in each process; see the module and `Placement`."""
 
     def __init__(self, over: Exchange, schedule: Sequence[Pattern], tokens: TokenBatch) -> None:
-        device, video_mask = tokens.device, tokens.video_mask
+        device = tokens.device
         self.over, self.device = over, device
         self.layouts = plan_layouts(tuple(schedule), tokens.grid, over.size)
         self._here = {one: one.tokens(over.rank).to(device) for one in dict.fromkeys(self.layouts)}
@@ -60,15 +60,16 @@ class SplitTokens(Placement):
         self._whole: dict[Pattern, GroupAttention] = {}
         self._by_layout: dict[tuple[Pattern, Layout], Attend] = {}
         for pattern, layout in dict.fromkeys(zip(schedule, self.layouts, strict=True)):
+            seen = tokens.seen_by(pattern)
             if layout.pattern == pattern:
-                mask = None if video_mask is None else video_mask[:, self._here[layout]]
+                mask = None if seen.video_mask is None else seen.video_mask[:, self._here[layout]]
                 groups = local_groups(layout, over.rank, device)
-                local = GroupAttention(groups, replace(tokens, video_mask=mask))
+                local = GroupAttention(groups, replace(seen, video_mask=mask))
                 share = layout.places.groups[over.rank] / sum(layout.places.groups)
                 self._by_layout[pattern, layout] = WholeGroups(over, local, share)
             else:
                 if pattern not in self._whole:
-                    self._whole[pattern] = GroupAttention(pattern, tokens)
+                    self._whole[pattern] = GroupAttention(pattern, seen)
                 self._by_layout[pattern, layout] = SplitHeads(over, self._whole[pattern], layout, device)
         self._attends = [self._by_layout[each] for each in zip(schedule, self.layouts, strict=True)]
 

@@ -66,7 +66,7 @@ _TOP = {
     "text.down": "caption_projection.linear_2",
     "out": "proj_out",
 }
-_IN_BLOCK = {
+IN_BLOCK = {
     "qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "attention_out": ("attn1.to_out.0",),
     "text_q": ("attn2.to_q",),
@@ -141,7 +141,7 @@ def key_pairs(model: CrossTransformer) -> Iterator[KeyPair]:
             if rest == "table":
                 yield KeyPair(name, (f"{theirs}.scale_shift_table",), shape)
                 continue
-            parts = _IN_BLOCK[inner]
+            parts = IN_BLOCK[inner]
             shape = (shape[0] // len(parts), *shape[1:])
             orders = (rows, rows, None) if inner == "qkv" else ()
             yield KeyPair(name, tuple(f"{theirs}.{part}.{kind}" for part in parts), shape, orders)

@@ -9,7 +9,7 @@ from osp.denoiser import Denoiser
 from osp.errors import OspError, UsageError
 from osp.extensions import import_named
 from osp.vae import VideoVAE
-from osp.weights import causalvae, cross, joint, wfvae
+from osp.weights import causalvae, cross, joint, latte, wfvae
 from osp.weights.layout import Family, Kind
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -63,5 +63,5 @@ def find_class(name: Any, base: type[Model], key: str = "model", error: type[Osp
     return next(family.model for family in families if name in family.names)  # type: ignore[return-value]
 
 
-for _family in (wfvae.FAMILY, causalvae.FAMILY, cross.FAMILY, joint.FAMILY):
+for _family in (wfvae.FAMILY, causalvae.FAMILY, latte.FAMILY, cross.FAMILY, joint.FAMILY):
     register(_family)

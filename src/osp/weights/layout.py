@@ -1,6 +1,6 @@
 """The description of a model family: its class, how the published code writes it, and its published models."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ class Layout:
 
     `class_name` is that of the published class; `key_pairs` names the model's tensors there; `settings` are its
     published settings. `ignored` gives keys, with their shapes, that a checkpoint may hold and no output depends on:
-    they are not read, nor written. Nor are keys that begin with one of `dropped`, whatever their shapes.
+    they are not read, nor written. Nor are keys that begin with one of `dropped`, whatever their shapes. `absent` gives
+    published keys that a checkpoint may lack: these are zeros then.
     """
 
     class_name: Callable[[Any], str]
@@ -23,6 +24,7 @@ class Layout:
     settings: Callable[[Any], dict[str, Any]]
     ignored: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda _: {}
     dropped: tuple[str, ...] = ()
+    absent: Callable[[Any], Collection[str]] = lambda _: ()
 
 
 @dataclass(frozen=True)

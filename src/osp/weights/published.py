@@ -17,7 +17,7 @@ from osp.weights.folders import config_path, read_config, read_weights, write_mo
 from osp.weights.keys import from_published
 from osp.weights.keys import to_published as _to_published
 from osp.weights.layout import Family, Kind, Layout
-from osp.weights.lazy import Weights, filled, parse_dtype, unwrapped
+from osp.weights.lazy import Stored, Weights, filled, parse_dtype, unwrapped
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CLASS = "_class_name"
@@ -102,6 +102,7 @@ def open_published(
     weights = weights.without(family.layout.dropped)
     candidates = [Candidate(family, found, size, weights, origin) for size in sizes]
     best = min(candidates, key=lambda candidate: candidate.misfits)
+    weights = best.completed(weights)
     check_keys(best.expected, weights, name, optional=best.ignored)
     weights = sound(weights, best.expected, name.split(" (read with")[0])
     return Opened(best.model, from_published(best.pairs, weights, best.model, dtype), best.further_settings)
@@ -151,12 +152,22 @@ class Candidate:
             raise RuntimeError(f"family {family.name}: its layout has no key for {', '.join(sorted(forgotten))}")
         self.expected = {key: pair.published_shape for pair in self.pairs for key in pair.published}
         self.ignored = layout.ignored(self.model)
+        self.absent = {key: self.expected[key] for key in layout.absent(self.model)}
         shaping = layout.settings(self.model)
         self.further_settings = {
             key: value for key, value in settings.items() if key not in shaping and not key.startswith("_")
         }
         ignored = {key: shape for key, shape in self.ignored.items() if key in weights}
-        self.misfits = len((self.expected | ignored).items() ^ weights.shapes.items())
+        self.misfits = len((self.expected | ignored).items() ^ self.completed(weights).shapes.items())
+
+    def completed(self, weights: Weights) -> Weights:
+        """The weights, with zeros for what a checkpoint may lack and these do."""
+
+        def zeros(shape: tuple[int, ...]) -> Stored:
+            return Stored(shape, torch.float32, lambda: torch.zeros(shape, device="cpu"))
+
+        lacking = {key: zeros(shape) for key, shape in self.absent.items() if key not in weights}
+        return Weights(lacking | weights.stored)
 
 
 def build_published(
