@@ -4,8 +4,10 @@
 
 Cases lie as `KIND/NAME.json` and `KIND/NAME.safetensors`, key lists of full-size checkpoints as
 `manifests/NAME.json.gz`. One line each: whether it passed, with the difference that is the largest share of its bar. A
-kind that is unknown, and settings that we do not build, have a line too; they are neither passed nor failed. Exits with
-1 if a case failed, also one that cannot be read, or if there is no case at all.
+set of inputs that shows a fault of the published code, which docs/weights.md says that we do not repeat, has a further
+line, `documented`, with its difference; its case passes only if what is recorded comes out with the fault. A kind that
+is unknown, and settings that we do not build, have a line too. All these are neither passed nor failed. Exits with 1 if
+a case failed, also one that cannot be read, or if there is no case at all.
 """
 
 import argparse

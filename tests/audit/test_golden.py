@@ -68,7 +68,7 @@ def test_each_case_has_a_line_with_its_figures_and_the_others_run_on(tmp_path: P
     assert lines[0].startswith("failed         wavelet/a: difference 0.5, bar 1.4e-05 (haar2d, worst of 6)")
     assert lines[1].startswith("passed         wavelet/b: difference ")
     assert lines[2] == "unknown        zoetrope_v0: no such kind is known here (cases: 1)"
-    assert lines[3] == "1 passed, 1 failed, 0 not supported, 1 unknown"
+    assert lines[3] == "1 passed, 1 failed, 0 documented, 0 not supported, 1 unknown"
 
 
 def test_a_folder_of_one_kind_and_what_is_unknown_are_no_failure(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_settings_that_are_not_built_are_neither_passed_nor_failed(tmp_path: Pat
     outcomes = list(check(tmp_path))
     assert [outcome.state for outcome in outcomes] == ["not supported"] * 3
     assert "TimeDownsample4x" in outcomes[0].detail
-    assert summary(outcomes) == "0 passed, 0 failed, 3 not supported, 0 unknown"
+    assert summary(outcomes) == "0 passed, 0 failed, 0 documented, 3 not supported, 0 unknown"
 
 
 def manifest(folder: Path, edit: Callable[[dict[str, Any]], object], name: str = MANIFEST) -> Outcome:

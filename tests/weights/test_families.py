@@ -337,7 +337,7 @@ def test_full_sizes_of_each_family_are_described_wholly(name: str) -> None:
             with torch.device("meta"):
                 model = kind.build({**kind.defaults, **size}, {})
             assert family_of(model) is family
-            assert {pair.ours for pair in family.layout.key_pairs(model)} == set(model.state_dict())
+            assert {pair.ours for pair in family.layout_of(kind).key_pairs(model)} == set(model.state_dict())
             if isinstance(model, Denoiser):
                 assert linear_layers(model)  # all of them, or it would have raised
                 assert set(model.linear_layers.inputs) <= set(model.linear_layers.rows)

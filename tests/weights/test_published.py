@@ -33,9 +33,10 @@ def test_published_to_ours_to_published_is_the_identity(case: Case) -> None:
     further = open_published(kind, weights, config).further_settings
     assert not model.training
     assert all(value.dtype == torch.float32 for value in model.state_dict().values())
-    back = to_published(model)
+    back = to_published(model, kind)
     assert equal(back, weights)
-    settings = published_settings(model)
+    assert equal(to_published(model), weights)
+    settings = published_settings(model, kind)
     assert {key: (further | settings)[key] for key in config} == config
     again = load_published(kind, back, settings)
     assert again.settings == model.settings

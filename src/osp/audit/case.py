@@ -24,11 +24,15 @@ class Unknown(UsageError):
 
 
 class Comparison(NamedTuple):
-    """How far one result is from the recorded one: the largest difference of any value, and how large it may be."""
+    """How far one result is from the recorded one: the largest difference of any value, and how large it may be.
+
+    `documented` says why they differ, where what is recorded is a fault of the published code that we do not repeat.
+    """
 
     what: str
     difference: float
     bar: float
+    documented: str = ""
 
     @property
     def passed(self) -> bool:

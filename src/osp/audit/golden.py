@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -19,8 +19,8 @@ from osp.errors import DataError
 from osp.weights.families import FAMILIES
 
 Runner = Callable[[Case], Iterator[Comparison]]
-State = Literal["passed", "failed", "not supported", "unknown"]
-STATES: tuple[State, ...] = ("passed", "failed", "not supported", "unknown")
+State = Literal["passed", "failed", "documented", "not supported", "unknown"]
+STATES: tuple[State, ...] = get_args(State)
 
 _OF_FAMILY: dict[str, Runner] = {"latte": run_latte}  # whose cases hold more than those of other denoisers
 MANIFESTS, _MANIFEST = "manifests", ".json.gz"
@@ -71,10 +71,10 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Outcome]:
     for path in paths:
         if path.parent.name in known:
             case = Case(path.parent.name, path.name, path.parent, device)
-            yield _outcome(_label(path.parent, root, path.name), partial(compare, case))
+            yield from _outcomes(_label(path.parent, root, path.name), partial(compare, case))
     for path in files:
         if path.name.endswith(_MANIFEST) and path.parent.name == MANIFESTS:
-            yield _outcome(_label(path.parent, root, path.name.removesuffix(_MANIFEST)), partial(_manifest, path))
+            yield from _outcomes(_label(path.parent, root, path.name.removesuffix(_MANIFEST)), partial(_manifest, path))
     unknown = Counter(path.parent for path in paths if path.parent.name not in known)
     for other, cases in unknown.items():
         yield Outcome("unknown", _label(other, root), f"no such kind is known here (cases: {cases})")
@@ -102,16 +102,26 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.resolve().rglob("*")) if path.is_file())
 
 
-def _outcome(name: str, run: Callable[[], list[Comparison]]) -> Outcome:
+def _outcomes(name: str, run: Callable[[], list[Comparison]]) -> Iterator[Outcome]:
+    """The outcome of a case, and one more for each set of inputs that differs for a documented reason."""
     try:
         comparisons = run()
     except Unsupported as error:
-        return Outcome("not supported", name, str(error))
+        yield Outcome("not supported", name, str(error))
     except Unknown as error:
-        return Outcome("unknown", name, str(error))
+        yield Outcome("unknown", name, str(error))
     except Exception as error:  # noqa: BLE001  one broken case must not hide the others
         reason = " ".join(str(error).split()) or "no reason given"
-        return Outcome("failed", name, reason if isinstance(error, DataError) else f"{type(error).__name__}: {reason}")
+        yield Outcome("failed", name, reason if isinstance(error, DataError) else f"{type(error).__name__}: {reason}")
+    else:
+        yield _judged(name, [one for one in comparisons if not one.documented])
+        for one in comparisons:
+            if one.documented:
+                detail = f"{one.what} differs as documented ({one.difference:.2g}): {one.documented}"
+                yield Outcome("documented", name, detail)
+
+
+def _judged(name: str, comparisons: list[Comparison]) -> Outcome:
     if not comparisons:
         return Outcome("failed", name, "nothing is recorded")
     worst = max(comparisons, key=lambda one: one.share)

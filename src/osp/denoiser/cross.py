@@ -6,13 +6,14 @@ is that of PixArt-alpha (Chen et al., arXiv:2310.00426).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from osp.denoiser.attention import TokenBatch
 from osp.denoiser.denoiser import Denoiser, LinearLayers, check_heads, make_config, trim_text
+from osp.denoiser.images import joint_prediction
 from osp.denoiser.layers import MLP, FeedForward, PatchEmbedding, initialise, modulated_norm, sinusoid
 from osp.denoiser.placement import Attend
 from osp.denoiser.rotary import rotary_tables, rotate
@@ -27,7 +28,8 @@ class CrossTransformerConfig:
     """The shape of a cross-attention transformer.
 
     `frame_channels` are those of further inputs that follow the noisy latent's channels: the masked video's latent
-    and the mask, in image-to-video and inpainting models. `stages` is the schedule. `position_scale` divides the
+    and the mask, in image-to-video and inpainting models. `frame_encoding` says how these are made of the given frames,
+    as in v1.2 or in v1.3 (`osp.conditioning.GivenFrames`). `stages` is the schedule. `position_scale` divides the
     positions of frames, rows and columns.
     """
 
@@ -36,6 +38,7 @@ class CrossTransformerConfig:
     channels: int = 8
     out_channels: int = 8
     frame_channels: tuple[int, ...] = ()
+    frame_encoding: Literal["v12", "v13"] = "v13"
     heads: int = 24
     head_dim: int = 96
     text_channels: int = 4096
@@ -113,12 +116,16 @@ class CrossTransformer(Denoiser):
         text_mask: Tensor | None = None,
         pooled_text: Tensor | None = None,
         video_mask: Tensor | None = None,
+        images: int = 0,
     ) -> Tensor:
         """Latent `B C T H W`, with the conditions' channels after its own, time `B`, text `B L D` -> `B C_out T H W`.
 
-        Masks (`B L` and `B T H W`) are 1 where there is something; `pooled_text` is not looked at. Raises UsageError
-        naming the input that does not fit.
+        Masks (`B L` and `B T H W`) are 1 where there is something; `pooled_text` is not looked at. With `images` so
+        many single images follow the video's frames, each a sequence of its own with its own text (`B 1+images L D`,
+        mask `B 1+images L`). Raises UsageError naming the input that does not fit.
         """
+        if images:
+            return joint_prediction(self, latent, time, text, text_mask, video_mask, images)
         c = self.config
         grid = self.check(latent, time, text, text_mask, None, video_mask)
         text, text_mask = trim_text(text, text_mask, empty_is_all=True)

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from dataclasses import Field, asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from osp.checks import check_number
+from osp.checks import check_choice, check_number
 from osp.denoiser.attention import TokenBatch
 from osp.denoiser.grid import Grid
 from osp.denoiser.layers import PatchEmbedding
@@ -232,17 +232,21 @@ def as_bool(name: str, mask: Tensor) -> Tensor:
 
 def make_config(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     """The configuration of these settings. Raises UsageError naming one that is unknown or makes no sense."""
-    known = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     settings = {kind.former_names.get(key, key): value for key, value in settings.items()}
     if unknown := [key for key in settings if key not in known]:
         raise UsageError(f"{kind.__name__} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
     return kind(**{key: _checked(key, value, known[key]) for key, value in settings.items()})
 
 
-def _checked(key: str, value: Any, default: Any) -> Any:
+def _checked(key: str, value: Any, field: Field[Any]) -> Any:
     """A setting as the configuration holds it, of the same type as its default."""
+    default = field.default
     if key == "stages":
         return make_stages(value)
+    if isinstance(default, str):
+        check_choice(key, value, get_args(field.type))
+        return value
     if isinstance(default, tuple):
         scale = key == "position_scale"
         if not isinstance(value, Sequence) or isinstance(value, str) or (scale and len(value) != len(default)):

@@ -7,7 +7,7 @@ from osp.checks import check_number
 from osp.denoiser import LatteTransformer
 from osp.denoiser.rotary import halves_first
 from osp.errors import UsageError
-from osp.weights.cross import IN_BLOCK
+from osp.weights.cross_keys import IN_BLOCK
 from osp.weights.keys import KeyPair, Setting, check_settings, settings_from_published, settings_to_published
 from osp.weights.layout import Family, Kind, Layout
 

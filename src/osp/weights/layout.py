@@ -14,15 +14,17 @@ class Layout:
     """How the published code writes a model of ours.
 
     `class_name` is that of the published class; `key_pairs` names the model's tensors there; `settings` are its
-    published settings. `ignored` gives keys, with their shapes, that a checkpoint may hold and no output depends on:
-    they are not read, nor written. Nor are keys that begin with one of `dropped`, whatever their shapes. `absent` gives
-    published keys that a checkpoint may lack: these are zeros then.
+    published settings. `further` gives entries of its configuration that do not shape it, for models of which no
+    published one is known. `ignored` gives keys, with their shapes, that a checkpoint may hold and no output depends
+    on: they are not read, nor written. Nor are keys that begin with one of `dropped`, whatever their shapes.
+    `absent` gives published keys that a checkpoint may lack: these are zeros then.
     """
 
     class_name: Callable[[Any], str]
     key_pairs: Callable[[Any], Iterable[KeyPair]]
     settings: Callable[[Any], dict[str, Any]]
     ignored: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda _: {}
+    further: Callable[[Any], Mapping[str, Any]] = lambda _: {}
     dropped: tuple[str, ...] = ()
     absent: Callable[[Any], Collection[str]] = lambda _: ()
 

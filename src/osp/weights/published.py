@@ -134,7 +134,8 @@ def save_published(
     UsageError for a folder that holds something else.
     """
     layout = find_layout(model, kind)
-    config = {_CLASS: layout.class_name(model), **(further_settings or {}), **layout.settings(model)}
+    further = {**layout.further(model), **(further_settings or {})}
+    config = {_CLASS: layout.class_name(model), **further, **layout.settings(model)}
     write_model(Path(folder), _WEIGHTS, _weights(model, layout), config, is_alike=lambda other: _CLASS in other)
     return config
 
