@@ -33,6 +33,8 @@ _SAME = (
     "parts",
     "device",
     "devices",
+    "where",
+    "aesthetic_words",
 )
 
 

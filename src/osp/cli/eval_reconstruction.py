@@ -71,9 +71,9 @@ def _source(cfg: DictConfig, vae: VideoVAE) -> ClipSource:
         return build_source(cfg)
     folder, limits = to_absolute_path(cfg.input), instantiate(cfg.limits)
     if None in (cfg.clip.frames, height, width):
-        return OwnSizeClips(folder, vae.strides, **cfg.clip, limits=limits)
+        return OwnSizeClips(folder, vae.strides, **cfg.clip, limits=limits, where=cfg.where)
     vae.check_size(cfg.clip.frames, height, width)
-    return ShardClips(folder, **cfg.clip, random_start=False, limits=limits)
+    return ShardClips(folder, **cfg.clip, random_start=False, limits=limits, where=cfg.where)
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`osp shards`: videos or procedural clips -> WebDataset shards."""
+"""`osp shards`: videos, annotations, shards with other captions, or procedural clips -> WebDataset shards."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -11,7 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from osp.cli.checks import check_numbers
-from osp.data.shards.build import ShardReport, write_rendered, write_shards
+from osp.data.shards.annotated import write_annotated
+from osp.data.shards.build import write_rendered, write_shards
+from osp.data.shards.index import INDEX_NAME
+from osp.data.shards.recaption import write_recaptioned
+from osp.data.shards.stored import ShardReport
 from osp.data.sources import SyntheticClips
 from osp.errors import UsageError
 from osp.report.progress import shown_progress
@@ -22,28 +26,40 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     least = {"clip_seconds": 0.01, "min_frames": 1, "shard_clips": 1, "shard_bytes": 1, "workers": 0}
     drawn = {"clips": 0, "frames": 1, "height": 1, "width": 1, "fps": 0.01, "seed": 0}
     check_numbers(cfg, least | {f"synthetic.{key}": value for key, value in drawn.items()}, optional=["workers"])
-    if (cfg.input is None) == (cfg.synthetic.clips == 0):
-        raise UsageError("give either input=DIR, a folder of videos, or synthetic.clips=N, a number of clips to draw")
+    files = cfg.input is not None or cfg.annotations is not None
+    if files == (cfg.synthetic.clips > 0):
+        raise UsageError(
+            "give either input=DIR, a folder of videos, or annotations=FILE, or synthetic.clips=N, a number of clips to "
+            "draw"
+        )
     output = Path(HydraConfig.get().runtime.output_dir)
-    if cfg.input is None:
-        report = _draw(cfg, output)
-    else:
-        with shown_progress("reading files") as show:
-            report = write_shards(
-                Path(to_absolute_path(cfg.input)),
-                output,
-                captions=None if cfg.captions is None else Path(to_absolute_path(cfg.captions)),
-                clip_seconds=cfg.clip_seconds,
-                min_frames=cfg.min_frames,
-                shard_clips=cfg.shard_clips,
-                shard_bytes=cfg.shard_bytes,
-                workers=cfg.workers,
-                limits=instantiate(cfg.limits),
-                watch=show,
-                drop_gone=cfg.drop_gone,
-            )
-        report.summary(str(cfg.input)).log()
+    report = _store(cfg, output) if files else _draw(cfg, output)
     return {"output": str(output), **asdict(report)}
+
+
+def _store(cfg: DictConfig, output: Path) -> ShardReport:
+    """The shards of files: of a folder, of annotations, or of shards that get other captions."""
+    folder, captions, annotations = (
+        None if path is None else Path(to_absolute_path(path)) for path in (cfg.input, cfg.captions, cfg.annotations)
+    )
+    how: dict[str, Any] = {
+        "shard_clips": cfg.shard_clips,
+        "shard_bytes": cfg.shard_bytes,
+        "limits": instantiate(cfg.limits),
+    }
+    reading = how | {"workers": cfg.workers, "drop_gone": cfg.drop_gone}
+    with shown_progress("reading files") as show:
+        if annotations is not None:
+            if folder is not None and not folder.is_dir():
+                raise UsageError(f"input={cfg.input}: no such folder")
+            report = write_annotated(annotations, output, folder=folder, strip=cfg.strip, watch=show, **reading)
+        elif captions is not None and folder is not None and (folder / INDEX_NAME).exists():
+            report = write_recaptioned(folder, captions, output, watch=show, **how)
+        elif folder is not None:
+            cutting: dict[str, Any] = {"clip_seconds": cfg.clip_seconds, "min_frames": cfg.min_frames}
+            report = write_shards(folder, output, captions=captions, watch=show, **cutting, **reading)
+    report.summary(str(cfg.input if annotations is None else cfg.annotations)).log()
+    return report
 
 
 def _draw(cfg: DictConfig, output: Path) -> ShardReport:

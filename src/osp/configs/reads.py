@@ -20,6 +20,10 @@ def _is_on_clips(config: Config) -> bool:
     return "denoiser" in config["module"] and not str(clips.get("_target_")).endswith("FeatureClips")
 
 
+def _is_read_here(config: Config) -> bool:
+    return config["input"] is not None and config["target"] == "reconstruction"
+
+
 BY_REFERENCE = Where()
 _DENOISER = Where("module=denoiser", lambda config: "denoiser" in config["module"])
 _ON_CLIPS = Where("module=denoiser on clips, not on features", _is_on_clips)
@@ -29,7 +33,17 @@ _ONE_SIZE = Where(
     lambda config: config.get("buckets") is None and config["input"] is not None,
 )
 _FOLDER = Where("input=DIR", lambda config: config["input"] is not None)
-_DRAWN = Where("synthetic.clips=N and no input", lambda config: config["input"] is None)
+_DRAWN = Where(
+    "synthetic.clips=N and neither input nor annotations",
+    lambda config: config["input"] is None and config["annotations"] is None,
+)
+_ANNOTATED = Where("annotations=FILE", lambda config: config["annotations"] is not None)
+_UNANNOTATED = Where(
+    "input=DIR and no annotations", lambda config: config["input"] is not None and config["annotations"] is None
+)
+_FILES = Where(
+    "input=DIR or annotations=FILE", lambda config: config["input"] is not None or config["annotations"] is not None
+)
 _RECONSTRUCTED = Where("target=reconstruction", lambda config: config["target"] == "reconstruction")
 _GENERATED = Where("a generator, not generated=DIR", lambda config: config["generated"] is None)
 
@@ -51,9 +65,11 @@ _TRAINING = (
 )
 
 SOMETIMES: Mapping[str, Mapping[str, Where]] = {
-    "shards": {"synthetic": _DRAWN}
-    | dict.fromkeys(("captions", "clip_seconds", "drop_gone", "min_frames", "limits"), _FOLDER),
+    "shards": {"synthetic": _DRAWN, "strip": _ANNOTATED}
+    | dict.fromkeys(("captions", "clip_seconds", "min_frames"), _UNANNOTATED)
+    | dict.fromkeys(("drop_gone", "limits"), _FILES),
     "cache": {"min_clips": _BUCKETS}
+    | dict.fromkeys(("where", "aesthetic_words"), _FOLDER)
     | dict.fromkeys(("clip.frames", "clip.height", "clip.width"), _ONE_SIZE)
     | dict.fromkeys(("clip.stride", "clip.fps"), _FOLDER)
     | dict.fromkeys(("path", "checkpoint", "seed"), BY_REFERENCE)
@@ -64,6 +80,7 @@ SOMETIMES: Mapping[str, Mapping[str, Where]] = {
     "eval": dict.fromkeys(("path", "checkpoint", "denoiser", "text"), BY_REFERENCE)
     | dict.fromkeys(("generator", "solver", "guidance", "rescale", "negative_prompt", "hold_given"), _GENERATED)
     | {"vae": _RECONSTRUCTED, "split": _DATA}
+    | {"where": Where("target=reconstruction and input=...", _is_read_here)}
     | {"clip": Where("input=...", lambda config: config["input"] is not None or config["target"] == "generation")}
     | {"seed": Where("target=generation", lambda config: config["target"] == "generation")}
     | _CHOSEN_CLIPS,

@@ -45,6 +45,8 @@ class FeatureJob:
         devices: that encode each batch together, where there is one process.
         tiling: that the VAE takes frames in; None: whole frames.
         limits: what one file may cost.
+        where: a condition on the clips of `input`; others are left out.
+        aesthetic_words: captions get a sentence on the clip's aesthetic score.
     """
 
     input: Path | None
@@ -68,6 +70,8 @@ class FeatureJob:
     limits: Limits = DEFAULT_LIMITS
     devices: int = 1
     tiling: Tiling | None = None
+    where: str | None = None
+    aesthetic_words: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,7 @@ def _source(job: FeatureJob, models: FeatureModels) -> ClipSource:
         return models.source
     clip = job.clip
     always: dict[str, Any] = {"random_start": False, "flip": False, "limits": job.limits}
+    always |= {"where": job.where, "aesthetic_words": job.aesthetic_words}
     if models.rule is None:
         models.vae.check_size(clip["frames"], clip["height"], clip["width"])
         return ShardClips(job.input, **clip, **always)

@@ -85,6 +85,30 @@ def examine(path: Path, settings: CutSettings, known_sha256: str = "") -> Examin
         return Examined(sha256, reason=_reason(error))
 
 
+def examine_whole(path: Path, limits: Limits, known_sha256: str = "") -> Examined:
+    """Reads a source that stays one file, however long it is: a clip without its bytes. Never raises for a bad file.
+
+    The clip of an image has its bytes, which need not be those of the file. Else as `examine`.
+    """
+    sha256 = ""
+    try:
+        sha256 = file_digest(path)
+        if sha256 == known_sha256:
+            return Examined(sha256, unchanged=True)
+        if is_still(path, path.name, limits):
+            return Examined(sha256, clip=_image(path, limits))
+        limits.check_bytes(path.name, path.stat().st_size)
+        info = probe(path, path.name, decode=True, threads=1, limits=limits)
+        return Examined(sha256, clip=Clip(b"", _suffix(path), info, 0.0))
+    except BAD_FILE as error:
+        return Examined(sha256, reason=_reason(error))
+
+
+def _suffix(path: Path) -> str:
+    suffix = path.suffix.lower().removeprefix(".")
+    return "mp4" if suffix == "m4v" else suffix
+
+
 def _examined_movie(path: Path, settings: CutSettings, sha256: str) -> Examined:
     limits = settings.limits
     with open_movie(path, path.name, limits=limits) as movie:
@@ -104,8 +128,7 @@ def _examined_movie(path: Path, settings: CutSettings, sha256: str) -> Examined:
     data = path.read_bytes()
     info = probe(data, path.name, decode=True, threads=1, limits=limits)
     _check_length(path, info.frames, settings)
-    suffix = path.suffix.lower().removeprefix(".")
-    return Examined(sha256, clip=Clip(data, "mp4" if suffix == "m4v" else suffix, info, 0.0), note=note)
+    return Examined(sha256, clip=Clip(data, _suffix(path), info, 0.0), note=note)
 
 
 def _check_length(path: Path, frames: int, settings: CutSettings) -> None:

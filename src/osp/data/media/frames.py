@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from osp.data.media.errors import ClipError, told
 from osp.data.media.limits import DEFAULT_LIMITS, Limits
+from osp.data.media.part import WHOLE, Part
 
 SCALING = (
     Interpolation.BICUBIC  # its kernel widens with the scale when it shrinks: antialiased
@@ -33,6 +34,7 @@ class Display:
         name: what errors call the file.
         aspect: width of a pixel by its height.
         size: (height, width) to cover; None: the displayed size of each frame.
+        part: of which the rectangle is shown; it is cropped first, and then scaled.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class Display:
         aspect: Fraction = Fraction(1),
         size: tuple[int, int] | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        part: Part = WHOLE,
     ) -> None:
-        self.name, self.aspect, self.size, self.limits = name, aspect, size, limits
-        self._reformatter = VideoReformatter()
+        self.name, self.aspect, self.size, self.limits, self.part = name, aspect, size, limits, part
+        self._reformatter, self._scaler = VideoReformatter(), VideoReformatter()
         self._fields = _Fields()
 
     def shown_size(self, frame: av.VideoFrame) -> tuple[int, int]:
@@ -55,12 +58,35 @@ class Display:
     def pixels(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
         """One frame, `H W C`: one field where it is interlaced, over white, converted, scaled, cropped, turned.
 
-        Raises ClipError for a pixel format that cannot be converted, and beyond the limits.
+        Raises ClipError for a pixel format that cannot be converted, a part that is not there, and beyond the limits.
         """
-        swap, flip_rows, flip_columns = _orientation(frame)
-        shown = self.shown_size(frame)
+        if self.part.crop is None:
+            picture = self._converted(frame, self._covering(self.shown_size(frame)))
+        else:
+            picture = self.part.cropped(self._converted(frame, self.shown_size(frame)), self.name)
+            picture = self._scaled(picture, self._covering((picture.shape[0], picture.shape[1])))
+        return picture if self.size is None else crop(picture, self.size)
+
+    def _covering(self, shown: tuple[int, int]) -> tuple[int, int]:
+        """The (height, width) that pictures of a size are scaled to."""
         height, width = shown if self.size is None else cover(shown, self.size)
         self.limits.check_pixels(self.name, width, height, f"covering {self.size} its frames are")
+        return height, width
+
+    def _scaled(self, picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+        """A picture `H W 3` in another (height, width)."""
+        if picture.shape[:2] == size:
+            return picture
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        scaled = self._scaler.reformat(
+            frame, width=size[1], height=size[0], format="rgb24", interpolation=SCALING, threads=1
+        )
+        return cast(NDArray[np.uint8], scaled.to_ndarray())
+
+    def _converted(self, frame: av.VideoFrame, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """The whole of a frame as it is shown, in a (height, width)."""
+        swap, flip_rows, flip_columns = _orientation(frame)
+        height, width = size
         coded_height, coded_width = (width, height) if swap else (height, width)
         try:
             matrix = _matrix(frame)
@@ -87,7 +113,7 @@ class Display:
             picture = picture[::-1]
         if flip_columns:
             picture = picture[:, ::-1]
-        return picture if self.size is None else crop(picture, self.size)
+        return picture
 
     def _opaque(self, frame: av.VideoFrame, matrix: Colorspace | None) -> av.VideoFrame:
         """The frame itself if all of it is opaque, else its pixels laid over white."""

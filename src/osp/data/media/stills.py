@@ -17,6 +17,7 @@ from torch import Tensor
 from osp.data.media.errors import ClipError, told
 from osp.data.media.frames import BACKGROUND, cover, crop
 from osp.data.media.limits import DEFAULT_LIMITS, Limits
+from osp.data.media.part import WHOLE, Part
 
 # `Limits.frame_pixels` takes the place of Pillow's own limit, which no setting could raise.
 Image.MAX_IMAGE_PIXELS = None
@@ -130,8 +131,16 @@ def open_still(source: Path | bytes, name: str, limits: Limits = DEFAULT_LIMITS)
         return _rgb(ImageOps.exif_transpose(image), depth, name), codec
 
 
-def still_pixels(image: Image.Image, size: tuple[int, int] | None, name: str, limits: Limits) -> Tensor:
-    """uint8 `C H W` of an RGB picture, scaled to cover `size` and cropped."""
+def still_pixels(
+    image: Image.Image, size: tuple[int, int] | None, name: str, limits: Limits, part: Part = WHOLE
+) -> Tensor:
+    """uint8 `C H W` of the part of an RGB picture, scaled to cover `size` and cropped. Raises ClipError beyond it."""
+    if part.cut is not None:
+        part.taken([0], name)
+    if part.crop is not None:
+        part.size((image.height, image.width), name)
+        x0, x1, y0, y1 = part.crop
+        image = image.crop((x0, y0, x1, y1))
     if size is not None:
         height, width = cover((image.height, image.width), size)
         limits.check_pixels(name, width, height, f"covering {size} it is")

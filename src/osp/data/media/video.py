@@ -5,8 +5,7 @@ metadata and the aspect of pixels are applied, transparent pictures are laid ove
 field is taken.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import av
@@ -16,13 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from osp.checks import check_number
-from osp.data.media.container import Timeline, decoded_times, mean_rate, open_movie, packet_timeline
+from osp.data.media.container import Movie, Timeline, decoded_times, mean_rate, open_movie, packet_timeline
 from osp.data.media.encode import encode_video, write_video
 from osp.data.media.errors import ClipError
 from osp.data.media.frames import Display
 from osp.data.media.limits import DEFAULT_LIMITS, Limits
+from osp.data.media.part import WHOLE, Part
 from osp.data.media.stills import is_animation, is_picture, open_still, still_pixels
 from osp.data.media.tensors import to_float, to_uint8
+from osp.data.media.video_info import VideoInfo
 from osp.data.media.windows import window_by_count, window_by_time
 from osp.errors import UsageError
 
@@ -36,19 +37,6 @@ __all__ = [
     "to_uint8",
     "write_video",
 ]
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """Contents of a file; width and height are as displayed. An image has one frame, fps 0 and duration 0."""
-
-    frames: int
-    fps: float  # the mean rate, where it varies
-    width: int
-    height: int
-    duration: float  # seconds
-    codec: str
-    kind: str  # "video" or "image"
 
 
 def probe(
@@ -107,6 +95,7 @@ def read_clip(
     name: str = "",
     threads: int = 0,
     limits: Limits = DEFAULT_LIMITS,
+    part: Part = WHOLE,
 ) -> Tensor:
     """uint8 `C T H W` of `frames` frames of a video (or of an image, with `frames` 1).
 
@@ -120,9 +109,11 @@ def read_clip(
         name: what errors call the clip, where the path does not say it.
         threads: the decoder's, 0: as many as there are cores; 1 inside loader workers.
         limits: what the file may cost.
+        part: the frames and the rectangle of the file that are read, as if it held nothing else: a window lies inside,
+            and pixels are scaled after they are cropped.
 
     Raises:
-        ClipError: unreadable, damaged, beyond the limits, or too short for the window.
+        ClipError: unreadable, damaged, beyond the limits, without such a part, or too short for the window.
         UsageError: settings that no clip could meet.
     """
     name = name_of(source, name)
@@ -135,26 +126,32 @@ def read_clip(
         if frames != 1:
             raise ClipError(name, f"is an image, {frames} frames needed")
         image, _ = open_still(source, name, limits)
-        return still_pixels(image, size, name, limits)[:, None]
+        return still_pixels(image, size, name, limits, part)[:, None]
 
     def choose(times: Sequence[float]) -> list[int]:
+        inside = part.times(times, name)
         if fps is not None:
-            return window_by_time(times, frames, fps, generator, start, name)
-        return window_by_count(times, frames, stride, generator, start, name)
+            chosen = window_by_time(inside, frames, fps, generator, start, name)
+        else:
+            chosen = window_by_count(inside, frames, stride, generator, start, name)
+        return [part.first + index for index in chosen]
+
+    def window(wanted: list[int], movie: Movie) -> _Window:
+        return _Window(wanted, Display(name, movie.aspect, size, limits, part))
 
     timeline = packet_timeline(source, name, limits)
     if timeline is not None:
-        video = _read_near(source, timeline, choose(timeline.times), size, name, threads, limits)
+        video = _read_near(source, timeline, choose(timeline.times), window, name, threads, limits)
         if video is not None:
             return video
     # The packets do not tell which frames the decoder gives: look at those first, then read.
     wanted = choose(decoded_times(source, name, threads, limits))
     with open_movie(source, name, threads, limits) as movie:
-        window = _Window(wanted, Display(name, movie.aspect, size, limits))
+        taken = window(wanted, movie)
         for index, (frame, _) in enumerate(movie.frames()):
-            if window.take(index, frame):
+            if taken.take(index, frame):
                 break
-    return window.video()
+    return taken.video()
 
 
 def name_of(source: Path | bytes, name: str) -> str:
@@ -202,7 +199,7 @@ def _read_near(
     source: Path | bytes,
     timeline: Timeline,
     wanted: list[int],
-    size: tuple[int, int] | None,
+    window: Callable[[list[int], Movie], _Window],
     name: str,
     threads: int,
     limits: Limits,
@@ -215,7 +212,7 @@ def _read_near(
     place = {pts: index for index, pts in enumerate(timeline.pts)}
     expected = key
     with open_movie(source, name, threads, limits) as movie:
-        window = _Window(wanted, Display(name, movie.aspect, size, limits))
+        taken = window(wanted, movie)
         try:
             if key > 0:
                 movie.seek(timeline.pts[key])
@@ -227,8 +224,8 @@ def _read_near(
                     return None
                 if frame.is_corrupt:
                     raise ClipError(name, f"damaged, frame {index} does not decode cleanly")
-                if window.take(index, frame):
-                    return window.video()
+                if taken.take(index, frame):
+                    return taken.video()
                 expected += 1
         except (av.FFmpegError, OSError, ClipError):
             if key == 0:

@@ -12,6 +12,7 @@ from osp.data.media.container import open_movie
 from osp.data.media.errors import ClipError
 from osp.data.media.frames import Display
 from osp.data.media.limits import DEFAULT_LIMITS, Limits
+from osp.data.media.part import WHOLE, Part
 from osp.data.media.video import is_still, read_clip
 
 _PIXELS = 2**22  # of the frames of a piece: 64 frames of 256 x 256, 2 of 1080 x 1920
@@ -26,21 +27,22 @@ def stream_video(
     fps: float | None = None,
     threads: int = 0,
     limits: Limits = DEFAULT_LIMITS,
+    part: Part = WHOLE,
 ) -> Iterator[Tensor]:
-    """All frames of a video (or an image) in pieces, uint8 `C T H W` of one height and width.
+    """All frames of a video (or an image), or of a part of it, in pieces, uint8 `C T H W` of one height and width.
 
-    `size` (height, width), `stride` and `fps` choose pixels and frames as in `read_clip`. Raises ClipError where the
-    file is damaged, after the pieces before.
+    `size` (height, width), `stride`, `fps` and `part` choose pixels and frames as in `read_clip`. Raises ClipError
+    where the file is damaged or ends before the part does, after the pieces before.
     """
     if is_still(source, name, limits):
-        yield read_clip(source, frames=1, size=size, name=name, threads=threads, limits=limits)
+        yield read_clip(source, frames=1, size=size, name=name, threads=threads, limits=limits, part=part)
         return
     most = max(1, _PIXELS // (size[0] * size[1]))
     held: list[Tensor] = []
     found = False
     with open_movie(source, name, threads, limits) as movie:
-        display = Display(name, movie.aspect, size, limits)
-        for frame, times in _chosen(movie.frames(), stride, fps):
+        display = Display(name, movie.aspect, size, limits, part)
+        for frame, times in _chosen(_inside(movie.frames(), part, name), stride, fps):
             found = True
             picture = torch.from_numpy(np.ascontiguousarray(display.pixels(frame)))
             for _ in range(times):
@@ -52,6 +54,26 @@ def stream_video(
         raise ClipError(name, "no frame of it decodes")
     if held:
         yield torch.stack(held).permute(3, 0, 1, 2)
+
+
+def _inside(
+    frames: Iterable[tuple[av.VideoFrame, float]], part: Part, name: str
+) -> Iterator[tuple[av.VideoFrame, float]]:
+    """The frames of a part, with their times after its first. Raises ClipError if the file ends before it does."""
+    if part.cut is None:
+        yield from frames
+        return
+    first, end = part.cut
+    begin, count = 0.0, 0
+    for frame, time in frames:
+        if count == first:
+            begin = time
+        if count >= first:
+            yield frame, time - begin
+        count += 1
+        if count == end:
+            return
+    part.taken(range(count), name)
 
 
 def _chosen(

@@ -4,12 +4,11 @@
 arguments: what is stored stays untouched, a run that was cut off goes on where it stopped. Formats: data/README.md.
 """
 
-import hashlib
 import itertools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,23 @@ from osp.data.media.clips import Clip, CutSettings, Examined, cut_decoded, exami
 from osp.data.media.folder import media_files
 from osp.data.media.limits import DEFAULT_LIMITS, Limits
 from osp.data.media.pieces import Piece, sharing
-from osp.data.media.video import VideoInfo, encode_video, probe
+from osp.data.media.video import encode_video, probe
 from osp.data.shards.captions import Caption, Captions, SideCars, read_captions
 from osp.data.shards.index import tars_below
-from osp.data.shards.tar import to_json
+from osp.data.shards.stored import (
+    ShardReport,
+    Source,
+    caption_digest,
+    check_same_words,
+    mark_gone,
+    record_of,
+    report_of,
+)
 from osp.data.shards.workers import Crashed, Workers, default_workers
 from osp.data.shards.writer import ShardWriter
-from osp.data.summary import Summary, Tally
+from osp.data.summary import Tally
 from osp.documents import printable
 from osp.errors import DataError, UsageError
-from osp.files import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -37,41 +43,10 @@ _KEY = re.compile(r"[\w-]{1,90}", re.ASCII)
 
 
 @dataclass(frozen=True)
-class ShardReport:
-    """The content of a shard folder after a run.
+class _Captioned(Source):
+    """A source with its captions."""
 
-    All but `new_clips`, `captions_missing`, `gone` and `left_out` count all runs together.
-    """
-
-    clips: int
-    new_clips: int
-    images: int
-    shards: int
-    seconds: float  # of video
-    captioned: int
-    captions_missing: int  # files that the captions file names and that do not exist
-    skipped: tuple[tuple[str, str], ...]  # (source, reason), also sources of which some clips are left out
-    gone: int = 0  # stored sources that are no longer in the input folder
-    left_out: Mapping[str, int] = field(default_factory=dict)  # other files, side-cars and captions, by reason
-
-    def summary(self, place: str) -> Summary:
-        """The same for people, in one line."""
-        left_out = {"files that are left out, or of which some clips are": len(self.skipped), **self.left_out}
-        return Summary(place, self.clips, left_out, self.captioned)
-
-
-@dataclass(frozen=True)
-class _Source:
-    path: Path
-    name: str  # relative to the input folder
-    size: int
-    mtime_ns: int
     caption: Caption
-
-    @property
-    def caption_digest(self) -> str:
-        further = [list(self.caption.texts)] if len(self.caption.texts) > 1 else []
-        return hashlib.sha256(to_json([self.caption.text, dict(self.caption.scores), *further])).hexdigest()[:16]
 
 
 def write_shards(
@@ -119,15 +94,17 @@ def write_shards(
     settings = {"clip_seconds": float(clip_seconds), "min_frames": min_frames}
     cutting = CutSettings(clip_seconds, min_frames, limits)
     with ShardWriter(output, settings, shard_clips, shard_bytes) as writer:
-        _check_captions(output, sources, writer.sources)
-        before, gone = writer.clips, _gone(videos, sources, writer, drop_gone)
-        todo = [source for source in sources if not _is_done(source, writer.sources.get(source.name))]
+        mend = f"`osp shards input={output} captions=FILE output=OTHER` changes them, or use another output folder"
+        words = "captions or scores than captions= or the files beside them"
+        check_same_words(output, sources, writer.sources, words, mend)
+        before, gone = writer.clips, mark_gone(videos, sources, writer, drop_gone)
+        todo = [source for source in sources if not source.is_done(writer.sources.get(source.name))]
         if todo:
             log.info("%s: %d files, %d of them new", videos, len(sources), len(todo))
             with Workers(workers, preload=["osp.data.media.clips"]) as pool:
                 _store_all(todo, cutting, writer, pool, watch)
         writer.commit()
-        report = _report(writer, before, len(texts.missing))
+        report = report_of(writer, before, len(texts.missing))
         report = replace(report, gone=gone, left_out=texts.side_cars.passed_over.counts)
     if not report.clips:
         name, reason = report.skipped[0]
@@ -175,18 +152,19 @@ def write_rendered(
             info = probe(data, key, decode=True, threads=1)
             text = record.get("caption", "")
             caption = Caption((text,) if text else (), record.get("scores", {}))
-            writer.add(key, "mp4", data, {**record, **_record(info, 0.0, record.get("source", key), caption)})
+            writer.add(key, "mp4", data, {**record, **record_of(info, 0.0, record.get("source", key), caption)})
         writer.commit()
-        return _report(writer, before, 0)
+        return report_of(writer, before)
 
 
-def _sources(folder: Path, output: Path, captions: Captions) -> list[_Source]:
+def _sources(folder: Path, output: Path, captions: Captions) -> list[_Captioned]:
     """The media files below a folder, but not those in the output folder."""
-    found: list[_Source] = []
+    found: list[_Captioned] = []
     for path in _media_files(folder, output, captions.side_cars.passed_over):
         stat = path.stat()
         caption = captions.find(path) or Caption()
-        found.append(_Source(path, path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns, caption))
+        name = path.relative_to(folder).as_posix()
+        found.append(_Captioned(path, name, stat.st_size, stat.st_mtime_ns, caption_digest(caption), caption))
     captions.side_cars.passed_over.warn(folder)
     return found
 
@@ -207,71 +185,27 @@ def _media_files(folder: Path, output: Path, tally: Tally) -> list[Path]:
         ) from error
 
 
-def _gone(videos: Path, sources: Iterable[_Source], writer: ShardWriter, drop: bool) -> int:
-    """How many sources have stored clips and are no longer in the folder; one line says so."""
-    there = {source.name for source in sources}
-    stored = [name for name, line in writer.sources.items() if line["clips"]]
-    gone = [name for name in stored if name not in there]
-    writer.drop(gone if drop else [name for name in gone if name in writer.dropped])
-    if gone:
-        log.warning(
-            "%s: %d of %d stored sources are gone from it (first: %s); their clips %s",
-            videos,
-            len(gone),
-            len(stored),
-            printable(gone[0]),
-            "are left out when the shards are read" if drop else "stay, drop_gone=true leaves them out",
-        )
-    return len(gone)
-
-
-def _is_done(source: _Source, line: Mapping[str, Any] | None) -> bool:
-    return (
-        line is not None
-        and line["done"]
-        and (line["size"], line["mtime_ns"]) == (source.size, source.mtime_ns)
-        and bool(line["sha256"])  # a file that could not even be read is tried again
-    )
-
-
-def _known(source: _Source, lines: Mapping[str, Mapping[str, Any]]) -> str:
-    """The content of a source that needs no second look: what could be stored of it is."""
-    line = lines.get(source.name)
-    return line["sha256"] if line is not None and line["done"] else ""
-
-
-def _check_captions(output: Path, sources: Iterable[_Source], lines: Mapping[str, Mapping[str, Any]]) -> None:
-    """Stored captions cannot be changed; silence about it would leave the user with the old ones."""
-    stored = [source for source in sources if lines.get(source.name, {}).get("clips")]
-    changed = [source.name for source in stored if lines[source.name]["caption"] != source.caption_digest]
-    if changed:
-        raise UsageError(
-            f"{output}: {len(changed)} of its {len(stored)} sources are stored with other captions or scores than "
-            f"captions= or the files beside them now say (first: {changed[0]}); use another output folder"
-        )
-
-
 def _store_all(
-    todo: Sequence[_Source],
+    todo: Sequence[_Captioned],
     cutting: CutSettings,
     writer: ShardWriter,
     pool: Workers,
     watch: Callable[[int, int], None],
 ) -> None:
-    calls = ((examine, source.path, cutting, _known(source, writer.sources)) for source in todo)
+    calls = ((examine, source.path, cutting, source.known(writer.sources)) for source in todo)
     for done, (source, examined) in enumerate(zip(todo, pool.in_order(calls), strict=True), start=1):
         _store(source, examined, cutting, writer, pool)
         watch(done, len(todo))
 
 
 def _store(
-    source: _Source, examined: Examined | Crashed, cutting: CutSettings, writer: ShardWriter, pool: Workers
+    source: _Captioned, examined: Examined | Crashed, cutting: CutSettings, writer: ShardWriter, pool: Workers
 ) -> None:
     """Adds the clips of one source, and a journal line that says so."""
     line = writer.sources.get(source.name)
     if isinstance(examined, Crashed):
-        examined = Examined(_sha256(source.path), reason="the decoder crashed on it")
-    identity = {"source": source.name, "size": source.size, "mtime_ns": source.mtime_ns}
+        examined = Examined(source.sha256(), reason="the decoder crashed on it")
+    identity = source.identity
     if line is not None and examined.unchanged:
         writer.note(line | identity)  # only its modification time has changed
         return
@@ -286,14 +220,14 @@ def _store(
     stem = re.sub(r"[^\w-]+", "_", source.path.stem, flags=re.ASCII)[:60]
 
     def note(done: bool, reason: str = "") -> None:
-        state = {"sha256": examined.sha256, "caption": source.caption_digest, "number": number, "clips": clips}
+        state = {"sha256": examined.sha256, "caption": source.digest, "number": number, "clips": clips}
         new = identity | state | {"next": next_piece, "damaged": list(damaged), "done": done, "reason": reason}
         if {**new, "number": 0} != {**(line or {}), "number": 0}:
             writer.note(new)
 
     for outcome in _outcomes(source.path, examined, cutting, next_piece, pool):
         if isinstance(outcome, Clip):
-            record = _record(outcome.info, outcome.start, source.name, source.caption)
+            record = record_of(outcome.info, outcome.start, source.name, source.caption)
             writer.add(f"{number:06d}-{stem}-{next_piece:02d}", outcome.suffix, outcome.data, record)
             clips += 1
         else:
@@ -342,36 +276,3 @@ def _outcomes(
 
 def _extracted(path: Path, run: Sequence[Piece], limits: Limits) -> list[Clip | str]:
     return [*extract(path, run, limits)]
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return file_digest(path)
-    except OSError:
-        return ""
-
-
-def _record(info: VideoInfo, start: float, source: str, caption: Caption) -> dict[str, Any]:
-    measured = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(info).items()}
-    return {
-        **{name: measured[name] for name in ("frames", "fps", "width", "height", "duration")},
-        **caption.as_record(),
-        "source": source,
-        "start": round(start, 6),
-        "kind": info.kind,
-        "scores": dict(caption.scores),
-    }
-
-
-def _report(writer: ShardWriter, before: int, captions_missing: int) -> ShardReport:
-    index = writer.index
-    return ShardReport(
-        clips=index["clips"],
-        new_clips=index["clips"] - before,
-        images=index["images"],
-        shards=len(index["shards"]),
-        seconds=index["seconds"],
-        captioned=index["captioned"],
-        captions_missing=captions_missing,
-        skipped=tuple((entry["source"], entry["reason"]) for entry in index["skipped"]),
-    )

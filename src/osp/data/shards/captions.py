@@ -175,33 +175,43 @@ def read_captions(path: Path, folder: Path, limits: Limits = DEFAULT_LIMITS) -> 
         UsageError: no such captions file, or another kind of file.
         DataError: a row of it cannot be understood; the error names the line.
     """
+    by_file: dict[str, Caption] = {}
+    missing: list[str] = []
+    side_cars = SideCars(limits)
+    for name, caption in caption_rows(path, limits, side_cars.passed_over):
+        found = next((file for file in (path.parent / name, folder / name) if os.path.exists(file)), None)
+        if found is None:
+            missing.append(name)
+        else:
+            by_file[os.path.realpath(found)] = caption
+    if missing:
+        total, first = len(missing) + len(by_file), printable(missing[0])
+        log.warning("%s: %d of the %d files it names do not exist (first: %s)", path, len(missing), total, first)
+    return Captions(by_file, tuple(missing), side_cars)
+
+
+def caption_rows(path: Path, limits: Limits, passed_over: Tally) -> Iterator[tuple[str, Caption]]:
+    """(Name, caption) of each row of a captions file; a caption of too many characters is counted in `passed_over`.
+
+    Raises UsageError and DataError as `read_captions`.
+    """
     readers = {".jsonl": json_lines, ".json": _json_rows, ".csv": _csv_rows}
     if path.suffix.lower() not in readers:
         raise UsageError(f"captions={path}: must be a .jsonl, .json or .csv file")
-    by_file: dict[str, Caption] = {}
-    missing: list[str] = []
-    side_cars, rows = SideCars(limits), 0
+    rows = 0
     try:
         for rows, (place, row) in enumerate(readers[path.suffix.lower()](path), 1):  # noqa: B007
             name = _file_of(row, place)
             try:
                 caption = caption_of(row, place, limits)
             except TooLongError as error:
-                side_cars.passed_over.add("captions that are passed over", error)
+                passed_over.add("captions that are passed over", error)
                 caption = Caption((), scores_of(row))
-            found = next((file for file in (path.parent / name, folder / name) if os.path.exists(file)), None)
-            if found is None:
-                missing.append(name)
-            else:
-                by_file[os.path.realpath(found)] = caption
+            yield name, caption
     except OSError as error:
         raise UsageError(f"captions={path}: cannot be read ({error.strerror})") from error
     if not rows:
         raise DataError(f"{path}: holds no captions")
-    if missing:
-        total, first = len(missing) + len(by_file), printable(missing[0])
-        log.warning("%s: %d of the %d files it names do not exist (first: %s)", path, len(missing), total, first)
-    return Captions(by_file, tuple(missing), side_cars)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:

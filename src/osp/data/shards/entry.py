@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from osp.data.media.limits import DEFAULT_LIMITS, Limits
-from osp.documents import DocumentError, check_form
+from osp.data.media.part import WHOLE, Part
+from osp.documents import COUNT, DocumentError, check_form
 from osp.errors import DataError, OspError
 
 MEND = "copy the shard again, or write the folder anew with the command that made it"
@@ -27,6 +28,9 @@ RECORD_FORM: Mapping[str, Any] = {
 }
 """Types of the keys of a record, any of which may be missing, and others may be there."""
 
+PART_FORM: Mapping[Any, Any] = {"cut?": [COUNT], "crop?": [COUNT], "recaptioned?": bool}
+"""Further keys of a record, which count only where `osp shards` wrote them: others may call other things so."""
+
 LINE_FORM: Mapping[Any, Any] = {
     "key": str,
     "member": str,
@@ -34,6 +38,7 @@ LINE_FORM: Mapping[Any, Any] = {
     "size": int,
     "crc32?": int,
     **{f"{key}?": form for key, form in RECORD_FORM.items()},
+    **PART_FORM,
 }
 """A line of a shard's listing: a clip's place in the tar, and its record."""
 
@@ -68,6 +73,7 @@ class ClipEntry:
     size: int  # bytes
     record: Mapping[str, Any]
     crc32: int | None = None
+    part: Part = WHOLE  # that the clip is of the media file
 
     def source(self) -> Path | bytes:
         """The bytes or the file that `osp.data.media.video` reads the clip from. Raises as `read`."""
@@ -113,8 +119,33 @@ def listed_entry(tar: Path, line: dict[str, Any], place: str, limits: Limits = D
         raise DocumentError(f"{place}: kind must be video or image")
     if line["size"] > limits.member_bytes:
         raise DocumentError(f"{place}: size={line['size']} is more than limits.member_bytes={limits.member_bytes}")
+    part = part_of(line, place)
     where = {name: line.pop(name) for name in ("key", "member", "offset", "size")}
-    return ClipEntry(tar=tar, crc32=line.pop("crc32", None), record=line, **where)
+    return ClipEntry(tar=tar, crc32=line.pop("crc32", None), record=line, part=part, **where)
+
+
+def part_of(record: Mapping[str, Any], place: str) -> Part:
+    """The part of its file that a clip is by its record. Raises DocumentError for one that makes no sense."""
+    cut, crop = record.get("cut"), record.get("crop")
+    if cut is not None and not (len(cut) == 2 and cut[0] < cut[1] <= _LARGEST["frames"]):
+        raise DocumentError(f"{place}: cut={cut}: must be the first frame and a later one, after the last")
+    if crop is not None and not (
+        len(crop) == 4 and crop[0] < crop[1] <= _LARGEST["width"] and crop[2] < crop[3] <= _LARGEST["height"]
+    ):
+        raise DocumentError(f"{place}: crop={crop}: must be x0, x1, y0, y1 with x0 < x1 and y0 < y1")
+    if cut is None and crop is None:
+        return WHOLE
+    return Part(
+        None if cut is None else (cut[0], cut[1]), None if crop is None else (crop[0], crop[1], crop[2], crop[3])
+    )
+
+
+def part_facts(record: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The keys of `PART_FORM` that a record has. Raises DocumentError for values that make no sense."""
+    facts = {name: record[name] for key in PART_FORM if (name := key.rstrip("?")) in record}
+    check_form(facts, PART_FORM, place)
+    part_of(facts, place)
+    return facts
 
 
 def known_facts(values: Mapping[str, Any]) -> dict[str, Any]:

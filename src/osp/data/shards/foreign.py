@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from osp.data.media.folder import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from osp.data.media.limits import Limits
 from osp.data.shards.captions import SIDE_CAR_BYTES, NoTextError, caption_of
-from osp.data.shards.entry import ClipEntry, known_facts
+from osp.data.shards.entry import ClipEntry, known_facts, part_facts, part_of
 from osp.data.shards.members import Member, TarDamageError, read_members
 from osp.data.summary import Tally
 from osp.documents import DocumentError, decode_text, parse_json, printable
@@ -29,15 +29,17 @@ class _Sample:
     text: dict[str, Any] = field(default_factory=dict)  # by a text member
     textless: str = ""  # why the JSON member has no text
     suffixes: list[str] = field(default_factory=list)
+    member: str = ""  # of another sample, that this one is a part of too; only `osp shards` writes such samples
 
-    def entry(self, tar: Path) -> ClipEntry | None:
-        """The clip; None without a video or image."""
-        if self.media is None:
+    def entry(self, tar: Path, media: Member | None) -> ClipEntry | None:
+        """The clip, of its own media member or of another sample's; None without any."""
+        if media is None:
             return None
-        kind = "image" if PurePosixPath(self.media.name).suffix.lower() in IMAGE_SUFFIXES else "video"
+        kind = "image" if PurePosixPath(media.name).suffix.lower() in IMAGE_SUFFIXES else "video"
         # The text member counts if the JSON member has no text.
         record = {"kind": kind} | self.text | {key: value for key, value in self.described.items() if value != ""}
-        return ClipEntry(self.key, tar, self.media.name, self.media.offset, self.media.size, record)
+        part = part_of(record, self.key)
+        return ClipEntry(self.key, tar, media.name, media.offset, media.size, record, part=part)
 
 
 def scan_tar(tar: Path, limits: Limits, passed_over: Tally) -> list[ClipEntry]:
@@ -61,9 +63,11 @@ def scan_file(file: BinaryIO, tar: Path, limits: Limits, passed_over: Tally) -> 
             _add(sample, file, member, suffix, tar, limits, passed_over)
     except (TarDamageError, OSError) as error:
         damage = str(error)
-    entries = [entry for sample in samples.values() if (entry := sample.entry(tar)) is not None]
+    named = {sample.media.name: sample.media for sample in samples.values() if sample.media is not None}
+    media = {sample.key: sample.media or named.get(sample.member) for sample in samples.values()}
+    entries = [entry for sample in samples.values() if (entry := sample.entry(tar, media[sample.key])) is not None]
     for sample in samples.values():
-        if sample.media is None:
+        if media[sample.key] is None:
             held = f"{tar.name}: {sample.key} ({' '.join(sample.suffixes)})"
             passed_over.add("samples without a video or image", held)
         elif sample.textless and not sample.text:
@@ -119,6 +123,9 @@ def _describe(sample: _Sample, content: bytes, suffix: str, place: str, limits: 
     for key in ("caption", "captions"):
         facts.pop(key, None)
     sample.described |= facts
+    if isinstance(row.get("member"), str):
+        sample.member = row["member"]
+        sample.described |= part_facts(row, place)
     try:
         sample.described |= caption_of(row, place, limits).as_record()
     except NoTextError as error:

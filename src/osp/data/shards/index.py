@@ -39,6 +39,7 @@ WRITTEN_FORM: Mapping[Any, Any] = {
     "sources": {"file": str, "bytes": COUNT, "sha256?": str},
     "skipped": [{"source": str, "reason": str}],
     "dropped?": [str],
+    "expected?": COUNT,
 }
 """The keys of `index.json` that writing goes on from."""
 
@@ -189,12 +190,22 @@ def _shards_of(folder: Path, limits: Limits, tally: Tally) -> list[ClipEntry] | 
 
 def indexed_clips(folder: Path, index: Mapping[str, Any], limits: Limits, tally: Tally) -> list[ClipEntry]:
     """The clips of the shards of an index, by their listings in the folder; the tars need not be there."""
+    _check_complete(folder, index)
     listed = [entry for shard in index["shards"] for entry in _listed_shard(folder, shard, limits)]
     dropped = {*index.get("dropped", ())}
     for entry in listed if dropped else ():
         if entry.record.get("source") in dropped:
             tally.add("clips of sources that are gone", entry.key)
     return [entry for entry in listed if entry.record.get("source") not in dropped]
+
+
+def _check_complete(folder: Path, index: Mapping[str, Any]) -> None:
+    """Raise DataError for a folder that is to hold more clips than it does so far."""
+    if index.get("clips", 0) < (expected := index.get("expected", 0)):
+        raise DataError(
+            f"{folder}: is not complete, it has {index.get('clips', 0)} of {expected} clips; "
+            "run the command that writes it once more, and it goes on"
+        )
 
 
 def _without_tars(folder: Path, limits: Limits, tally: Tally) -> list[ClipEntry]:

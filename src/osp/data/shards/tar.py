@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from osp.data.shards.entry import PART_FORM
 from osp.errors import UsageError
 from osp.files import file_digest, sync, write_whole
 
@@ -45,13 +46,27 @@ class TarShard:
         self._file.truncate()
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
-    def add(self, key: str, suffix: str, data: bytes, record: Mapping[str, Any]) -> None:
-        """Appends one sample: KEY.json, then KEY.SUFFIX with the media bytes."""
-        member = f"{key}.{suffix}"
-        self._member(f"{key}.json", to_json(record))
+    def add(
+        self,
+        key: str,
+        suffix: str,
+        data: bytes,
+        record: Mapping[str, Any],
+        sharing: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    ) -> None:
+        """Appends one sample: KEY.json, then KEY.SUFFIX with the media bytes.
+
+        Then KEY.json of each of the further clips (key, record) that are `sharing` the media bytes. Where clips share
+        them, or are a part of them, the JSON names the media member, so that the tar alone tells which clips it holds.
+        """
+        member, clips = f"{key}.{suffix}", [(key, record), *sharing]
+        named = {"member": member} if sharing or any(name.rstrip("?") in record for name in PART_FORM) else {}
+        self._member(f"{key}.json", to_json({**record, **named}))
         offset = self._member(member, data)
-        place = {"key": key, "member": member, "offset": offset, "size": len(data), "crc32": zlib.crc32(data)}
-        self.lines.append(to_json({**record, **place}))
+        place = {"member": member, "offset": offset, "size": len(data), "crc32": zlib.crc32(data)}
+        for other, said in sharing:
+            self._member(f"{other}.json", to_json({**said, **named}))
+        self.lines += [to_json({**said, "key": own, **place}) for own, said in clips]
         self.media_bytes += len(data)
 
     def _member(self, name: str, data: bytes) -> int:

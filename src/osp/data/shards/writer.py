@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -57,19 +57,22 @@ class ShardWriter:
         folder: made if it does not exist.
         settings: what decides the content of the clips; a folder that was begun with others is refused.
         shard_clips, shard_bytes: a shard is closed before it would have more clips or bytes of media than these.
+        expected: readers refuse a new folder until it has so many clips.
 
     Raises:
         UsageError: another writer is at work here, other settings were used, or the folder holds foreign tars.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], shard_clips: int, shard_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], shard_clips: int, shard_bytes: int, expected: int = 0
+    ) -> None:
         check_number("shard_clips", shard_clips, 1, whole=True)
         check_number("shard_bytes", shard_bytes, 1, whole=True)
         self.folder = folder
         self.index: dict[str, Any] = {}
         self.sources: dict[str, dict[str, Any]] = {}  # the journal's last line about each source
         self._settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
-        self._shard_clips, self._shard_bytes = shard_clips, shard_bytes
+        self._shard_clips, self._shard_bytes, self._expected = shard_clips, shard_bytes, expected
         self.next_number = 0  # that no source has yet
         self._lines: list[dict[str, Any]] = []  # of the journal, to be committed with the next shard
         self._underway: dict[str, Any] | None = None
@@ -120,11 +123,21 @@ class ShardWriter:
                 write_index(self.folder, index)
             self.index = index
 
-    def add(self, key: str, suffix: str, data: bytes, record: Mapping[str, Any]) -> None:
-        """Appends one sample: KEY.json, then KEY.SUFFIX with the media bytes."""
-        shard = self._shard
+    def add(
+        self,
+        key: str,
+        suffix: str,
+        data: bytes,
+        record: Mapping[str, Any],
+        sharing: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    ) -> None:
+        """Appends one sample: KEY.json, then KEY.SUFFIX with the media bytes; and further clips of the same bytes.
+
+        The clips that are `sharing` bytes lie in one shard, also if there are more of them than a shard may have.
+        """
+        shard, clips = self._shard, 1 + len(sharing)
         if shard is not None and (
-            len(shard.lines) >= self._shard_clips or shard.media_bytes + len(data) > self._shard_bytes
+            len(shard.lines) + clips > self._shard_clips or shard.media_bytes + len(data) > self._shard_bytes
         ):
             self.commit()
         path = self.folder / f"shard-{len(self.index['shards']):06d}.tar"
@@ -132,11 +145,12 @@ class ShardWriter:
             if self._shard is None:
                 self._shard = TarShard(path)
                 self._sums = {"clips": 0, "images": 0, "seconds": 0.0, "captioned": 0}
-            self._shard.add(key, suffix, data, record)
-        self._sums["clips"] += 1
-        self._sums["images"] += record["kind"] == "image"
-        self._sums["seconds"] += record["duration"]
-        self._sums["captioned"] += bool(record["caption"])
+            self._shard.add(key, suffix, data, record, sharing)
+        for said in (record, *(said for _, said in sharing)):
+            self._sums["clips"] += 1
+            self._sums["images"] += said.get("kind") == "image"
+            self._sums["seconds"] += said.get("duration", 0.0)
+            self._sums["captioned"] += bool(said.get("caption"))
 
     def note(self, line: dict[str, Any]) -> None:
         """Note the outcome of a source (`source`, `number`, `done`, `reason`, ...); it counts from the next commit on.
@@ -197,7 +211,7 @@ class ShardWriter:
                 raise UsageError(f"{self.folder}: holds tars that OSP did not write ({foreign.name}); use a new folder")
             index = {"format": INDEX_FORMAT, "version": INDEX_VERSION, "clips": 0, "images": 0, "seconds": 0.0}
             index |= {"captioned": 0, "settings": self._settings, "sources": {"file": _JOURNAL, "bytes": 0}}
-            index |= {"shards": [], "skipped": []}
+            index |= {"shards": [], "skipped": []} | ({"expected": self._expected} if self._expected else {})
             with self._writing(self.folder / INDEX_NAME):
                 write_index(self.folder, index)
         check_form(index, WRITTEN_FORM, str(self.folder / INDEX_NAME))

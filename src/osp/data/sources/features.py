@@ -26,6 +26,7 @@ from osp.data.media.shape import Shape
 from osp.data.media.video import ClipError
 from osp.data.shards.index import ClipEntry
 from osp.data.sources.source import Elsewhere, ListedClips
+from osp.data.sources.where import passing
 from osp.errors import DataError
 from osp.seeds import seeded
 
@@ -53,6 +54,7 @@ class FeatureClips(ListedClips):
         min_tokens, max_tokens: clips outside are left out.
         min_clips: shapes that fewer clips than these have are left out, with their clips.
         partial: also read a folder that is still being written; the shards that are there count.
+        where: a condition on the records of clips, as for `osp.data.sources.ShardClips`; others are left out.
 
     A clip without captions gets the embedding of the empty text, if the folder has one, else a text of length 0.
 
@@ -63,7 +65,8 @@ class FeatureClips(ListedClips):
         vae_origin: the file or folder that the VAE was read from when the features were made, if that is known.
 
     Raises:
-        DataError: no such folder, not complete, damaged, or no clip is within the limits.
+        DataError: no such folder, not complete, damaged, or no clip is within the limits or meets the condition.
+        UsageError: the condition cannot be read, or names what no clip has.
     """
 
     path: Path
@@ -78,6 +81,7 @@ class FeatureClips(ListedClips):
         max_tokens: int = 1 << 62,
         min_clips: int = 1,
         partial: bool = False,
+        where: str | None = None,
     ) -> None:
         self.elsewhere = None if isinstance(path, str | Path) else path
         self.path, self.sample = Path(path) if isinstance(path, str | Path) else path.folder, sample
@@ -86,6 +90,7 @@ class FeatureClips(ListedClips):
         self.vae_origin = index["vae_origin"]
         self.empty = self._load_empty(index.get("empty_sha256")) if index["empty"] else {}
         listed = self._listed(index, partial) if self.elsewhere is None else self.elsewhere.features()
+        listed, failing = passing(listed, where, str(self.path))
         rule = StoredShapes(
             self.made_with.time_stride,
             self.made_with.space_stride,
@@ -95,7 +100,8 @@ class FeatureClips(ListedClips):
         )
         rule.check()
         sizes: list[Shape | None] = [self._shape(entry) for entry in listed]
-        kept, shapes, self.dropped = choose(sizes, rule, min_clips)
+        kept, shapes, unsuited = choose(sizes, rule, min_clips)
+        self.dropped = {**failing, **unsuited}
         if not kept:
             raise DataError(
                 f"{self.path}: none of its {len(listed)} clips has {min_tokens} to {max_tokens} tokens of "

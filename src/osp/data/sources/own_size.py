@@ -11,6 +11,7 @@ from osp.data.media.whole import stream_video
 from osp.data.shards.index import read_listing
 from osp.data.sources.shards import Decoding
 from osp.data.sources.source import ListedClips
+from osp.data.sources.where import passing
 from osp.errors import DataError
 
 
@@ -22,15 +23,15 @@ class OwnSizeClips(ListedClips):
         strides: those of the VAE, to whose multiples sides are rounded down.
         frames: frames of each clip, from its beginning; None: all that it has, in pieces.
         height, width: pixels, as in `ShardClips`; None: the video's own, or what the other one leaves at its aspect.
-        stride, fps: as for `ShardClips`.
+        stride, fps, limits, where: as for `ShardClips`.
 
     A clip with all its frames has `pieces`, an iterator of uint8 `C T H W`, in the place of `video`, and `height`,
     `width` and `expected`, the frames that its file announces. A clip with fewer frames than `frames`, or of fewer
     pixels than the strides, is a ClipError of `read`.
 
     Raises:
-        DataError: the folder or file is not readable.
-        UsageError: a size, `stride` or `fps` makes no sense.
+        DataError: the folder or file is not readable, or no clip meets the condition.
+        UsageError: a size, `stride`, `fps` or `where` makes no sense.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class OwnSizeClips(ListedClips):
         stride: int = 1,
         fps: float | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        where: str | None = None,
     ) -> None:
         for name, value in (("frames", frames), ("height", height), ("width", width)):
             check_number(name, value, 1, whole=True, null="the video's own")
@@ -51,7 +53,8 @@ class OwnSizeClips(ListedClips):
         self.limits = limits
         self.decoding = Decoding(stride, fps, random_start=False, flip=False, limits=limits)
         listing = read_listing(path, limits)
-        self.entries, self.passed_over = listing.entries, listing.left_out
+        self.passed_over = listing.left_out
+        self.entries, self.dropped = passing(listing.entries, where, str(path))
 
     def fingerprint(self) -> str:
         return f"own sizes {self.frames} {self.height} {self.width} {self.decoding} clips={len(self)}"
@@ -63,12 +66,14 @@ class OwnSizeClips(ListedClips):
             data = entry.source()
         except DataError as error:
             raise ClipError(entry.key, str(error)) from error
-        info = probe(data, entry.key, limits=self.limits)
+        info = entry.part.info(probe(data, entry.key, limits=self.limits), entry.key)
         height, width = self._sides(entry.key, info)
         if self.frames is not None:
             return self.decoding.read(entry, Shape(self.frames, height, width), draw)
         stride, fps = self.decoding.stride, self.decoding.fps
-        pieces = stream_video(data, entry.key, size=(height, width), stride=stride, fps=fps, limits=self.limits)
+        pieces = stream_video(
+            data, entry.key, size=(height, width), stride=stride, fps=fps, limits=self.limits, part=entry.part
+        )
         return {
             "pieces": pieces,
             "height": height,

@@ -9,11 +9,13 @@ from typing import Any
 from osp.checks import check_number
 from osp.data.buckets import Bucket, BucketRule, choose, make_buckets
 from osp.data.media.limits import DEFAULT_LIMITS, Limits
+from osp.data.media.part import WHOLE
 from osp.data.media.shape import Shape
 from osp.data.shards.entry import ClipEntry
 from osp.data.shards.index import Listing, read_listing
 from osp.data.sources.decoding import Decoding
 from osp.data.sources.source import Elsewhere, ListedClips
+from osp.data.sources.where import passing
 from osp.errors import DataError
 
 Folders = str | Path | Sequence[str | Path] | Elsewhere
@@ -33,13 +35,16 @@ class ShardClips(ListedClips):
             the beginning and the caption is the first (for validation: always the same).
         flip: mirror half of the reads left to right.
         limits: what one file may cost.
+        where: a condition on the records of clips, such as "aesthetic >= 4.75 and motion > 0.001"; others are left out
+            (`osp.data.sources.where`). None: no clip is left out for its record's sake.
+        aesthetic_words: captions get a sentence on the clip's aesthetic score (`osp.data.sources.words`).
 
     Clips whose record says that they are too short, and images unless `frames` is 1, are left out here; what only
     decoding can tell (a foreign shard without frame counts, a damaged file) is a ClipError of `read`.
 
     Raises:
-        DataError: the folder is not readable, or no clip in it is long enough.
-        UsageError: `frames`, `height`, `width`, `stride` or `fps` make no sense.
+        DataError: the folder is not readable, or no clip in it is long enough or meets the condition.
+        UsageError: `frames`, `height`, `width`, `stride`, `fps` or `where` make no sense.
     """
 
     def __init__(
@@ -53,14 +58,17 @@ class ShardClips(ListedClips):
         random_start: bool = True,
         flip: bool = False,
         limits: Limits = DEFAULT_LIMITS,
+        where: str | None = None,
+        aesthetic_words: bool = False,
     ) -> None:
         for name, value in (("frames", frames), ("height", height), ("width", width)):
             check_number(name, value, 1, whole=True)
-        self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip, limits), flip
+        self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip, limits, aesthetic_words), flip
         self.shape = Shape(frames, height, width)
         paths, self.path, listing = _list_folders(path, limits)
         self.elsewhere = None if isinstance(path, str | Path | Sequence) else path
-        listed, self.passed_over = listing.entries, listing.left_out
+        self.passed_over = listing.left_out
+        listed, self.dropped = passing(listing.entries, where, paths)
         self.entries = [entry for entry in listed if _fits(entry.record, frames, stride, fps)]
         if not self.entries:
             rate = f" at {fps:g} fps" if fps is not None else f" with stride {stride}" if stride > 1 else ""
@@ -70,7 +78,7 @@ class ShardClips(ListedClips):
                 "or make shards of longer clips"
             )
         if left_out := len(listed) - len(self.entries):
-            self.dropped = {f"that are too short for frames={frames}, or images": left_out}
+            self.dropped = {**self.dropped, f"that are too short for frames={frames}, or images": left_out}
 
     def fingerprint(self) -> str:
         return f"shards {self.shape} {self.decoding} {_listing(self.entries)}{self._sequence()}"
@@ -86,7 +94,8 @@ class BucketClips(ListedClips):
     Args:
         path: as for `ShardClips`; several folders are read as one.
         rule: what gives each clip its shape (`osp.data.buckets`).
-        stride, fps, random_start, flip, limits: as for `ShardClips`. The rule counts frames at that stride or rate.
+        stride, fps, random_start, flip, limits, where, aesthetic_words: as for `ShardClips`. The rule counts frames at
+            that stride or rate.
         min_clips: shapes that fewer clips than these have are left out, with their clips.
 
     A clip is scaled until it covers its shape, and cropped at the centre; frames are those of a window that the draw
@@ -94,8 +103,8 @@ class BucketClips(ListedClips):
     without an index that tells the size: `osp shards` writes one.
 
     Raises:
-        DataError: a folder is not readable, or no clip has a shape.
-        UsageError: `stride`, `fps` or `min_clips` make no sense.
+        DataError: a folder is not readable, or no clip has a shape or meets the condition.
+        UsageError: `stride`, `fps`, `min_clips` or `where` make no sense.
     """
 
     def __init__(
@@ -108,14 +117,18 @@ class BucketClips(ListedClips):
         flip: bool = False,
         min_clips: int = 1,
         limits: Limits = DEFAULT_LIMITS,
+        where: str | None = None,
+        aesthetic_words: bool = False,
     ) -> None:
-        self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip, limits), flip
+        self.decoding, self.mirrors = Decoding(stride, fps, random_start, flip, limits, aesthetic_words), flip
         self.rule = rule
         paths, self.path, listing = _list_folders(path, limits)
         self.elsewhere = None if isinstance(path, str | Path | Sequence) else path
-        listed, self.passed_over = listing.entries, listing.left_out
+        self.passed_over = listing.left_out
+        listed, failing = passing(listing.entries, where, paths)
         sizes = [clip_size(entry.record, stride, fps) for entry in listed]
-        kept, self._shapes, self.dropped = choose(sizes, rule, min_clips)
+        kept, self._shapes, unsuited = choose(sizes, rule, min_clips)
+        self.dropped = {**failing, **unsuited}
         self.entries = [listed[number] for number in kept]
         self._buckets = make_buckets(self._shapes, rule)
         if not self.entries:
@@ -168,7 +181,10 @@ def clip_size(record: Mapping[str, Any], stride: int = 1, fps: float | None = No
 def _listing(entries: Sequence[ClipEntry]) -> str:
     listing = hashlib.sha256()
     for entry in entries:
-        listing.update(f"{entry.key} {entry.size}\n".encode("utf-8", "surrogatepass"))
+        said = f" {entry.part}" if entry.part != WHOLE else ""
+        if entry.record.get("recaptioned"):  # with other captions the same clip is another one to a model
+            said += f" {entry.record.get('captions') or entry.record.get('caption')!r}"
+        listing.update(f"{entry.key} {entry.size}{said}\n".encode("utf-8", "surrogatepass"))
     return f"clips={len(entries)} list={listing.hexdigest()[:16]}"
 
 
