@@ -87,7 +87,7 @@ WRONG = [
     (["sample", "prompt=a", "generator=opensora_v13", "checkpoint=x"], "generator=trained"),
     (["cache", "input=x", "output=y", "min_clips=2"], "buckets=tokens or buckets=shapes"),
     (["cache", "input=x", "output=y", "buckets=tokens", "clip.fps=8", "clip.frames=9"], "not with buckets"),
-    (["shards", "input=x", "output=y", "synthetic=plain"], "synthetic.clips=N and no input"),
+    (["shards", "input=x", "output=y", "synthetic=plain"], "synthetic.clips=N and no input and no annotations"),
     (["shards", "synthetic.clips=1", "output=y", "captions=x"], "input=DIR"),
 ]
 

@@ -1,22 +1,21 @@
 """`osp shards`: videos, annotations, shards with other captions, or procedural clips -> WebDataset shards."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate, to_absolute_path
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from omegaconf import DictConfig
 
 from osp.cli.checks import check_numbers
+from osp.cli.plain import plain
 from osp.data.shards.annotated import write_annotated
-from osp.data.shards.build import write_rendered, write_shards
+from osp.data.shards.build import write_shards
 from osp.data.shards.index import INDEX_NAME
 from osp.data.shards.recaption import write_recaptioned
 from osp.data.shards.stored import ShardReport
-from osp.data.sources import SyntheticClips
+from osp.data.sources.synthetic import write_drawn
 from osp.errors import UsageError
 from osp.report.progress import shown_progress
 
@@ -29,11 +28,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     files = cfg.input is not None or cfg.annotations is not None
     if files == (cfg.synthetic.clips > 0):
         raise UsageError(
-            "give either input=DIR, a folder of videos, or annotations=FILE, or synthetic.clips=N, a number of clips to "
-            "draw"
+            "give either input=DIR, a folder of videos, or annotations=FILE, or synthetic.clips=N, clips to draw"
         )
     output = Path(HydraConfig.get().runtime.output_dir)
-    report = _store(cfg, output) if files else _draw(cfg, output)
+    if files:
+        report = _store(cfg, output)
+    else:
+        sizes = {"shard_clips": cfg.shard_clips, "shard_bytes": cfg.shard_bytes}
+        report = write_drawn(output, plain(cfg.synthetic), **sizes)
     return {"output": str(output), **asdict(report)}
 
 
@@ -42,11 +44,7 @@ def _store(cfg: DictConfig, output: Path) -> ShardReport:
     folder, captions, annotations = (
         None if path is None else Path(to_absolute_path(path)) for path in (cfg.input, cfg.captions, cfg.annotations)
     )
-    how: dict[str, Any] = {
-        "shard_clips": cfg.shard_clips,
-        "shard_bytes": cfg.shard_bytes,
-        "limits": instantiate(cfg.limits),
-    }
+    how = {"shard_clips": cfg.shard_clips, "shard_bytes": cfg.shard_bytes, "limits": instantiate(cfg.limits)}
     reading = how | {"workers": cfg.workers, "drop_gone": cfg.drop_gone}
     with shown_progress("reading files") as show:
         if annotations is not None:
@@ -60,23 +58,3 @@ def _store(cfg: DictConfig, output: Path) -> ShardReport:
             report = write_shards(folder, output, captions=captions, watch=show, **cutting, **reading)
     report.summary(str(cfg.input if annotations is None else cfg.annotations)).log()
     return report
-
-
-def _draw(cfg: DictConfig, output: Path) -> ShardReport:
-    drawn: Any = OmegaConf.to_container(cfg.synthetic, resolve=True)
-    clips = SyntheticClips(**drawn)
-    del drawn["clips"]
-
-    def rendered() -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
-        for index in range(len(clips)):
-            clip = clips.read(index, 0)
-            yield f"{index:06d}", clip["video"], {"fps": clip["fps"], "caption": clip["caption"], "source": clip["key"]}
-
-    return write_rendered(
-        rendered(),
-        output,
-        settings={"synthetic": drawn},
-        lossless=True,
-        shard_clips=cfg.shard_clips,
-        shard_bytes=cfg.shard_bytes,
-    )

@@ -34,7 +34,7 @@ _ONE_SIZE = Where(
 )
 _FOLDER = Where("input=DIR", lambda config: config["input"] is not None)
 _DRAWN = Where(
-    "synthetic.clips=N and neither input nor annotations",
+    "synthetic.clips=N and no input and no annotations",
     lambda config: config["input"] is None and config["annotations"] is None,
 )
 _ANNOTATED = Where("annotations=FILE", lambda config: config["annotations"] is not None)

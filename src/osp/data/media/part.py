@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Part:
-    """What a clip is of its file: everything, unless said otherwise.
+    """The frames and pixels of its file that a clip is: all of them, unless said otherwise.
 
     Args:
         cut: its first frame, and the one after its last, numbered from 0 in the order of showing; None: all frames.
@@ -69,7 +69,7 @@ class Part:
         return taken if self.cut is None else [time - taken[0] for time in taken]
 
     def info(self, file: VideoInfo, name: str) -> VideoInfo:
-        """What the clip holds, of what its file holds at an even rate. Raises ClipError for a part beyond it."""
+        """The clip's sizes, of those of its file, whose rate is even. Raises ClipError for a part beyond it."""
         height, width = self.size((file.height, file.width), name)
         frames = len(self.taken(range(file.frames), name))
         duration = file.duration if self.cut is None or not file.fps else frames / file.fps

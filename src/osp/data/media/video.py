@@ -6,6 +6,7 @@ field is taken.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import av
@@ -128,17 +129,8 @@ def read_clip(
         image, _ = open_still(source, name, limits)
         return still_pixels(image, size, name, limits, part)[:, None]
 
-    def choose(times: Sequence[float]) -> list[int]:
-        inside = part.times(times, name)
-        if fps is not None:
-            chosen = window_by_time(inside, frames, fps, generator, start, name)
-        else:
-            chosen = window_by_count(inside, frames, stride, generator, start, name)
-        return [part.first + index for index in chosen]
-
-    def window(wanted: list[int], movie: Movie) -> _Window:
-        return _Window(wanted, Display(name, movie.aspect, size, limits, part))
-
+    choose = partial(_choose, frames, stride, fps, generator, start, part, name)
+    window = partial(_window, size, part)
     timeline = packet_timeline(source, name, limits)
     if timeline is not None:
         video = _read_near(source, timeline, choose(timeline.times), window, name, threads, limits)
@@ -152,6 +144,25 @@ def read_clip(
             if taken.take(index, frame):
                 break
     return taken.video()
+
+
+def _choose(
+    frames: int,
+    stride: int,
+    fps: float | None,
+    generator: torch.Generator | None,
+    start: float | None,
+    part: Part,
+    name: str,
+    times: Sequence[float],
+) -> list[int]:
+    """The numbers of the frames of a window, by the times of all frames of the file; see `read_clip`."""
+    inside = part.times(times, name)
+    if fps is not None:
+        chosen = window_by_time(inside, frames, fps, generator, start, name)
+    else:
+        chosen = window_by_count(inside, frames, stride, generator, start, name)
+    return [part.first + index for index in chosen]
 
 
 def name_of(source: Path | bytes, name: str) -> str:
@@ -193,6 +204,10 @@ class _Window:
         if self._pixels is None or self._taken < self._frames:
             raise ClipError(self._name, f"only {self._taken} of {self._frames} wanted frames decode")
         return torch.from_numpy(self._pixels)
+
+
+def _window(size: tuple[int, int] | None, part: Part, wanted: list[int], movie: Movie) -> _Window:
+    return _Window(wanted, Display(movie.name, movie.aspect, size, movie.limits, part))
 
 
 def _read_near(

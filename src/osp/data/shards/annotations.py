@@ -38,11 +38,11 @@ class UnfitError(Exception):
 class Frames(NamedTuple):
     """Which frames of a video a clip has.
 
-    With `exact` there must be so many; else what the file has of them counts.
+    With `exact` there must be so many; else those of them that the file has are taken.
     """
 
     first: int = 0
-    count: int | None = None  # None: all from the first on
+    frames: int | None = None  # None: all from the first on
     exact: bool = False
 
 
@@ -161,7 +161,8 @@ def _is_image(path: Path, published: bool) -> bool:
 
 def _check_resolution(said: Any) -> None:
     sides = [said.get(key) for key in ("height", "width")] if isinstance(said, dict) else []
-    if not sides or not all(_is_number(side) and side > 0 for side in sides):
+    numbers = [number for side in sides if (number := _as_number(side)) is not None and number > 0]
+    if len(numbers) != 2:
         raise UnfitError("records without a resolution above 0")
 
 
@@ -189,21 +190,17 @@ def _optional(row: Mapping[str, Any], key: str) -> float | None:
     value = row.get(key)
     if value is None or value == "":
         return None
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            value = None
-    if not _is_number(value) or not abs(value) < _LARGE:
+    number = _as_number(value)
+    if number is None or not abs(number) < _LARGE:
         raise UnfitError(f"records whose {'fps' if key == 'fps' else 'num_frames or duration'} is no number above 0")
-    return float(value)
+    return number
 
 
 def _first(cut: Any) -> int:
     """The clip's first frame in its file: the first entry of `cut`; nothing else of it is read."""
     if cut is None:
         return 0
-    first = cut[0] if isinstance(cut, list) and cut else None
+    first = cut[0] if isinstance(cut, list) and cut else -1
     if not _is_whole(first) or first < 0:
         raise UnfitError("records whose cut is no list that begins with a frame's number")
     return int(first)

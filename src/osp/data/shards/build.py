@@ -39,6 +39,8 @@ from osp.errors import DataError, UsageError
 
 log = logging.getLogger(__name__)
 
+_WORDS = "captions or scores than captions= or the files beside them"
+_OTHER_WORDS = "`osp shards input={} captions=FILE output=OTHER` changes them, or use another output folder"
 _KEY = re.compile(r"[\w-]{1,90}", re.ASCII)
 
 
@@ -94,9 +96,7 @@ def write_shards(
     settings = {"clip_seconds": float(clip_seconds), "min_frames": min_frames}
     cutting = CutSettings(clip_seconds, min_frames, limits)
     with ShardWriter(output, settings, shard_clips, shard_bytes) as writer:
-        mend = f"`osp shards input={output} captions=FILE output=OTHER` changes them, or use another output folder"
-        words = "captions or scores than captions= or the files beside them"
-        check_same_words(output, sources, writer.sources, words, mend)
+        check_same_words(output, sources, writer.sources, _WORDS, _OTHER_WORDS.format(output))
         before, gone = writer.clips, mark_gone(videos, sources, writer, drop_gone)
         todo = [source for source in sources if not source.is_done(writer.sources.get(source.name))]
         if todo:

@@ -96,7 +96,7 @@ def _record(entry: ClipEntry, rows: Mapping[str, Caption]) -> dict[str, Any]:
 
 
 def _digest(entries: list[ClipEntry], records: list[dict[str, Any]]) -> str:
-    """What a folder is made of: the clips, and what is said of them now."""
+    """A digest of the clips that a folder is made of, and of their new records."""
     digest = hashlib.sha256()
     for entry, record in zip(entries, records, strict=True):
         digest.update(to_json([entry.key, entry.size, entry.crc32, record]))

@@ -1,4 +1,4 @@
-"""What a run of `osp shards` has to do of its sources, by what a shard folder holds already; and its report."""
+"""Sources of a shard folder: which are done, gone or described otherwise by now; and the report of a run."""
 
 import hashlib
 import logging

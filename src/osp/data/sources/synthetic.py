@@ -1,10 +1,13 @@
 """Procedural clips as a source: drawn when they are read."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from json import dumps
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from osp.checks import check_number
 from osp.data.procedural.drawing import DRAWING_VERSION, MIN_SIDE, motions_for, render
@@ -18,6 +21,8 @@ from osp.data.procedural.scene import (
     check_word,
     scene_for,
 )
+from osp.data.shards.build import write_rendered
+from osp.data.shards.stored import ShardReport
 from osp.data.sources.source import ClipSource
 from osp.errors import UsageError
 
@@ -121,3 +126,21 @@ class SyntheticClips(ClipSource):
             "key": f"synthetic-{self.seed}-{index:06d}",
             "fps": self.fps,
         }
+
+
+def write_drawn(output: Path, settings: Mapping[str, Any], *, shard_clips: int, shard_bytes: int) -> ShardReport:
+    """Write procedural clips, `settings` of `SyntheticClips`, into shards in `output`, losslessly.
+
+    A folder that holds some of them goes on after these. Raises UsageError for settings that make no sense or others
+    than the folder was begun with, but for the number of clips.
+    """
+    clips = SyntheticClips(**settings)
+    about = {key: value for key, value in settings.items() if key != "clips"}
+
+    def rendered() -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
+        for index in range(len(clips)):
+            clip = clips.read(index, 0)
+            yield f"{index:06d}", clip["video"], {"fps": clip["fps"], "caption": clip["caption"], "source": clip["key"]}
+
+    sizes = {"shard_clips": shard_clips, "shard_bytes": shard_bytes}
+    return write_rendered(rendered(), output, settings={"synthetic": about}, lossless=True, **sizes)
