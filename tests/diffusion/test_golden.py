@@ -8,7 +8,7 @@ from osp.audit.case import Case
 from osp.audit.golden import compare, find_cases
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-CASES = [case for kind in ("sched_v13", "sched_v15") for case in find_cases(GOLDEN, kind)]
+CASES = [case for kind in ("sched_v10", "sched_v12", "sched_v13", "sched_v15") for case in find_cases(GOLDEN, kind)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}-{case.name}")
@@ -23,6 +23,13 @@ def test_objectives_steps_and_guidance(case: Case) -> None:
 
 def test_every_kind_has_cases() -> None:
     assert [(case.kind, case.name) for case in CASES] == [
+        ("sched_v10", "a_v10"),
+        ("sched_v10", "b_v11_masked"),
+        ("sched_v10", "c_pndm_50"),
+        ("sched_v10", "d_pndm_150"),
+        ("sched_v12", "a_eulera_100"),
+        ("sched_v12", "b_pndm_100"),
+        ("sched_v12", "c_training"),
         ("sched_v13", "a_100"),
         ("sched_v13", "c_leading_20_nozsnr"),
         ("sched_v15", "a_shift7_50"),

@@ -42,9 +42,11 @@ def test_a_predictor_that_knows_the_latent_recovers_it(kind: str, name: str) -> 
     objective = OBJECTIVES[kind]
     clean = draw_normal((2, 4, 3, 4, 4), seeded(1, 2))
     noise = draw_normal(clean.shape, seeded(3, 4))
-    for steps in (1, 2, 10, 50):
+    # The last call of pndm, at time 0, moves nothing, so that the noise of that time stays, as published.
+    left = objective.levels(torch.tensor([0]))[1].item() * noise.abs().max().item() if name == "pndm" else 0.0
+    for steps in (10, 50) if name == "pndm" else (1, 2, 10, 50):
         got = sample(ideal(objective, clean, 0.0), noise, Solver(objective, name, steps), seeded(5, 6))
-        torch.testing.assert_close(got, clean, rtol=0, atol=2e-3, msg=lambda m, s=steps: f"{s} steps: {m}")
+        torch.testing.assert_close(got, clean, rtol=0, atol=2e-3 + left, msg=lambda m, s=steps: f"{s} steps: {m}")
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -143,6 +145,9 @@ def test_types_progress_and_options() -> None:
         ((Velocity(), "euler", 10, None, {"prediction_type": "epsilon"}), "options.prediction_type is decided by"),
         ((Flow(1.0), "dpm++", 10, None, {"use_karras_sigmas": True}), "options.use_karras_sigmas is decided by"),
         ((Velocity(), "euler", 10, None, {"order": 2}), "euler has no options.order; it has .*timestep_spacing"),
+        ((Epsilon(), "pndm", 3), "pndm: steps=3: must be a whole number of at least 4"),
+        ((Epsilon(), "pndm", 334), "pndm in steps=334 begins at time 666, where .* say 50, 100 or 250"),
+        ((Velocity(), "pndm", 50), "name=pndm cannot integrate Velocity; choose euler"),
         ((Velocity(), "euler", 61), "euler cannot space steps=61 evenly"),
         ((Velocity(), "dpm++", 500), "dpm.. cannot space steps=500 evenly"),
         ((Velocity(), "ddim", 30), "ddim cannot space steps=30 evenly"),

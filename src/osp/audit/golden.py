@@ -13,6 +13,7 @@ from osp.audit.case import Case, Comparison, Unknown, Unsupported
 from osp.audit.latte import run_latte
 from osp.audit.losses import run_causalvae_loss
 from osp.audit.networks import run_denoiser, run_manifest, run_vae, run_wavelet
+from osp.audit.older_schedules import run_older
 from osp.audit.schedules import run_v13, run_v15
 from osp.denoiser import Denoiser
 from osp.errors import DataError
@@ -42,7 +43,7 @@ class Outcome:
 def runners() -> dict[str, Runner]:
     """How a case of each kind is run: every kind of the registry's families, wavelets, schedules and losses."""
     found: dict[str, Runner] = {"wavelet": run_wavelet, "sched_v13": run_v13, "sched_v15": run_v15}
-    found["causalvae_loss"] = run_causalvae_loss
+    found |= {"sched_v10": run_older, "sched_v12": run_older, "causalvae_loss": run_causalvae_loss}
     for family in FAMILIES.values():
         usual = run_denoiser if issubclass(family.model, Denoiser) else run_vae
         found |= dict.fromkeys(family.kinds, _OF_FAMILY.get(family.name, usual))

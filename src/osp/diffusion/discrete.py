@@ -1,6 +1,7 @@
 """Diffusion in discrete steps: the model predicts the noise (v1.0 to v1.2) or the velocity (v1.3)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from osp.checks import check_number
-from osp.diffusion.noise import Generators, draw_integers
+from osp.diffusion.noise import Generators, draw_integers, draw_normal
 from osp.diffusion.objective import Objective
 from osp.diffusion.variational import bound_tables, variational_bits
 from osp.errors import UsageError
@@ -18,14 +19,16 @@ from osp.errors import UsageError
 class Discrete(Objective):
     """`steps` levels of noise with linear betas (DDPM, arXiv 2006.11239); time is the step, from 0 to `steps - 1`.
 
-    `min_snr` limits the weight of steps with little noise (arXiv 2303.09556); None: all steps count the same.
-    Raises UsageError for betas that make no schedule.
+    `min_snr` limits the weight of steps with little noise (arXiv 2303.09556); None: all steps count the same. In
+    training the noise has `offset_noise` times a normal number added, one for each channel of a sample, so that the
+    mean of a latent is learned too. Raises UsageError for betas that make no schedule.
     """
 
     steps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
     min_snr: float | None = None
+    offset_noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("objective: steps", self.steps, 2, whole=True)
@@ -34,6 +37,7 @@ class Discrete(Objective):
                 f"objective: beta_start={self.beta_start}, beta_end={self.beta_end}: must rise within 0 and 1"
             )
         check_number("objective: min_snr", self.min_snr, above=0, null="no weights")
+        check_number("objective: offset_noise", self.offset_noise, 0)
 
     @property
     def zero_snr(self) -> bool:
@@ -65,10 +69,32 @@ class Discrete(Objective):
         return draw_integers(self.steps, batch, generators)
 
     def levels(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma of each step; their squares sum to 1."""
+        """alpha and sigma of each step; their squares sum to 1.
+
+        Between two steps, where some solvers call the model, sigma / alpha follows a line, as it does there.
+        """
         table = _levels(self.steps, self.beta_start, self.beta_end, self.zero_snr, time.device)
         alpha, sigma = table[:, time.long()]
-        return alpha, sigma
+        if not time.is_floating_point():
+            return alpha, sigma
+        part = (time - time.floor()).float()
+        after = table[:, (time.long() + 1).clamp(max=self.steps - 1)]
+        # The last step of a schedule down to pure noise counts as the solvers have it, with 2^-12 of signal.
+        ratio, next_ratio = sigma / alpha, after[1] / after[0].clamp(min=2**-12)
+        between = ratio + part * (next_ratio - ratio)
+        scale = (1 + between.square()).rsqrt()
+        whole = part == 0
+        return alpha.where(whole, scale), sigma.where(whole, scale * between)
+
+    def draw_noise(
+        self, shape: Sequence[int], generators: Generators = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """See `Objective.draw_noise`; after it each generator gives as many numbers as there are channels."""
+        noise = super().draw_noise(shape, generators, device)
+        if not self.offset_noise:
+            return noise
+        offset = draw_normal((*shape[:2], *[1] * (len(shape) - 2)), generators, device)
+        return noise + self.offset_noise * offset
 
     def clipped_snr(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """The ratio of signal to noise, and the same limited to `min_snr`, `B` in float32."""

@@ -1,6 +1,7 @@
 """Objectives: what a denoiser learns to predict, along which path from clean to noise; and their names."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from osp.checks import check_choice
 from osp.diffusion.loss import squared_error
-from osp.diffusion.noise import Generators
+from osp.diffusion.noise import Generators, draw_normal
 from osp.errors import UsageError
 from osp.extensions import import_named
 
@@ -55,6 +56,12 @@ class Objective(ABC):
     @abstractmethod
     def recover(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """The clean latent and the noise that a prediction means."""
+
+    def draw_noise(
+        self, shape: Sequence[int], generators: Generators = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The noise of training, of `shape` (batch first) in float32, from generators as in `draw_normal`."""
+        return draw_normal(shape, generators, device)
 
     def weight(self, time: Tensor) -> Tensor:
         """How much a sample's squared error counts, `B` in float32."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from osp.checks import check_number
-from osp.diffusion.discrete import Discrete, Velocity
+from osp.diffusion.discrete import Discrete, Epsilon, Velocity
 from osp.diffusion.flow import TIME_SCALE, Flow
 from osp.diffusion.noise import Generators, check_generators
 from osp.diffusion.objective import Objective
@@ -31,8 +31,11 @@ _DISCRETE_SOLVERS: dict[str, Entry] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
     "dpm++_sde": ("DPMSolverMultistepScheduler", _SDE),
+    "pndm": ("PNDMScheduler", {"timestep_spacing": "leading"}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+# These mix predictions of several times, which must be of the noise:
+_OF_NOISE = {"pndm"}
 _FLOW_SOLVERS: dict[str, Entry] = {
     "euler": ("FlowMatchEulerDiscreteScheduler", {}),
     "euler_ancestral": ("LTXEulerAncestralRFScheduler", {}),
@@ -45,6 +48,11 @@ _FLOW_SOLVERS: dict[str, Entry] = {
 _LOG_SNR = {"DPMSolverMultistepScheduler", "UniPCMultistepScheduler"}
 # These step by whole numbers of the objective's steps, and keep no list of noise levels:
 _WHOLE_STEPS = {"DDPMScheduler", "DDIMScheduler"}
+# This one begins with a Runge-Kutta method, which calls the model four times for each of the first three intervals:
+_RUNGE_KUTTA = "PNDMScheduler"
+_LEAST_STEPS = 4  # of it
+# As much of the clean latent may be left where it begins; the noise that sampling begins with has nothing of it.
+_MOST_SIGNAL = 0.05
 # These are for flows alone; their state is the model's input, and begins as the drawn noise:
 _UNSCALED = {"FlowMatchEulerDiscreteScheduler", "LTXEulerAncestralRFScheduler", "FlowMatchHeunDiscreteScheduler"}
 # Options that the objective decides; for a flow also all that shape its times.
@@ -59,8 +67,13 @@ class Solver:
     """How to sample: an objective, the name of a solver that can integrate it, and in how many steps.
 
     Discrete objectives take evenly spaced steps from the last one on ("trailing", arXiv 2305.08891), which v1.3 was
-    published with: `Solver(Velocity(), "euler_ancestral", 100)`. A flow's sigmas are evenly spaced from 1 to 0 and
-    shifted, by `shift` if it is given and as in training if not: v1.5 is `Solver(Flow(), "euler", 50, shift=7)`.
+    published with: `Solver(Velocity(), "euler_ancestral", 100)`. v1.2 is `Solver(Epsilon(), "euler_ancestral", 100,
+    options={"timestep_spacing": "linspace"})`, whose times are fractions of steps. "pndm" (arXiv 2202.09778; v1.0 and
+    v1.1) takes multiples of a whole number, down to 0 ("leading"), and calls the model 9 times more than it has steps.
+
+    A flow's sigmas are evenly spaced from 1 to 0 and shifted, by `shift` if it is given and as in training if not: v1.5
+    is `Solver(Flow(), "euler", 50, shift=7)`.
+
     `options` go to the class of diffusers (`solver_order`, `timestep_spacing`, ...). Raises UsageError for a solver
     that does not exist or cannot integrate the objective, and for impossible settings.
     """
@@ -127,6 +140,8 @@ class Solver:
         return Integration(scheduler, scheduler.timesteps)
 
     def _start_discrete(self, scheduler: Any, objective: Discrete, device: torch.device | str) -> "Integration":
+        if type(scheduler).__name__ == _RUNGE_KUTTA:
+            return self._start_runge_kutta(scheduler, objective, device)
         scheduler.set_timesteps(self.steps)
         times = scheduler.timesteps.float()
         distinct = times.unique_consecutive()
@@ -146,11 +161,24 @@ class Solver:
             )
         return Integration(scheduler, times.to(device))
 
+    def _start_runge_kutta(self, scheduler: Any, objective: Discrete, device: torch.device | str) -> "Integration":
+        check_number(f"solver: {self.name}: steps", self.steps, _LEAST_STEPS, whole=True)
+        scheduler.set_timesteps(self.steps)
+        times = scheduler.timesteps.float()
+        signal = objective.levels(times[:1])[0].item()
+        if signal > _MOST_SIGNAL:
+            raise UsageError(
+                f"solver: {self.name} in steps={self.steps} begins at time {times[0]:g}, where the noise is not all; "
+                "choose others, say 50, 100 or 250"
+            )
+        return Integration(scheduler, times.to(device))
+
 
 class Integration:
     """One run of a solver, from noise to clean; it keeps what multi-step solvers remember.
 
-    `times` are those that the model is called at, `calls` (float32): one a step, or two for solvers of second order.
+    `times` are those that the model is called at, `calls` (float32): one a step, or two for solvers of second order;
+    nine more than steps for "pndm".
     """
 
     def __init__(self, scheduler: Any, times: Tensor) -> None:
@@ -158,7 +186,7 @@ class Integration:
         self.times = times
         self._unscaled = type(scheduler).__name__ in _UNSCALED
         self._options = inspect.signature(scheduler.step).parameters.keys()
-        if type(scheduler).__name__ not in _WHOLE_STEPS:
+        if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
 
     def first(self, noise: Tensor) -> Tensor:
@@ -185,7 +213,9 @@ class Integration:
 
 def solvers(objective: Objective) -> list[str]:
     """The names of those that can integrate an objective."""
-    return list(_FLOW_SOLVERS if isinstance(objective, Flow) else _DISCRETE_SOLVERS)
+    if isinstance(objective, Flow):
+        return list(_FLOW_SOLVERS)
+    return [name for name in _DISCRETE_SOLVERS if name not in _OF_NOISE or isinstance(objective, Epsilon)]
 
 
 def _discrete_settings(objective: Discrete, rescales: bool) -> dict[str, Any]:

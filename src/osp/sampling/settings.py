@@ -11,7 +11,7 @@ from osp.checks import check_choice, check_number
 from osp.conditioning import MODES
 from osp.data.media.shape import Shape
 from osp.devices.precision import AUTOCAST
-from osp.diffusion import Flow, Objective, Solver, Velocity, solvers
+from osp.diffusion import Epsilon, Flow, Objective, Solver, solvers
 from osp.errors import OspError, UsageError
 from osp.sampling.defaults import GUIDANCE, default_solver
 from osp.vae import Tiling
@@ -57,8 +57,8 @@ class SolverSettings:
 
     name: str | None = setting(
         None,
-        "the solver, which makes a video of noise; lms, ddpm and ddim do not go with a flow",
-        choices=dict.fromkeys([*solvers(Flow()), *solvers(Velocity())]),
+        "the solver, which makes a video of noise; lms, ddpm and ddim need discrete steps, pndm a predicted noise",
+        choices=dict.fromkeys([*solvers(Flow()), *solvers(Epsilon())]),
         null="as fits the objective",
     )
     steps: int | None = setting(

@@ -15,7 +15,7 @@ from osp.conditioning import ConditionInputs, MaskMix, SeenWords, TextEncoder, f
 from osp.data.datamodule import ClipDataModule
 from osp.data.media.video import to_float
 from osp.denoiser import Denoiser
-from osp.diffusion import Objective, draw_normal
+from osp.diffusion import Objective
 from osp.documents import check_form
 from osp.errors import UsageError
 from osp.parallel import Parallelism, kind_of
@@ -266,7 +266,7 @@ class DenoiserModule(TrainingModule):
         tokens = (clean.shape[3] // patch) * (clean.shape[4] // patch)
         times = self.objective.sample_time(len(clean), generators, tokens=tokens).to(clean.device)
         dropped = self.texts.draw_dropped(generators)
-        noise = draw_normal(clean.shape, generators, clean.device)
+        noise = self.objective.draw_noise(clean.shape, generators, clean.device)
         condition = self._condition(batch, generators, noise=self.condition_noise)
         text = self.texts.encode(batch, self._trained_text, dropped, generators)
         return Noised(clean, noise, times, text, condition)
@@ -294,7 +294,7 @@ class DenoiserModule(TrainingModule):
         model = self.ema.model
         clean = self._clean(batch, None)
         places = torch.stack([torch.rand((), generator=g) for g in generators])
-        noise = draw_normal(clean.shape, generators, clean.device)
+        noise = self.objective.draw_noise(clean.shape, generators, clean.device)
         condition = self._condition(batch, generators, noise=False)
         text = self.texts.encode(batch, self._text_of(model))
         scores = {}
