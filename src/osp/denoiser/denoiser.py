@@ -117,7 +117,9 @@ class Denoiser(nn.Module):
         which only some families take.
         """
         if images:
-            raise UsageError(f"images={images}: {type(self).__name__} takes no joint batches of clips and images")
+            raise UsageError(
+                f"images={images}: {type(self).__name__} takes no joint batches of clips and images; Latte does"
+            )
         return [grid] * len(self.schedule)
 
     @property

@@ -6,7 +6,6 @@ conditioning of PixArt-alpha (Chen et al., arXiv:2310.00426).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -177,7 +176,7 @@ class LatteTransformer(Denoiser):
 
         dtype = self.out.weight.dtype
         x = self.patch(latent.to(dtype))
-        x = x + space_positions(c, grid, x.device).to(x.dtype)
+        x = x + space_positions(c, grid, x.device).to(x.dtype).flatten(0, 1).repeat(grid.frames, 1)
         text = self.text(text.to(dtype))
         embedded = self.time(sinusoid(time, TIME_CHANNELS).to(dtype))
         modulation = self.modulation(nn.functional.silu(embedded)).unflatten(1, (6, -1))
@@ -192,7 +191,8 @@ class LatteTransformer(Denoiser):
             x = placed.moved(x, before, i)
             clip, rest = x.tensor_split([x.shape[1] - image_tokens * across], dim=1)
             if i == 1:
-                clip = clip + placed.cut(time_positions(c, own, x.device), i)[0].to(x.dtype)
+                frame = torch.arange(own.frames, device=x.device).repeat_interleave(own.tokens // own.frames)
+                clip = clip + time_positions(c, own, x.device).to(x.dtype)[placed.cut((frame, frame), i)[0]]
             rotary = placed.cut(self._rotary(own, i, x), i) if c.rotary else None
             read = text, text_mask, modulation, rotary, placed.attention(i), image_tokens * (not across)
             clip = self.run_block(i, clip, *read)
@@ -228,28 +228,21 @@ class LatteTransformer(Denoiser):
         return rotary_tables(c.rotary_parts(block), grid, c.position_scale, x.device, x.dtype, whole=True)
 
 
-@lru_cache(maxsize=8)
 def space_positions(config: LatteTransformerConfig, grid: Grid, device: torch.device) -> Tensor:
-    """The sinusoids of column and row of each token, `N D` in float32: half of the channels each.
+    """The sinusoids of column and row of each place of a frame, `H W D` in float32: half of the channels each.
 
     A grid of another size than the native one is stretched onto the rows of that, in both directions.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        scales = config.position_scale[1:]
-        rows, columns = (
-            torch.arange(size, dtype=torch.float64, device=device) * config.native_rows / (size * scale)
-            for size, scale in zip(grid[1:], scales, strict=True)
-        )
-        row, column = (sines(axis, config.width // 2) for axis in (rows, columns))
-        shape = (*grid, -1)
-        both = torch.cat((column[None, None].expand(shape), row[None, :, None].expand(shape)), dim=-1)
-        return both.flatten(0, 2).float()
+    rows, columns = (
+        torch.arange(size, dtype=torch.float64, device=device) * config.native_rows / (size * scale)
+        for size, scale in zip(grid[1:], config.position_scale[1:], strict=True)
+    )
+    row, column = (sines(axis, config.width // 2).float() for axis in (rows, columns))
+    shape = (grid.height, grid.width, -1)
+    return torch.cat((column[None].expand(shape), row[:, None].expand(shape)), dim=-1)
 
 
-@lru_cache(maxsize=8)
-def time_positions(config: LatteTransformerConfig, grid: Grid, device: torch.device) -> Tables:
-    """The sinusoids of each token's frame, `N D` in float32, twice: as tables of a placement."""
-    with torch.inference_mode(False), torch.no_grad():
-        frames = torch.arange(grid.frames, dtype=torch.float64, device=device) / config.position_scale[0]
-        table = sines(frames, config.width).repeat_interleave(grid.height * grid.width, dim=0).float()
-        return table, table
+def time_positions(config: LatteTransformerConfig, grid: Grid, device: torch.device) -> Tensor:
+    """The sinusoids of each frame, `T D` in float32."""
+    frames = torch.arange(grid.frames, dtype=torch.float64, device=device) / config.position_scale[0]
+    return sines(frames, config.width).float()

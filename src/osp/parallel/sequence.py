@@ -56,7 +56,7 @@ class SplitTokens(Placement):
         self.over, self.device = over, device
         self.layouts = plan_layouts(tuple(schedule), tokens.grid, over.size)
         self._here = {one: one.tokens(over.rank).to(device) for one in dict.fromkeys(self.layouts)}
-        self._cut: dict[Layout, Tables] = {}
+        self._cut: dict[tuple[Layout, int], tuple[Tables, Tables]] = {}  # with the tables that a number stands for
         self._whole: dict[Pattern, GroupAttention] = {}
         self._by_layout: dict[tuple[Pattern, Layout], Attend] = {}
         for pattern, layout in dict.fromkeys(zip(schedule, self.layouts, strict=True)):
@@ -91,10 +91,11 @@ class SplitTokens(Placement):
     def cut(self, tables: Tables, block: int) -> Tables:
         """See `Placement`."""
         layout = self.layouts[block]
-        if layout not in self._cut:
+        asked = layout, id(tables[0])
+        if asked not in self._cut:
             here = self._here[layout]
-            self._cut[layout] = tables[0].index_select(0, here), tables[1].index_select(0, here)
-        return self._cut[layout]
+            self._cut[asked] = tables, (tables[0].index_select(0, here), tables[1].index_select(0, here))
+        return self._cut[asked][1]
 
     def attention(self, block: int) -> Attend:
         """See `Placement`."""

@@ -52,6 +52,16 @@ class Encoded:
     without_condition: ConditionInputs | None = None
 
 
+def check_length(denoiser: Denoiser, frames: int, latent_frames: int, time_stride: int) -> None:
+    """Raise UsageError for a clip of so many frames where the denoiser takes clips of another length alone."""
+    taken = denoiser.clip_frames
+    if taken is not None and latent_frames not in (1, taken):
+        raise UsageError(
+            f"frames={frames}: makes {latent_frames} latent frames, and this denoiser takes {taken}, the length that "
+            f"it was trained at; use frames={(taken - 1) * time_stride + 1}, or 1 for an image"
+        )
+
+
 class VideoGenerator:
     """A generator of videos from prompts: a denoiser, and all that it was trained with.
 
@@ -138,7 +148,9 @@ class VideoGenerator:
         strides = self.codec.strides.patched(self.denoiser.patch_size)
         strides.check_frames(frames)
         strides.check_sides(height, width, "the VAE's stride times the patch")
-        return Grid(*strides.latent(frames, height, width))
+        grid = Grid(*strides.latent(frames, height, width))
+        check_length(self.denoiser, frames, grid.frames, strides.time)
+        return grid
 
     def check(
         self,

@@ -10,6 +10,7 @@ from osp.data.sources import ClipSource
 from osp.denoiser import Denoiser
 from osp.diffusion import Objective
 from osp.errors import UsageError
+from osp.sampling.generator import check_length
 from osp.training.encode_features import text_identities
 from osp.training.peek import clip_shapes, has_captions
 from osp.vae import LatentCodec
@@ -163,10 +164,11 @@ def _check_features(
 
 def _check_size(source: ClipSource, denoiser: Denoiser, codec: LatentCodec | None, shape: Shape) -> None:
     if codec is not None:
-        _, _, rows, columns = codec.latent_shape(*shape)
+        (_, frames, rows, columns), time_stride = codec.latent_shape(*shape), codec.strides.time
     else:
         assert source.made_with is not None
-        _, _, rows, columns = source.made_with.latent_shape(shape)
+        (_, frames, rows, columns), time_stride = source.made_with.latent_shape(shape), source.made_with.time_stride
+    check_length(denoiser, shape.frames, frames, time_stride)
     patch = denoiser.patch_size
     for name, side, pixels in (("height", rows, shape.height), ("width", columns, shape.width)):
         if side % patch:

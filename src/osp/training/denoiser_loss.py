@@ -9,6 +9,7 @@ from torch import Tensor
 from osp.conditioning import ConditionInputs, EncodedText, call_denoiser, denoiser_inputs
 from osp.denoiser import Denoiser
 from osp.diffusion import Objective
+from osp.training.joint import joint_inputs
 
 TIME_PARTS = 4
 """The loss is also logged for each of so many equal parts of the times, from little noise to much."""
@@ -16,18 +17,25 @@ TIME_PARTS = 4
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch as a denoiser meets it, a row a sample: `clean` and `noise` `B C T H W`, `times` `B`, and conditions."""
+    """A batch as a denoiser meets it, a row a sample: `clean` and `noise` `B C T H W`, `times` `B`, and conditions.
+
+    In a joint batch the last `images` frames of each sample are images; see `osp.training.joint`.
+    """
 
     clean: Tensor
     noise: Tensor
     times: Tensor
     text: EncodedText
     condition: ConditionInputs | None = None
+    images: int = 0
 
     def error(self, denoiser: Denoiser, objective: Objective) -> tuple[Tensor, Tensor]:
         """Each sample's error by the objective, and how many values it has, both `B`."""
         noisy = objective.corrupt(self.clean, self.noise, self.times)
-        prediction = call_denoiser(denoiser, noisy, self.times, **denoiser_inputs(denoiser, self.text, self.condition))
+        inputs: dict[str, Any] = denoiser_inputs(denoiser, self.text, self.condition)
+        if self.images:
+            inputs |= joint_inputs(self.text, len(self.clean), self.images)
+        prediction = call_denoiser(denoiser, noisy, self.times, **inputs)
         return objective.error(prediction, self.clean, self.noise, self.times)
 
 

@@ -26,6 +26,7 @@ from osp.training.clipping import AdaptiveClipping, Clipping
 from osp.training.denoiser_checks import check_data, check_parts
 from osp.training.denoiser_loss import TIME_PARTS, Noised, StepErrors, mean_errors
 from osp.training.encode_features import measure_source_scaling
+from osp.training.joint import check_joint, images_beside, with_images
 from osp.training.latent_identity import LatentIdentity
 from osp.training.module import Batch, TrainingModule
 from osp.training.optimisation import Optimisation
@@ -63,6 +64,8 @@ class DenoiserModule(TrainingModule):
         masks: how frames are given: a name in `osp.conditioning.MIXES`, weights by kind, or a `MaskMix`.
         condition_noise: whether given frames get noise in training.
         image_text: where given frames are trained, half of the images have this text instead of their caption (v1.3).
+        joint_images: so many evenly spaced frames of each clip are trained on as images too (v1.0), beside it and at
+            its time; clips that bring images of their own (`JointClips`) need none.
         scaling_clips: the scaling of the codec is not its own but measured at the run's start, on so many clips.
         recompute_every: gradient checkpointing, see `Denoiser.recompute_every`.
         offload_activations: see `Denoiser`; needs `recompute_every`.
@@ -90,6 +93,7 @@ class DenoiserModule(TrainingModule):
         masks: MaskMix | Mapping[str, float] | str | None = None,
         condition_noise: bool = True,
         image_text: str | None = None,
+        joint_images: int = 0,
         scaling_clips: int = 0,
         recompute_every: int = 0,
         offload_activations: bool = False,
@@ -104,6 +108,7 @@ class DenoiserModule(TrainingModule):
                 "module.offload_activations=true: keeps the inputs of blocks that are computed again; give "
                 "module.recompute_every=1 too"
             )
+        check_number("module.joint_images", joint_images, least=0, whole=True)
         check_number("module.muon_lr", muon_lr, least=0, null="all by AdamW")
         for name, part, kind in (("denoiser", denoiser, Denoiser), ("objective", objective, Objective)):
             if not isinstance(part, kind):
@@ -112,7 +117,7 @@ class DenoiserModule(TrainingModule):
         self.offload_activations, self.compile_blocks = offload_activations, compile
         self.masks = None if masks is None else find_mix(masks)
         self.objective, self.codec = objective, codec
-        self.condition_noise, self.scaling_clips = condition_noise, scaling_clips
+        self.condition_noise, self.joint_images, self.scaling_clips = condition_noise, joint_images, scaling_clips
         self.texts = TextInput(text, text_dropout, image_text if self.masks is not None else None)
         parts: dict[str, nn.Module] = {"denoiser": denoiser}
         if self.texts.is_trained:
@@ -169,6 +174,7 @@ class DenoiserModule(TrainingModule):
     def prepare(self, data: ClipDataModule) -> None:
         """See `TrainingModule`; also keeps what checkpoints say about the data."""
         check_data(data, self.denoiser, self.text, self.codec, self.masks, self.texts.dropout)
+        check_joint(self.denoiser, data.train_source, self.joint_images)
         self._identity = LatentIdentity.of(data, self.codec)
         self._encodes = data.train_source.made_with is None
         self.texts.prepare(data.train_source)
@@ -242,7 +248,7 @@ class DenoiserModule(TrainingModule):
         for optimizer in optimizers:
             optimizer.zero_grad()
         generators = [[seeded(self.seed, "train", n) for n in batch["sample"].tolist()] for batch in batches]
-        clean = [self._clean(batch, own) for batch, own in zip(batches, generators, strict=True)]
+        clean = [self._joined(batch, own) for batch, own in zip(batches, generators, strict=True)]
         values = self.summed(torch.tensor(float(sum(latent.numel() for latent in clean)), device=self.device))
         found = StepErrors(self.objective, self.device)
         for number, (batch, latent, own) in enumerate(zip(batches, clean, generators, strict=True)):
@@ -268,8 +274,17 @@ class DenoiserModule(TrainingModule):
         dropped = self.texts.draw_dropped(generators)
         noise = self.objective.draw_noise(clean.shape, generators, clean.device)
         condition = self._condition(batch, generators, noise=self.condition_noise)
-        text = self.texts.encode(batch, self._trained_text, dropped, generators)
-        return Noised(clean, noise, times, text, condition)
+        images = images_beside(batch, self.joint_images)
+        text = self.texts.encode(batch, self._trained_text, dropped, generators, images)
+        return Noised(clean, noise, times, text, condition, images)
+
+    def _joined(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
+        """The clean latents of a training batch, in a joint one with those of its images behind: `B C T+n H W`."""
+        clean = self._clean(batch, generators)
+        if not images_beside(batch, self.joint_images):
+            return clean
+        assert self.codec is not None
+        return with_images(clean, batch, self.joint_images, self.codec, generators)
 
     def _clean(self, batch: Batch, generators: Sequence[torch.Generator] | None) -> Tensor:
         """The clean latents, `B C T H W`: the batch's, or those of its videos; without generators the means."""

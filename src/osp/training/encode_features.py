@@ -124,9 +124,14 @@ def encode_features(
     others are there. `workers` threads read ahead. A broken clip is skipped and logged.
 
     Raises:
-        UsageError: the device's memory is too small, or another process writes the same shards.
+        UsageError: the clips bring images, the device's memory is too small, or another process writes the same shards.
         DataError: no clip of the source can be used, or GIVE_UP_AFTER in a row cannot; a file cannot be written.
     """
+    if source.images:
+        raise UsageError(
+            f"{source.path}: its clips bring {source.images} images each, which features do not keep; "
+            "encode the videos alone"
+        )
     plan = {number: same_shape_batches(source, writer.shard(number).clips, batch_size) for number in writer.todo()}
     part = f"part {writer.part} of {writer.parts}: " if writer.parts > 1 else ""
     progress = _Progress(part, sum(len(batch) for batches in plan.values() for batch in batches))

@@ -47,7 +47,7 @@ class Speed(Callback):
         check_number("peak_flops", peak, above=0, null="measured")
         self.peak = peak
         self._flops: dict[tuple[int, ...], DenoiserFlops | None] = {}
-        self._calls: list[tuple[int, ...]] = []  # shape of the latent and tokens of the text of each call
+        self._calls: list[tuple[int, ...]] = []  # shape of the latent, tokens of a text and images
         self._hook: Any = None
         self._since, self._waited, self._frames = time.monotonic(), 0.0, 0
         self._stopped: tuple[float, float] | None = None  # the time, and what was waited, when a validation began
@@ -111,7 +111,7 @@ class Speed(Callback):
         if not isinstance(module, DenoiserModule) or not self._calls:
             return values
         patch = module.denoiser.patch_size
-        tokens = sum(b * t * (h // patch) * (w // patch) for b, _, t, h, w, _ in self._calls)
+        tokens = sum(b * t * (h // patch) * (w // patch) for b, _, t, h, w, *_ in self._calls)
         values["tokens_per_second"] = tokens * mesh.data / seconds
         counted = [self._count(module.denoiser, call) for call in self._calls]
         if self.peak is None or None in counted:
@@ -127,9 +127,9 @@ class Speed(Callback):
     def _count(self, model: Denoiser, call: tuple[int, ...]) -> DenoiserFlops | None:
         """The operations of a call; None for a family that does not say what its layers see."""
         if call not in self._flops:
-            batch, _, *latent, text = call
+            batch, _, *latent, text, images = call
             try:
-                self._flops[call] = denoiser_flops(model, latent, text, batch)
+                self._flops[call] = denoiser_flops(model, latent, text, batch, images)
             except UsageError as error:
                 self._flops[call] = None
                 log.info("no perf/mfu: %s", error)
@@ -137,7 +137,7 @@ class Speed(Callback):
 
     def _note(self, model: nn.Module, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
         if torch.is_grad_enabled() and "text" in named:
-            self._calls.append((*positional[0].shape, named["text"].shape[1]))
+            self._calls.append((*positional[0].shape, named["text"].shape[-2], named.get("images", 0)))
 
     @contextmanager
     def _waiting(self, inner: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:

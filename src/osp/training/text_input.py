@@ -13,6 +13,7 @@ from osp.data.features.format import TextIdentity
 from osp.data.sources import ClipSource
 from osp.parallel import kind_of
 from osp.training.encode_features import text_identities
+from osp.training.joint import joint_captions
 from osp.training.module import Batch
 
 
@@ -54,11 +55,13 @@ class TextInput:
         trained: TextEncoder | None,
         dropped: Tensor | None = None,
         generators: Sequence[torch.Generator] = (),
+        images: int = 0,
     ) -> EncodedText:
         """The text of a batch. `trained` is the encoder that learns along, if there is one.
 
         In training some samples are `dropped`, and with generators images may get their other text; the words that the
-        encoder reads then are kept in `seen`.
+        encoder reads then are kept in `seen`. In a joint batch with so many `images` a clip, captions of their own
+        follow that of their clip, and are dropped with it.
         """
         if "text" in batch and not self.is_trained:
             text = EncodedText(batch["text"], batch["text_mask"], batch.get("pooled_text"))
@@ -68,7 +71,9 @@ class TextInput:
             return text.replaced(dropped, self._empty.to(text.text.device, text.text.dtype))
         encoder = trained if self.is_trained else self.frozen
         assert encoder is not None
-        captions = list(batch["caption"])
+        captions = joint_captions(batch) if images else list(batch["caption"])
+        if dropped is not None:
+            dropped = dropped.repeat_interleave(len(captions) // len(dropped))
         if generators and self.image_text is not None and batch["video"].shape[2] == 1:
             default = draw_dropped(0.5, generators).tolist()
             captions = [self.image_text if use else text for text, use in zip(captions, default, strict=True)]

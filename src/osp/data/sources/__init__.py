@@ -3,6 +3,7 @@
 from osp.data.sources.arrays import ArrayClips
 from osp.data.sources.datasets import DatasetClips
 from osp.data.sources.features import FeatureClips
+from osp.data.sources.joint import JointClips
 from osp.data.sources.own_size import OwnSizeClips
 from osp.data.sources.shards import BucketClips, ShardClips, clip_size
 from osp.data.sources.source import ClipSource, FirstClips
@@ -15,6 +16,7 @@ __all__ = [
     "DatasetClips",
     "FeatureClips",
     "FirstClips",
+    "JointClips",
     "OwnSizeClips",
     "ShardClips",
     "SyntheticClips",

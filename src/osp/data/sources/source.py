@@ -30,6 +30,7 @@ class ClipSource(Protocol):
         vae_origin: the file or folder of the VAE that made the features, if that is known.
         empty: of features the embeddings of the empty text, `text` (`L D`) and `pooled_text` (`P`), if they are kept.
         mirrors: whether half of the clips are read mirrored.
+        images: how many further images each clip brings, for joint batches (`JointClips`).
         dropped: clips that are left out (reason -> clips); a reason reads on after "3 clips".
     """
 
@@ -38,6 +39,7 @@ class ClipSource(Protocol):
     vae_origin: str | None = None
     empty: Mapping[str, Tensor] = MappingProxyType({})
     mirrors: bool = False
+    images: int = 0
     dropped: Mapping[str, int] = MappingProxyType({})
 
     def __len__(self) -> int: ...
@@ -166,6 +168,7 @@ class FirstClips(ClipSource):
         self.source, self.clips = source, clips
         self.path, self.made_with, self.vae_origin = source.path, source.made_with, source.vae_origin
         self.empty, self.mirrors, self.dropped = source.empty, source.mirrors, source.dropped
+        self.images = source.images
 
     def __len__(self) -> int:
         return min(self.clips, len(self.source))

@@ -49,7 +49,8 @@ class DenoiserWork:
     """A denoiser to train, with the encoders at its side; models are without memory.
 
     `words` are the tokens of text, `text` an encoder that learns along, `vae` the one that encodes videos in each step
-    (None: clips are encoded already), `frozen` the bytes of text encoders that do not learn.
+    (None: clips are encoded already), `frozen` the bytes of text encoders that do not learn. Each clip has so many
+    `images` beside it.
     """
 
     denoiser: Denoiser
@@ -62,6 +63,7 @@ class DenoiserWork:
     recompute_every: int
     offloads: bool
     muon: bool
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ def _denoiser_work(config: Mapping[str, Any], build: Build) -> DenoiserWork:
         module["recompute_every"],
         bool(module.get("offload_activations")),
         module.get("muon_lr") is not None,
+        module.get("joint_images") or config["data"]["train"].get("images") or 0,
     )
 
 

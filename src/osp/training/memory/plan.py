@@ -117,6 +117,7 @@ def _run(work: DenoiserWork | VAEWork, size: tuple[int, ...], precision: str, ac
             precision,
             accelerated,
             work.offloads,
+            work.images,
         )
 
 
@@ -167,8 +168,9 @@ def _clip(asked: Asked) -> int:
     pixels = 3 * frames * height * width
     if isinstance(asked.work, VAEWork):
         return pixels
-    latent, denoiser = asked.latent, asked.work.denoiser
-    values = _FLOAT * denoiser.config.channels * latent[0] * latent[1] * latent[2]
+    latent, denoiser, images = asked.latent, asked.work.denoiser, asked.work.images
+    pixels += 3 * images * height * width
+    values = _FLOAT * denoiser.config.channels * (latent[0] + images) * latent[1] * latent[2]
     if asked.work.vae is not None:
         return pixels + values
     return values + (0 if asked.work.text is not None else _FLOAT * asked.work.words * denoiser.text_channels)

@@ -115,18 +115,20 @@ def rehearse_denoiser(
     precision: str,
     accelerated: bool,
     offloads: bool = False,
+    images: int = 0,
 ) -> Rehearsal:
     """A batch of latents `B T H W` with so many tokens of text; `text` is an encoder that learns along.
 
-    `offloads`: see `Denoiser.offload_activations`.
+    In a joint batch each has so many `images` beside it. `offloads`: see `Denoiser.offload_activations`.
     """
     batch, *size = latent
+    joint = {"images": images} if images else {}
     _fill_tables(denoiser, objective, size)
     with fresh_rotary(), simulated(precision, accelerated):
         model = fake_twin(denoiser).train()
         model.recompute_every = recompute_every
         encoder = None if text is None else fake_twin(text).train()
-        clean = torch.empty(batch, model.config.channels, *size)
+        clean = torch.empty(batch, model.config.channels, size[0] + images, *size[1:])
         step = _Step()
         followed = _Blocks(model, step, offloads)
         for module in (model, encoder):
@@ -134,10 +136,12 @@ def rehearse_denoiser(
                 step.follow_gradients(module)
         with step:
             noise, times = torch.empty_like(clean), objective.sample_time(batch, tokens=size[1] * size[2])
-            beside = torch.empty(batch, model.latent_channels - clean.shape[1], *size)
+            beside = torch.empty(batch, model.latent_channels - clean.shape[1], *clean.shape[2:])
             noisy = torch.cat([objective.corrupt(clean, noise, times), beside], dim=1)
             tokens, pooled = read_words(model, encoder, batch, words)
-            prediction = model(noisy, times, tokens, None, pooled)
+            if images:
+                tokens = tokens[:, None].expand(-1, 1 + images, -1, -1)
+            prediction = model(noisy, times, tokens, None, pooled, **joint)
             errors, _ = objective.error(prediction, clean, noise, times)
             del prediction, noisy
             torch.autograd.backward(errors.sum())
