@@ -9,6 +9,9 @@ import yaml
 
 from osp.audit.fuzz.media import still
 from osp.audit.fuzz.subject import Reading, Subject
+from osp.data.media.video import VideoInfo
+from osp.data.shards.annotation_files import annotation_files
+from osp.data.shards.annotations import AnnotationReader
 from osp.data.shards.captions import Captions, read_captions
 from osp.sampling.outputs import SampleFolder
 from osp.sampling.requests import list_videos, read_requests
@@ -51,6 +54,23 @@ def make_captions(name: str, folder: Path) -> None:
     (folder / name).write_text(text)
 
 
+def make_annotations(name: str, folder: Path) -> None:
+    """Three pictures, and annotations of parts of them; of a list the file that it names too."""
+    for picture in _NAMES:
+        (folder / picture).write_bytes(still("JPEG"))
+    rows: list[dict[str, Any]] = [
+        {"path": picture, "cap": ["a picture", "another"], "resolution": {"height": 8, "width": 8}, "aes": 5.5}
+        for picture in _NAMES
+    ]
+    rows[1] |= {"crop": [0, 4, 2, 8], "cut": [0, 1], "num_frames": 1, "fps": 24}
+    if name.endswith(".csv"):
+        text = "path,text,num_frames,fps,height,width,aes\n" + "".join(f'{row},"a b",1,24,8,8,5\n' for row in _NAMES)
+    else:
+        text = json.dumps(rows)
+    (folder / name).write_text(text)
+    (folder / "data.txt").write_text(f".,{name}\n")
+
+
 def make_prompts(name: str, folder: Path) -> None:
     """A file of prompts, and a picture that one of them goes on from."""
     (folder / "a.jpg").write_bytes(still("JPEG"))
@@ -90,6 +110,16 @@ def read_captions_file(name: str, folder: Path, reading: Reading) -> None:
             reading(found.find, folder / picture)
 
 
+def read_annotations(name: str, folder: Path, reading: Reading) -> None:
+    """The clips of annotations and of the list that names them, and why others are left out."""
+    for path in (folder / name, folder / "data.txt"):
+        reader = AnnotationReader()
+        for file in reading(annotation_files, path) or ():
+            for clip in reading(reader.read, file) or ():
+                reading(clip.part, VideoInfo(1, 0.0, 8, 8, 0.0, "jpeg", "image"))
+        reading(dict, reader.unfit.counts)
+
+
 def read_prompts(name: str, folder: Path, reading: Reading) -> None:
     """The requests of a file, the names of their videos, and their pictures."""
     requests = reading(read_requests, folder / name) or []
@@ -123,6 +153,12 @@ SUBJECTS = [
     *(
         Subject(name, partial(make_captions, name), partial(read_captions_file, name), [name])
         for name in ("captions.jsonl", "captions.csv", "captions.json")
+    ),
+    *(
+        Subject(
+            f"annotations_{name}", partial(make_annotations, name), partial(read_annotations, name), [name, "*.txt"]
+        )
+        for name in ("a.json", "a.csv")
     ),
     *(
         Subject(name, partial(make_prompts, name), partial(read_prompts, name), [name])

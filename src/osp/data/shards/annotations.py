@@ -20,6 +20,7 @@ from osp.data.shards.annotation_files import AnnotationFile
 from osp.data.shards.captions import FILE_KEYS, TEXT_KEYS, Caption, NoTextError, TooLongError, caption_of
 from osp.data.summary import Tally
 from osp.documents import DocumentError, printable
+from osp.errors import DataError
 
 _KNOWN = ("num_frames", "fps", "height", "width", "duration", "resolution", "aspect_ratio", "crop", "cut", "frame_idx")
 _PUBLISHED = (".mp4", ".jpg")
@@ -27,7 +28,7 @@ _LARGE = 1 << 31
 _RESIZED = "_resize_1080p.mp4"  # what the files are called that v1.1 prefers, where they lie beside the named one
 
 
-class UnfitError(Exception):
+class UnfitError(DataError):
     """A row, or a file's part, of which no clip can be made; the reason reads on after a number."""
 
     def __init__(self, reason: str) -> None:

@@ -83,7 +83,8 @@ def parse(text: str, kinds: Mapping[str, str], key: str = "where") -> Expression
     if len(text) > _LONGEST:
         raise UsageError(f"{key}: has {len(text)} characters; a condition may have {_LONGEST}")
     parser = _Parser(text, kinds, key)
-    return Expression(text, tuple(parser.names), parser.whole())
+    node = parser.whole()
+    return Expression(text, tuple(parser.names), node)
 
 
 class _Parser:
