@@ -115,7 +115,8 @@ def csv_rows(path: Path, most: int = 4096 * MIB) -> Iterator[tuple[str, dict[str
             if columns is None:
                 columns = [name.strip() for name in row]
                 if len({*columns}) < len(columns):
-                    raise DocumentError(f"{place}: two columns have the same name ({printable(', '.join(columns)[:_SHOWN])})")
+                    named = printable(", ".join(columns)[:_SHOWN])
+                    raise DocumentError(f"{place}: two columns have the same name ({named})")
             elif len(row) != len(columns):
                 raise DocumentError(
                     f"{place}: has {len(row)} fields where the header has {len(columns)}; "
