@@ -13,7 +13,7 @@ from osp.conditioning.given import MODES, GivenFrames, frame_channels, given_by_
 from osp.conditioning.masks import KINDS, MIXES, MaskMix, find_mix, frame_mask
 from osp.conditioning.pretrained import CLIPPooled, Pair, T5Text
 from osp.conditioning.seen import SeenWords, unknown_words
-from osp.conditioning.text import EncodedText, TextEncoder
+from osp.conditioning.text import EncodedText, TextEncoder, clean_texts
 from osp.conditioning.words import WordText
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "WordText",
     "add_condition_noise",
     "call_denoiser",
+    "clean_texts",
     "denoiser_inputs",
     "draw_dropped",
     "drop_prompts",

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osp.checks import check_choice
+from osp.conditioning.cleaning import RULES, find_cleaning
 from osp.conditioning.folders import folder_fingerprint, load_model, load_tokenizer, read_settings
 from osp.conditioning.text import EncodedText, LengthCheck, TextEncoder
 from osp.data.features.format import TextIdentity
@@ -87,8 +89,11 @@ class FrozenText:
         """A fingerprint of the folder's content and the settings, whatever its path."""
         return f"{self.name} {self._content}"
 
-    def tokenized(self, prompts: Sequence[str], strict: bool) -> tuple[Tensor, Tensor]:
-        """Token ids and mask (bool), both `B L`, padded to the longest prompt, which changes nothing."""
+    def tokenized(self, prompts: Sequence[str], strict: bool, least: int = 0) -> tuple[Tensor, Tensor]:
+        """Token ids and mask (bool), both `B L`, padded to the longest prompt and to `least` tokens.
+
+        Padding changes nothing in what a prompt's own tokens become.
+        """
         self.check_length(prompts, self.count_tokens(prompts), strict)
         tokens = self.tokenizer(
             list(prompts),
@@ -99,11 +104,18 @@ class FrozenText:
             return_attention_mask=True,
             return_tensors="pt",
         ).to(self.model.device)
-        return tokens.input_ids, tokens.attention_mask.bool()
+        ids, mask = tokens.input_ids, tokens.attention_mask.bool()
+        more = max(0, least - ids.shape[1])
+        return F.pad(ids, (0, more), value=self.tokenizer.pad_token_id), F.pad(mask, (0, more))
 
 
 class T5Text(FrozenText, TextEncoder):
-    """The encoder of a T5 or mT5 as a `TextEncoder`; see `FrozenText` for the arguments.
+    """The encoder of a T5 or mT5 as a `TextEncoder`; see `FrozenText` for the other arguments.
+
+    Args:
+        cleaning, prompt_cleaning: of captions and of prompts; see `TextEncoder`.
+        cut_to_prompt: the negative prompt has as many tokens as the prompt in sampling, none of them masked: what goes
+            beyond is cut, and padding counts as text. v1.0 and v1.1 sample so.
 
     Weights of a decoder are passed over. T5's values overflow in float16.
     """
@@ -112,6 +124,25 @@ class T5Text(FrozenText, TextEncoder):
     model_types = ("t5", "mt5")
     published_tokens = 512
     pooled_channels = None
+
+    def __init__(
+        self,
+        path: str | Path,
+        max_tokens: int | None = None,
+        channels: int | None = None,
+        dtype: torch.dtype | str = "bfloat16",
+        tokenizer: str | Path | None = None,
+        cleaning: str = "none",
+        prompt_cleaning: str = "none",
+        cut_to_prompt: bool = False,
+    ) -> None:
+        _check_cleanings(self.name, cleaning, prompt_cleaning)
+        super().__init__(path, max_tokens, channels, dtype, tokenizer)
+        self.cleaning, self.prompt_cleaning, self.cut_to_prompt = cleaning, prompt_cleaning, cut_to_prompt
+
+    def fingerprint(self) -> str:
+        """That of the folder and the settings, which changes with the cleaning of captions too."""
+        return super().fingerprint() + _mark(self.cleaning)
 
     def width(self, settings: dict[str, Any]) -> int:
         """The width of the encoder's states."""
@@ -129,6 +160,20 @@ class T5Text(FrozenText, TextEncoder):
         ids, mask = self.tokenized(prompts, strict)
         text = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         return EncodedText(text * mask[..., None], mask)
+
+    @torch.no_grad()
+    def with_negative(self, prompts: Sequence[str], negative: str) -> tuple[EncodedText, EncodedText]:
+        """See `TextEncoder.with_negative`; with `cut_to_prompt` both have the prompts' mask.
+
+        So each prompt is as if alone, whatever others it is encoded with.
+        """
+        if not self.cut_to_prompt:
+            return super().with_negative(prompts, negative)
+        encoded = self(prompts, strict=True)
+        length = encoded.text.shape[1]
+        ids, mask = self.tokenized([negative], strict=True, least=length)
+        against = self.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :length]
+        return encoded, EncodedText(against * encoded.mask[..., None], encoded.mask)
 
 
 class CLIPPooled(FrozenText):
@@ -163,14 +208,19 @@ class Pair(TextEncoder):
     """v1.5's text: the tokens of one encoder, the pooled text of another.
 
     `max_tokens` and the count are those of `tokens`. A prompt that is too long for `pooled` only is cut there without a
-    word: its 77 tokens are a summary, and 512 a full description.
+    word: its 77 tokens are a summary, and 512 a full description. Both read a caption after `cleaning`, and a prompt
+    after `prompt_cleaning`.
     """
 
     name = "pair"
     trained = False
 
-    def __init__(self, tokens: T5Text, pooled: CLIPPooled) -> None:
+    def __init__(
+        self, tokens: T5Text, pooled: CLIPPooled, cleaning: str = "none", prompt_cleaning: str = "none"
+    ) -> None:
+        _check_cleanings(self.name, cleaning, prompt_cleaning)
         self.tokens, self.pooled = tokens, pooled
+        self.cleaning, self.prompt_cleaning = cleaning, prompt_cleaning
         self.channels, self.pooled_channels = tokens.channels, pooled.channels
         self.max_tokens = tokens.max_tokens
         pooled.check_length.said = True
@@ -192,7 +242,7 @@ class Pair(TextEncoder):
 
     def fingerprint(self) -> str:
         """The fingerprints of both encoders."""
-        return f"{self.tokens.fingerprint()} + {self.pooled.fingerprint()}"
+        return f"{self.tokens.fingerprint()} + {self.pooled.fingerprint()}{_mark(self.cleaning)}"
 
     def networks(self) -> Sequence[nn.Module]:
         """See `TextEncoder.networks`."""
@@ -200,5 +250,17 @@ class Pair(TextEncoder):
 
     def identities(self) -> tuple[TextIdentity | None, TextIdentity | None]:
         """See `TextEncoder.identities`; each has its own."""
-        pooled = TextIdentity(self.pooled.name, self.pooled.fingerprint(), self.pooled.channels)
-        return self.tokens.identities()[0], pooled
+        mark = _mark(self.cleaning)
+        tokens = TextIdentity(self.tokens.name, self.tokens.fingerprint() + mark, self.tokens.channels)
+        return tokens, TextIdentity(self.pooled.name, self.pooled.fingerprint() + mark, self.pooled.channels)
+
+
+def _check_cleanings(name: str, captions: str, prompts: str) -> None:
+    """Raise UsageError for a cleaning that is not known."""
+    find_cleaning(captions, f"{name}: cleaning")
+    find_cleaning(prompts, f"{name}: prompt_cleaning")
+
+
+def _mark(cleaning: str) -> str:
+    """What the cleaning of captions adds to a fingerprint; nothing without any."""
+    return "" if cleaning == "none" else f" cleaned {cleaning}.{RULES}"

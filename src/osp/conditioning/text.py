@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osp.checks import check_number
+from osp.conditioning.cleaning import find_cleaning
 from osp.data.features.format import TextIdentity
 from osp.errors import UsageError
 
@@ -72,6 +73,8 @@ class TextEncoder(Protocol):
         pooled_channels: that of the pooled text; None: there is none.
         max_tokens: how many tokens of a prompt are read.
         trained: whether it learns along with the denoiser. Only what another one gives may be kept in a cache.
+        cleaning, prompt_cleaning: the names of the cleanings (`osp.conditioning.cleaning`) that captions go through
+            before they are encoded in training, and prompts in sampling; `clean_texts` does so.
     """
 
     name: str
@@ -79,13 +82,25 @@ class TextEncoder(Protocol):
     pooled_channels: int | None
     max_tokens: int
     trained: bool
+    cleaning: str = "none"
+    prompt_cleaning: str = "none"
 
     def __call__(self, prompts: Sequence[str], strict: bool = False) -> EncodedText:
-        """The prompts, encoded; "" is the empty one, which guidance and dropout set beside a real one.
+        """The prompts as they are, encoded; "" is the empty one, which guidance and dropout set beside a real one.
 
         A prompt that is too long is a UsageError if `strict`, else it is cut, and the first time that is logged.
         """
         ...
+
+    def with_negative(self, prompts: Sequence[str], negative: str) -> tuple[EncodedText, EncodedText]:
+        """Prompts of a user, and what guidance leads each of them away from: two batches of one size and length.
+
+        Raises UsageError for a prompt that is too long.
+        """
+        encoded, last = self([*prompts, negative], strict=True), len(prompts)
+        rows = torch.full((last,), last, device=encoded.text.device)
+        length = encoded.text.shape[1]
+        return encoded[:last].padded(length), encoded[rows].padded(length)
 
     def to(self, device: torch.device | str) -> object:
         """Move the encoder."""
@@ -114,6 +129,11 @@ class TextEncoder(Protocol):
             return None, None
         identity = TextIdentity(self.name, self.fingerprint(), self.channels)
         return identity, None if self.pooled_channels is None else replace(identity, width=self.pooled_channels)
+
+
+def clean_texts(texts: Sequence[str], cleaning: str) -> list[str]:
+    """The texts after the cleaning of this name. Raises UsageError for a name that is not known."""
+    return [*map(find_cleaning(cleaning), texts)]
 
 
 class LengthCheck:

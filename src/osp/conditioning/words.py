@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from osp.checks import check_number
-from osp.conditioning.text import EncodedText, LengthCheck
+from osp.conditioning.text import EncodedText, LengthCheck, TextEncoder
 from osp.denoiser.layers import FeedForward, initialise
 from osp.devices import attention
 from osp.errors import UsageError
@@ -40,6 +40,7 @@ class WordText(nn.Module):
 
     name = "words"
     trained = True
+    cleaning = prompt_cleaning = "none"
 
     def __init__(
         self,
@@ -109,6 +110,10 @@ class WordText(nn.Module):
         x = self.norm(x) * mask[..., None]
         pooled = None if self.pooled is None else self.pooled(x.sum(dim=1) / mask.sum(dim=1, keepdim=True))
         return EncodedText(x, mask, pooled)
+
+    def with_negative(self, prompts: Sequence[str], negative: str) -> tuple[EncodedText, EncodedText]:
+        """See `TextEncoder.with_negative`."""
+        return TextEncoder.with_negative(self, prompts, negative)
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """See `TextEncoder.count_tokens`."""

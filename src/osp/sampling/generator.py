@@ -15,6 +15,7 @@ from osp.conditioning import (
     EncodedText,
     TextEncoder,
     call_denoiser,
+    clean_texts,
     denoiser_inputs,
     frame_channels,
     given_frames,
@@ -200,12 +201,23 @@ class VideoGenerator:
                 raise UsageError(f"{side}: is to be given, as it is not known what clips the denoiser was trained on")
         return size[0], size[1], size[2]  # type: ignore[return-value]
 
+    def read(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts as the text encoder reads them, after its cleaning. Raises UsageError if that leaves nothing."""
+        read = clean_texts(prompts, self.text.prompt_cleaning)
+        for prompt, left in zip(prompts, read, strict=True):
+            if prompt.strip() and not left:
+                raise UsageError(
+                    f"the cleaning of prompts (text.prompt_cleaning={self.text.prompt_cleaning}) leaves nothing of "
+                    f"{prompt[:40]!r}; say it in words, or give text.prompt_cleaning=none"
+                )
+        return read
+
     def _check_prompts(self, prompts: Sequence[str], negative_prompt: str) -> None:
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise UsageError("prompts: must be a list of texts")
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise UsageError("the prompt is empty; say what the video should show")
-        read = [*prompts, negative_prompt]
+        read = [*self.read(prompts), *clean_texts([negative_prompt], self.text.prompt_cleaning)]
         LengthCheck(self.text.name, self.text.max_tokens)(read, self.text.count_tokens(read), strict=True)
 
     def _check_given(self, given: Condition, size: Shape, videos: int) -> None:
@@ -288,7 +300,8 @@ class VideoGenerator:
         total = 1 + len(conditions)
         progress(Progress("encode", 0, total))
         with _working(self.text, self.device, low_memory):
-            texts = self._encode_texts([*prompts, negative_prompt])
+            negative = clean_texts([negative_prompt], self.text.prompt_cleaning)
+            texts = self._encode_texts(self.read(prompts), *negative)
         progress(Progress("encode", 1, total))
         inputs = []
         with _working(self.codec, self.device, low_memory) if conditions else nullcontext():
@@ -297,14 +310,13 @@ class VideoGenerator:
                 progress(Progress("encode", done, total))
         return Encoded(size, *texts, *(inputs and (inputs[0], inputs[-1])))
 
-    def _encode_texts(self, prompts: Sequence[str]) -> tuple[EncodedText, EncodedText]:
-        """The text of all prompts but the last, and as often that of the last; padded to one length, for one batch."""
-        encoded = self.text(prompts, strict=True).to(self.device)
-        for values in (encoded.text, encoded.pooled):
+    def _encode_texts(self, prompts: Sequence[str], negative: str) -> tuple[EncodedText, EncodedText]:
+        """The text of the prompts, and as many rows of what guidance leads away from."""
+        asked, against = self.text.with_negative(prompts, negative)
+        for values in (asked.text, asked.pooled, against.text, against.pooled):
             if values is not None:
                 check_finite(f"the numbers that the text encoder ({self.text.name}) gives", values)
-        length, last = encoded.text.shape[1], len(prompts) - 1
-        return encoded[:last].padded(length), encoded[torch.full((last,), last, device=self.device)].padded(length)
+        return asked.to(self.device), against.to(self.device)
 
     @torch.no_grad()
     def denoise(

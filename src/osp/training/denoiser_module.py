@@ -11,7 +11,15 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from osp.checks import check_number
-from osp.conditioning import ConditionInputs, MaskMix, SeenWords, TextEncoder, find_mix, given_frames
+from osp.conditioning import (
+    ConditionInputs,
+    MaskMix,
+    SeenWords,
+    TextEncoder,
+    clean_texts,
+    find_mix,
+    given_frames,
+)
 from osp.data.datamodule import ClipDataModule
 from osp.data.media.video import to_float
 from osp.denoiser import Denoiser
@@ -325,8 +333,9 @@ class DenoiserModule(TrainingModule):
         text = self._text_of(self.ema.model)
         if self.codec is None or text is None:
             return None
-        counts = text.count_tokens(batch["caption"])
-        readable = [i for i, caption in enumerate(batch["caption"]) if caption.strip() and counts[i] <= text.max_tokens]
+        captions = clean_texts(batch["caption"], text.prompt_cleaning)
+        counts = text.count_tokens(captions)
+        readable = [i for i, caption in enumerate(captions) if caption.strip() and counts[i] <= text.max_tokens]
         if not (chosen := readable[:clips]):
             return None
         generator = VideoGenerator(denoiser_of(self.ema.model), text, self.objective, self.codec)

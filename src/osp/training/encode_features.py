@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osp.conditioning import TextEncoder
+from osp.conditioning import TextEncoder, clean_texts
 from osp.data.features.format import FeatureIdentity, Features, TextIdentity, require_feature_index
 from osp.data.features.writer import FeatureWriter
 from osp.data.loader import GIVE_UP_AFTER
@@ -101,7 +101,7 @@ class FeatureEncoder:
         """The `text` of each prompt (`L D`, without padding) and its `pooled_text` (`P`), if there is one."""
         if self.text is None or not prompts:
             return [{}] * len(prompts)
-        encoded = self.text(prompts)
+        encoded = self.text(clean_texts(prompts, self.text.cleaning))
         lengths = encoded.mask.sum(dim=1).tolist()
         texts = [{"text": text[:length]} for text, length in zip(encoded.text, lengths, strict=True)]
         if encoded.pooled is not None:

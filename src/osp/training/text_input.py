@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from osp.checks import check_number
-from osp.conditioning import EncodedText, SeenWords, TextEncoder, draw_dropped, drop_prompts
+from osp.conditioning import EncodedText, SeenWords, TextEncoder, clean_texts, draw_dropped, drop_prompts
 from osp.data.features.format import TextIdentity
 from osp.data.sources import ClipSource
 from osp.parallel import kind_of
@@ -80,7 +80,7 @@ class TextInput:
         read = captions if dropped is None else drop_prompts(captions, dropped)
         if generators:
             self.seen.add(read)
-        return encoder(read)
+        return encoder(clean_texts(read, encoder.cleaning))
 
     def entry(self, trained: Any) -> dict[str, Any]:
         """A checkpoint's entry on its text, as plain values: the encoder that learned along, or what made the text."""
