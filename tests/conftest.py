@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from hypothesis import settings
 import osp  # noqa: F401  (before anything imports lightning: it mends torchvision on CPU torch)
 
 ROOT = Path(__file__).resolve().parent.parent
+
+sys.path.insert(0, str(ROOT / "tests" / "toys"))  # small models as others write them, which several tests need
 
 # The suite tries the same examples each time; HYPOTHESIS_PROFILE=search tries others.
 settings.register_profile("same", derandomize=True)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from osp.data.media.shape import Shape
 from osp.errors import Stopped, UsageError
 from osp.sampling import VideoGenerator
 from osp.sampling.jobs import Plan, RunProgress, list_asked, plan_jobs, run_jobs
-from osp.sampling.outputs import SampleFolder, read_settings
+from osp.sampling.outputs import SampleFolder, read_made, read_settings
 from osp.sampling.pictures import PictureFiles
 from osp.sampling.progress import STEPS
 from osp.sampling.requests import Request
@@ -161,3 +162,32 @@ def test_what_was_made_before_a_stop_is_listed(make_generator: Make, tmp_path: P
     with pytest.raises(Stopped):
         run_jobs(plan(make_generator("joint"), tmp_path), stop)
     assert list(SampleFolder(tmp_path, "png").listed) == ["000_a-red-circle_seed0"]
+
+
+def test_a_record_says_the_template_and_what_the_encoder_read(make_generator: Make, tmp_path: Path) -> None:
+    generator = make_generator()
+    generator.text.prompt_cleaning = "twice"
+    framed = Sampling(
+        clip=SETTINGS.clip, solver=SETTINGS.solver, template="(fine), {}.", usual_negative="jpeg, bad", guidance=2.0
+    )
+    made = plan(generator, tmp_path, framed)
+    (first, _, _) = [job.settings for batch in made.batches for job in batch.jobs]
+    assert (first["prompt"], first["negative_prompt"]) == ("a red circle", "jpeg, bad")
+    assert (first["template"], first["cleaning"]) == ("(fine), {}.", "twice")
+    assert first["read"] == {"prompt": "fine , a red circle.", "negative_prompt": "bad"}
+    assert "read" not in plan(make_generator(), tmp_path / "plain").batches[0].jobs[0].settings
+    (alone, *_) = run_jobs(made)
+    # The same words without template and cleaning make the same video.
+    said = Sampling(clip=SETTINGS.clip, solver=SETTINGS.solver, negative_prompt="bad", guidance=2.0)
+    asked = list_asked([Request("fine , a red circle.")], said, PictureFiles())
+    (same,) = run_jobs(plan_jobs(make_generator(), said, asked, SampleFolder(tmp_path / "same", "png")))
+    videos = [read_made(path, Shape(5, 16, 32)).int() for path in (same, alone)]
+    assert (videos[0] - videos[1]).abs().max() <= 1
+
+
+def test_a_prompt_of_which_the_cleaning_leaves_nothing_is_refused(make_generator: Make, tmp_path: Path) -> None:
+    generator = make_generator()
+    generator.text.prompt_cleaning = "twice"
+    asked = list_asked([Request("IMG_1234.jpg")], SETTINGS, PictureFiles())
+    with pytest.raises(UsageError, match=r"prompt_cleaning=twice\) leaves nothing of 'IMG_1234.jpg'"):
+        plan_jobs(generator, SETTINGS, asked, SampleFolder(tmp_path, "mp4"))

@@ -42,6 +42,8 @@ def test_the_configuration_says_what_is_so_by_default(config: list[str]) -> None
         ({"mode": "dream"}, "mode=dream: is not known; choose text, image, transition, continuation or frames"),
         ({"hold_given": "yes"}, "hold_given=yes: is not known; choose true or false"),
         ({"negative_prompt": 3}, "negative_prompt=3: must be text"),
+        ({"template": "high quality"}, "template=high quality: has no {} for the prompt; give words with {} among"),
+        ({"template": None}, "template=null: must be text"),
     ],
 )
 def test_what_is_out_of_its_limits_is_refused_by_its_name(values: dict[str, Any], message: str) -> None:
@@ -72,3 +74,20 @@ def test_the_solver_of_an_objective_is_as_by_default_where_nothing_is_said() -> 
     assert (solver.name, solver.steps, dict(solver.options)) == ("euler", 7, {"a": 1})
     assert SolverSettings().build(Velocity()).name == "dpm++"
     assert dict(Sampling.read({"solver": {"options": None}}).solver.build(Flow()).options) == {}
+
+
+def test_a_template_holds_the_prompt_and_none_turns_it_off() -> None:
+    framed = Sampling(template="(best {x}), {}.")
+    assert framed.worded("a cat {}") == "(best {x}), a cat {}."
+    assert Sampling().worded("a cat {}") == "a cat {}"
+    assert framed.negative() == ""
+
+
+def test_a_negative_prompt_of_the_user_replaces_the_usual_one_within_its_own_template() -> None:
+    published = Sampling(template="good, {}", usual_negative="blurry", negative_template="good, {}")
+    assert published.negative() == "blurry"
+    assert published.negative("dogs") == "good, dogs"
+    assert published.negative("") == ""
+    own = Sampling(usual_negative="blurry", negative_prompt="cats")
+    assert own.negative() == "cats"
+    assert own.negative("dogs") == "dogs"

@@ -15,6 +15,7 @@ from osp.audit.losses import run_causalvae_loss
 from osp.audit.networks import run_denoiser, run_manifest, run_vae, run_wavelet
 from osp.audit.older_schedules import run_older
 from osp.audit.schedules import run_v13, run_v15
+from osp.audit.texts import run_cleaning
 from osp.denoiser import Denoiser
 from osp.errors import DataError
 from osp.weights.families import FAMILIES
@@ -41,9 +42,10 @@ class Outcome:
 
 
 def runners() -> dict[str, Runner]:
-    """How a case of each kind is run: every kind of the registry's families, wavelets, schedules and losses."""
+    """How a case of each kind is run: every kind of the registry's families, wavelets, schedules, losses and texts."""
     found: dict[str, Runner] = {"wavelet": run_wavelet, "sched_v13": run_v13, "sched_v15": run_v15}
-    found |= {"sched_v10": run_older, "sched_v12": run_older, "causalvae_loss": run_causalvae_loss}
+    found |= {"sched_v10": run_older, "sched_v12": run_older}
+    found |= {"causalvae_loss": run_causalvae_loss, "text_clean": run_cleaning}
     for family in FAMILIES.values():
         usual = run_denoiser if issubclass(family.model, Denoiser) else run_vae
         found |= dict.fromkeys(family.kinds, _OF_FAMILY.get(family.name, usual))

@@ -17,8 +17,8 @@ from osp.evaluation.frechet import video_features
 from osp.evaluation.generation import evaluate_generation
 from osp.sampling.judging import RealClips, ToJudge, videos_to_make, videos_to_read
 
-_MAKING = {"prompts", "seed", "guidance", "rescale", "negative_prompt", "solver", "generator"}
-_MAKING |= {"mode", "keep_frames", "hold_given"}
+_MAKING = {"prompts", "seed", "guidance", "rescale", "solver", "generator"}
+_MAKING |= {"template", "negative_prompt", "usual_negative", "negative_template", "mode", "keep_frames", "hold_given"}
 
 
 def generation(cfg: DictConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from osp.configs.texts import QUOTED, cut, in_quotes, quoted
 from osp.errors import UsageError
 
 # Whatever these are, they are text: Hydra's own grammar takes `null` and `1` for values, and commas for a sweep.
-_TEXTS = ("prompt", "negative_prompt")
+_TEXTS = ("prompt", "template", "negative_prompt", "usual_negative", "negative_template")
 
 
 def config_folder() -> Path:

@@ -9,7 +9,6 @@ import unicodedata
 from html import unescape
 
 _ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
-_ESCAPE = re.compile(r"\x1b\[[\d;]*[a-zA-Z]")  # colours of a terminal
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]|[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 
@@ -51,7 +50,7 @@ def plain_signs(text: str) -> str:
             text = _ENTITY.sub(lambda found: unescape(found[0]), text)
         text = _MISREAD.sub(_read_again, text).translate(_PLAIN).translate(_QUOTES)
         text = _SURROGATES.sub(_joined, text)
-        text = _CONTROL.sub("", _ESCAPE.sub("", text))
+        text = _CONTROL.sub("", text)
         text = unicodedata.normalize("NFC", text)
     return text
 

@@ -262,5 +262,5 @@ def _check_cleanings(name: str, captions: str, prompts: str) -> None:
 
 
 def _mark(cleaning: str) -> str:
-    """What the cleaning of captions adds to a fingerprint; nothing without any."""
+    """The end of a fingerprint that says how captions are cleaned; empty where they are not."""
     return "" if cleaning == "none" else f" cleaned {cleaning}.{RULES}"

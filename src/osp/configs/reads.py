@@ -78,7 +78,8 @@ SOMETIMES: Mapping[str, Mapping[str, Where]] = {
     "train": _TRAINING,
     "plan": _TRAINING,
     "eval": dict.fromkeys(("path", "checkpoint", "denoiser", "text"), BY_REFERENCE)
-    | dict.fromkeys(("generator", "solver", "guidance", "rescale", "negative_prompt", "hold_given"), _GENERATED)
+    | dict.fromkeys(("generator", "solver", "guidance", "rescale", "hold_given"), _GENERATED)
+    | dict.fromkeys(("template", "negative_prompt", "usual_negative", "negative_template"), _GENERATED)
     | {"vae": _RECONSTRUCTED, "split": _DATA}
     | {"where": Where("target=reconstruction and input=...", _is_read_here)}
     | {"clip": Where("input=...", lambda config: config["input"] is not None or config["target"] == "generation")}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from osp import __version__
-from osp.conditioning import joined, unknown_words
+from osp.conditioning import clean_texts, joined, unknown_words
 from osp.data.media.shape import Shape
 from osp.devices import autocast_dtype, choose_precision, chosen_kernels
 from osp.diffusion import Solver
@@ -21,7 +21,7 @@ from osp.sampling.outputs import SampleFolder
 from osp.sampling.pictures import PictureFiles
 from osp.sampling.progress import Progress, Watch, unwatched
 from osp.sampling.requests import Request, Video, batches, list_videos
-from osp.sampling.settings import Sampling
+from osp.sampling.settings import NO_TEMPLATE, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def _arguments(generator: VideoGenerator, sampling: Sampling, batch: Sequence[Jo
     with_pictures = batch if any(job.pictures.files for job in batch) else []
     given = [job.pictures.read(*job.size, generator.fps) for job in with_pictures]
     return {
-        "prompts": [job.settings["prompt"] for job in batch],
+        "prompts": [sampling.worded(job.settings["prompt"]) for job in batch],
         **batch[0].size._asdict(),
         "seeds": [job.settings["seed"] for job in batch],
         **sampling.guiding(generator.objective),
@@ -229,10 +229,11 @@ def _jobs(generator: VideoGenerator, sampling: Sampling, solver: Solver, asked: 
     jobs = []
     for one in asked:
         request = one.video.request
-        negative = sampling.negative_prompt if request.negative_prompt is None else request.negative_prompt
+        negative = sampling.negative(request.negative_prompt)
         own = {
             "prompt": request.prompt,
             "negative_prompt": negative,
+            **_read(generator, sampling, request.prompt, negative),
             "seed": one.video.seed,
             **replace(sampling.clip, **request.size).filled(generator.clip)._asdict(),
             "mode": one.pictures.mode,
@@ -240,3 +241,13 @@ def _jobs(generator: VideoGenerator, sampling: Sampling, solver: Solver, asked: 
         }
         jobs.append(Job(one.video.stem, one.pictures, own | common))
     return jobs
+
+
+def _read(generator: VideoGenerator, sampling: Sampling, prompt: str, negative: str) -> dict[str, Any]:
+    """The template, the cleaning and the texts as the encoder reads them, where they are other than the prompts."""
+    template = {} if sampling.template == NO_TEMPLATE else {"template": sampling.template}
+    cleaning = generator.text.prompt_cleaning
+    if not template and cleaning == "none":
+        return {}
+    read = clean_texts([sampling.worded(prompt), negative], cleaning)
+    return {**template, "cleaning": cleaning, "read": dict(zip(("prompt", "negative_prompt"), read, strict=True))}

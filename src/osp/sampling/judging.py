@@ -86,10 +86,10 @@ def videos_to_make(
     blank = torch.zeros(3, *real.shape)
     guiding = sampling.guiding(generator.objective)
     generator.check(
-        asked,
+        [sampling.worded(prompt) for prompt in asked],
         *real.shape,
         seeds=range(sampling.seed, sampling.seed + len(asked)),
-        negative_prompt=sampling.negative_prompt,
+        negative_prompt=sampling.negative(),
         given=_given(mode, given, [blank]),
         **guiding,
     )
@@ -113,10 +113,10 @@ def _make(
             continue
         sources = [to_float(clip) for clip in clips.values() if clip is not None]
         arguments: dict[str, Any] = {
-            "prompts": [prompts[number] for number in clips],
+            "prompts": [sampling.worded(prompts[number]) for number in clips],
             **real.shape._asdict(),
             "seeds": [sampling.seed + number for number in clips],
-            "negative_prompt": sampling.negative_prompt,
+            "negative_prompt": sampling.negative(),
             "given": _given(mode, given, sources),
             **sampling.guiding(generator.objective),
         }

@@ -17,6 +17,7 @@ from osp.sampling.defaults import GUIDANCE, default_solver
 from osp.vae import Tiling
 
 MEMORY = ("normal", "low")
+NO_TEMPLATE = "none"
 FRAMES = "frames"
 """The mode of frames that are given by their numbers."""
 
@@ -90,7 +91,16 @@ class Sampling:
     seed: int = setting(0, "seed of the first video; each next one has the next seed", least=0, whole=True)
     videos_per_prompt: int = setting(1, "videos of each prompt, each with a seed of its own", least=1, whole=True)
     batch_size: int = setting(1, "videos that are made at once", least=1, whole=True)
-    negative_prompt: str = setting("", "what the videos should not show; guidance leads away from it", text=True)
+    template: str = setting(
+        NO_TEMPLATE, "words around each prompt, which takes the place of {}; none: the prompt alone", template=True
+    )
+    negative_prompt: str | None = setting(
+        None, "what the videos should not show; guidance leads away from it", text=True, null="usual_negative"
+    )
+    usual_negative: str = setting("", "what guidance leads away from where no negative prompt is given", text=True)
+    negative_template: str = setting(
+        NO_TEMPLATE, "words around a negative prompt that is given, which takes the place of {}; none", template=True
+    )
     guidance: float = setting(GUIDANCE, "how strongly the prompt is followed; 1: without guidance", least=0)
     rescale: float = setting(0.0, "share of the contrast added by guidance that is taken back", least=0, most=1)
     solver: SolverSettings = field(default_factory=SolverSettings)
@@ -143,6 +153,20 @@ class Sampling:
             known["tiling"] = Tiling.read(known["tiling"])
         return cls(**known)
 
+    def worded(self, prompt: str) -> str:
+        """A prompt within the template."""
+        return _within(self.template, prompt)
+
+    def negative(self, given: str | None = None) -> str:
+        """The text that guidance leads away from: the one that is given, or else the setting, within its template.
+
+        Where neither is there it is the usual one, as it is; an empty one stays empty.
+        """
+        given = self.negative_prompt if given is None else given
+        if given is None:
+            return self.usual_negative
+        return _within(self.negative_template, given) if given.strip() else given
+
     def guiding(self, objective: Objective) -> dict[str, Any]:
         """`solver`, `guidance` and `rescale`, as a generator with this objective takes them."""
         return {"solver": self.solver.build(objective), "guidance": self.guidance, "rescale": self.rescale}
@@ -176,11 +200,17 @@ def check_setting(name: str, value: Any, key: str | None = None, error: type[Osp
     shown = name if key is None else key
     if "choices" in limits:
         check_choice(shown, value, limits["choices"], error)
-    elif "text" in limits:
+    elif "text" in limits or "template" in limits:
         if not isinstance(value, str):
-            raise error(f"{shown}={value}: must be text")
+            raise error(f"{shown}={'null' if value is None else value}: must be text")
+        if "template" in limits and value != NO_TEMPLATE and "{}" not in value:
+            raise error(f"{shown}={value}: has no {{}} for the prompt; give words with {{}} among them, or none")
     else:
         check_number(shown, value, **limits, error=error)
+
+
+def _within(template: str, prompt: str) -> str:
+    return prompt if template == NO_TEMPLATE else template.replace("{}", prompt)
 
 
 def _flat(part: Any) -> dict[str, Any]:
