@@ -6,7 +6,7 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from osp.checks import check_number
-from osp.cli.plain import instantiate
+from osp.cli.plain import instantiate, plain
 from osp.errors import DataError, UsageError
 from osp.training.state import is_stored
 from osp.vae import VideoVAE
@@ -38,7 +38,7 @@ def check_vae_source(cfg: DictConfig) -> None:
 def check_generator_source(cfg: DictConfig) -> None:
     """Raise UsageError if a configuration with `generator` says not where to read all of it, DataError for no file."""
     parts = [part for part in ("denoiser", "vae", "text") if cfg.get(part) is not None]
-    if missing := [key for part in parts for key in _without_path(cfg[part], part)]:
+    if missing := dict.fromkeys(key for part in parts for key in _without_path(cfg[part], part, cfg.get("path"))):
         raise UsageError(f"this generator is read from folders; give {' '.join(f'{key}=FOLDER' for key in missing)}")
     if cfg.generator.get("path", "") is None:
         raise UsageError(
@@ -62,12 +62,14 @@ def build_vae(cfg: DictConfig) -> VideoVAE:
     return vae
 
 
-def _without_path(cfg: DictConfig, key: str) -> list[str]:
-    """The settings named `path` in a configuration that say nothing."""
+def _without_path(cfg: DictConfig, key: str, whole: str | None) -> list[str]:
+    """The settings named `path` in a configuration that say nothing; `whole` is that of all parts together."""
     found = []
     for name in map(str, cfg):
-        if name == "path" and (OmegaConf.is_missing(cfg, name) or cfg.path is None):
+        if name == "path" and whole is None and "${path}" in str(plain(cfg, resolve=False)["path"]):
+            found.append("path")
+        elif name == "path" and (OmegaConf.is_missing(cfg, name) or cfg.path is None):
             found.append(f"{key}.path")
         elif not OmegaConf.is_missing(cfg, name) and isinstance(cfg[name], DictConfig):
-            found += _without_path(cfg[name], f"{key}.{name}")
+            found += _without_path(cfg[name], f"{key}.{name}", whole)
     return found

@@ -63,7 +63,7 @@ def _to_judge(cfg: DictConfig) -> ToJudge:
     real = RealClips(folder, sampling.clip, cfg.clip.stride, cfg.clip.fps, instantiate(cfg.limits))
     if cfg.generated is None:
         generator = instantiate(cfg.generator).to(choose_device(cfg.device))
-        name = model_name(cfg) if cfg.checkpoint is not None else Path(cfg.denoiser.path).name
+        name = model_name(cfg) if cfg.checkpoint is not None else Path(cfg.path or cfg.denoiser.path).name
         return videos_to_make(generator, name, real, sampling, cfg.prompts)
     if cfg.mode != "text":
         raise UsageError(f"mode={cfg.mode} needs checkpoint=FILE: it is not known what generated=DIR was given")

@@ -85,7 +85,7 @@ SOMETIMES: Mapping[str, Mapping[str, Where]] = {
     | {"clip": Where("input=...", lambda config: config["input"] is not None or config["target"] == "generation")}
     | {"seed": Where("target=generation", lambda config: config["target"] == "generation")}
     | _CHOSEN_CLIPS,
-    "sample": dict.fromkeys(("checkpoint", "denoiser", "vae", "text"), BY_REFERENCE),
+    "sample": dict.fromkeys(("checkpoint", "path", "denoiser", "vae", "text"), BY_REFERENCE),
     "bench": dict.fromkeys(("path", "checkpoint"), BY_REFERENCE),
 }
 """The keys of each verb, or paths one level below, that it does not always read itself; all others it does."""

@@ -19,7 +19,7 @@ CONFIG = "config.json"
 CHECKSUMS, SEAL = "checksums", "sha256"
 """Entries of our own `config.json`: the checksum of each tensor, and the digest of what the file says."""
 _INDEX = ".index.json"
-_TORCH = (".ckpt", ".pt", ".pth", ".bin")
+TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def read_weights(source: str | Path, num_layers: Any = None) -> Weights:
@@ -129,7 +129,7 @@ def _digest(config: Mapping[str, Any]) -> str:
 def _weight_file(folder: Path) -> Path:
     """The file that holds a folder's weights, or the index of its shards."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    for suffixes in ((".safetensors",), _TORCH):
+    for suffixes in ((".safetensors",), TORCH_SUFFIXES):
         indices = [path for path in files if path.name.endswith(tuple(suffix + _INDEX for suffix in suffixes))]
         shards = {name for index in indices for name in _weight_map(index).values()}
         found = indices + [path for path in files if path.suffix in suffixes and path.name not in shards]
@@ -138,7 +138,7 @@ def _weight_file(folder: Path) -> Path:
             raise WeightImportError(f"{folder}: holds several weight files; name one of {names}")
         if found:
             return found[0]
-    kinds = f".safetensors, {', '.join(_TORCH)}, shards with an index, or mp_rank_* folders"
+    kinds = f".safetensors, {', '.join(TORCH_SUFFIXES)}, shards with an index, or mp_rank_* folders"
     below = _folders_below(folder)
     hint = f"; there are some in {' and '.join(map(str, below))}: give that folder" if below else ""
     raise WeightImportError(f"{folder}: holds no weights ({kinds}){hint}")
@@ -150,7 +150,7 @@ def _folders_below(folder: Path) -> list[Path]:
     for depth in range(1, 4):
         for path in islice(sorted(folder.glob("*/" * depth)), 200):
             suffixes = {child.suffix for child in islice(path.iterdir(), 1000) if child.is_file()}
-            if suffixes & {".safetensors", *_TORCH}:
+            if suffixes & {".safetensors", *TORCH_SUFFIXES}:
                 found.append(path)
             if len(found) == 3:
                 return found
