@@ -85,7 +85,7 @@ def test_every_setting_of_a_verb_and_of_its_groups_has_a_meaning(verb: str) -> N
                 continue
             content = {key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "defaults"}
             said = choice_meanings(CONFIGS, group, name) if group else meanings(file)
-            target = {"eval/target": name, "solver": "generation"}.get(group, "")
+            target = {"eval/target": name, "solver": "generation", "generator": "generation"}.get(group, "")
             said = fields_of(verb, {"target": target}) | said
             places = () if not group or file.read_text().startswith("# @package _global_") else (f"{group}.",)
             chosen = {"hydra", "target", *groups_of(verb, CONFIGS)} if not places else set()

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from osp.errors import UsageError
 from osp.weights.folders import read_json
 from osp.weights.pretrained import save_pretrained
-from osp.weights.published import Opened, open_published
+from osp.weights.published import open_published
 from osp.weights.releases import import_release
 
 
@@ -22,32 +22,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise UsageError(
             "give kind=KIND for one model, or release=NAME for a released denoiser with its VAE (not both)"
         )
-    return _model(cfg) if cfg.release is None else _release(cfg)
-
-
-def _release(cfg: DictConfig) -> dict[str, Any]:
-    if cfg.config is not None:
+    source, output, config = to_absolute_path(str(cfg.source)), to_absolute_path(str(cfg.output)), cfg.config
+    if cfg.release is None:
+        opened = open_published(cfg.kind, source, _published_settings(config), cfg.dtype)
+        save_pretrained(opened.model, output, opened.further_settings, opened.weights)
+        return {"output": output, "kind": cfg.kind, **opened.summary()}
+    if config is not None:
         raise UsageError("config: is for kind=KIND; of a release each part has a config.json of its own")
-    source, output = to_absolute_path(str(cfg.source)), Path(to_absolute_path(str(cfg.output)))
-    opened = import_release(cfg.release, source, output, cfg.dtype, cfg.folders)
-    parts = {part: _said(one) for part, one in opened.items()}
-    return {"output": str(output), "release": cfg.release, **parts}
-
-
-def _model(cfg: DictConfig) -> dict[str, Any]:
-    source, config = to_absolute_path(str(cfg.source)), _published_settings(cfg.config)
-    opened = open_published(cfg.kind, source, config, cfg.dtype)
-    output = Path(to_absolute_path(str(cfg.output)))
-    save_pretrained(opened.model, output, opened.further_settings, opened.weights)
-    return {"output": str(output), "kind": cfg.kind, **_said(opened)}
-
-
-def _said(opened: Opened) -> dict[str, Any]:
-    return {
-        "parameters": sum(parameter.numel() for parameter in opened.model.parameters()),
-        "settings": opened.model.settings,
-        "published": opened.further_settings,
-    }
+    parts = import_release(cfg.release, source, output, cfg.dtype, cfg.folders)
+    return {"output": output, "release": cfg.release} | {part: one.summary() for part, one in parts.items()}
 
 
 def _published_settings(config: Any) -> dict[str, Any] | None:

@@ -37,6 +37,11 @@ class Opened:
     weights: Weights
     further_settings: dict[str, Any]
 
+    def summary(self) -> dict[str, Any]:
+        """How many parameters it has, our settings, and what is published beyond them."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return {"parameters": parameters, "settings": self.model.settings, "published": self.further_settings}
+
 
 def load_published(
     kind: str,
