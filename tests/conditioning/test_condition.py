@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from osp.conditioning import ConditionInputs, EncodedText, call_denoiser, denoiser_inputs, find_mix, given_frames
+from osp.conditioning.frames import latent_mask
 from osp.data.media.shape import Shape
 from osp.denoiser import CrossTransformer, JointTransformer, Stage
 from osp.errors import UsageError
@@ -50,6 +51,34 @@ def test_given_frames_are_known_up_to_the_first_gap() -> None:
     assert inputs.beside.shape == (1, 3 + 4, 3, 2, 3)
     assert torch.equal(inputs.beside[:, :3], inputs.clean)
     assert inputs.known.flatten().tolist() == [True, True, False]
+
+
+def test_given_frames_are_encoded_as_the_denoiser_s_version_has_it() -> None:
+    shape = {"channels": 3, "out_channels": 3, "frame_channels": [3, 4], "heads": 1, "head_dim": 12}
+    v12, v13 = (CrossTransformer([Stage(1)], **shape, frame_encoding=version) for version in ("v12", "v13"))
+    given = given_frames({0: torch.rand(3, 16, 24), 8: torch.rand(3, 16, 24)}, *SIZE)
+
+    def seeded(*seeds: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    usual, mean = given.encode(codec(), v13, seeded(1)), given.encode(codec(), v12)
+    assert usual.beside is not None
+    assert mean.beside is not None
+    assert torch.equal(usual.beside, given.encode(codec()).beside)
+    assert torch.equal(mean.beside[:, :3], usual.beside[:, :3])
+    assert torch.equal(mean.beside[:, 3:], latent_mask(given.mask, 4, 2, 3, "v12"))
+    assert not torch.equal(mean.beside[:, 3:], usual.beside[:, 3:])
+    # Each video has a sample of the posterior by its own generator, also where all are given the same frames.
+    drawn = given.encode(codec(), v12, seeded(1, 2)).expanded(2)
+    alone = given.encode(codec(), v12, seeded(2))
+    assert drawn.beside is not None
+    assert drawn.clean is not None
+    assert alone.beside is not None
+    torch.testing.assert_close(drawn.beside[1:], alone.beside)
+    assert torch.equal(drawn.beside[:, :3], drawn.clean)
+    assert torch.equal(drawn.beside[:, 3:], mean.beside[:, 3:].expand(2, -1, -1, -1, -1))
+    # Which latent frames are known does not depend on the order of the mask's channels.
+    assert torch.equal(mean.known, usual.known)
 
 
 def test_given_frames_are_not_led_away_from_and_without_them_none_is_known() -> None:

@@ -161,6 +161,21 @@ def test_masks_of_kept_frames_by_hand() -> None:
     assert found.tolist() == [[0] * 8, [1] * 7 + [0]]
 
 
+def test_masks_in_the_order_of_v12_by_hand() -> None:
+    # Nine frames of which first and last are kept: the first one three times more, cut into four channels in turn.
+    mask = torch.ones(1, 9)
+    mask[:, [0, 8]] = 0
+    found = latent_mask(spread(mask, 8, 8), 4, 1, 1, "v12")[0, :, :, 0, 0]
+    assert found.tolist() == [[0, 0, 0], [0, 1, 1], [1, 1, 1], [1, 1, 0]]
+
+
+def test_both_orders_hold_the_same_frames() -> None:
+    torch.manual_seed(0)
+    mask = spread(torch.randint(0, 2, (2, 11)).float(), 16, 16)
+    by_frame, by_channel = latent_mask(mask, 4, 2, 2), latent_mask(mask, 4, 2, 2, "v12")
+    assert torch.equal(by_frame.transpose(1, 2).flatten(1, 2), by_channel.flatten(1, 2))
+
+
 def test_parts_of_frames_are_scaled_bilinearly() -> None:
     torch.manual_seed(0)
     mask = torch.randint(0, 2, (2, 5, 16, 24)).float()

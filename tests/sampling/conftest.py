@@ -44,6 +44,7 @@ def make_generator() -> Callable[..., VideoGenerator]:
 
     def make(kind: str = "cross", objective: Objective | None = None, **settings: Any) -> VideoGenerator:
         torch.manual_seed(0)
-        return VideoGenerator(build_denoiser(kind), build_text(), objective or Flow(), build_codec(), **settings)
+        own = {key: settings.pop(key) for key in ("out_channels",) if key in settings}
+        return VideoGenerator(build_denoiser(kind, **own), build_text(), objective or Flow(), build_codec(), **settings)
 
     return make

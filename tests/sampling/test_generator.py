@@ -131,6 +131,38 @@ def test_frames_given_from_the_first_on_come_out_as_they_are(make_generator: Mak
     assert (made[1][:, :, :2] - whole[:, :, :2]).abs().mean() > 0.1
 
 
+def test_given_frames_of_v12_are_encoded_so_without_being_asked(make_generator: Make) -> None:
+    generator = make_generator("inpaint")
+    settings = generator.denoiser.settings | {"frame_encoding": "v12"}
+    older = CrossTransformer(**settings).eval()
+    older.load_state_dict(generator.denoiser.state_dict())
+    generator.denoiser = older
+    seen = watched(generator)
+    given = given_by_mode("transition", [torch.full((3, *SIZE[1:]), value) for value in (0.5, -0.5)], *SIZE)
+    together = generator.generate(["a", "b"], *SIZE, seeds=[0, 1], given=given, **short(generator))
+    mask = latent_mask(given.mask, 4, 4, 6, "v12")
+    assert all(torch.equal(latent[:, 8:], mask.expand(len(latent), -1, -1, -1, -1)) for latent in seen)
+    assert (seen[0][0, 4:8] - seen[0][1, 4:8]).abs().mean() > 1e-3  # samples of the posterior
+    alone = generator.generate(["b"], *SIZE, seeds=[1], given=given, **short(generator))
+    torch.testing.assert_close(together[1:], alone, **CLOSE)
+
+
+def test_the_noise_is_taken_from_a_model_that_learned_a_variance_too(make_generator: Make) -> None:
+    learned = make_generator("cross", Epsilon(learned_variance=True), out_channels=8)
+    plain = make_generator("cross", Epsilon())
+    assert learned.denoiser.out.out_features == 2 * plain.denoiser.out.out_features
+    state = learned.denoiser.state_dict()
+    # Patches hold all channels of a place together; the first half of them is the noise.
+    state |= {key: state[key].unflatten(0, (4, 8))[:, :4].flatten(0, 1) for key in ("out.weight", "out.bias")}
+    plain.denoiser.load_state_dict(state)
+    plain.text.load_state_dict(learned.text.state_dict())  # type: ignore[attr-defined]
+    plain.codec = learned.codec
+    made = [each.generate(["a"], *SIZE, seeds=[0], **short(each)) for each in (learned, plain)]
+    torch.testing.assert_close(made[0], made[1], **CLOSE)
+    with pytest.raises(UsageError, match=r"out_channels=4: Epsilon with learned_variance"):
+        make_generator("cross", Epsilon(learned_variance=True))
+
+
 def test_an_inpainting_model_without_given_frames_generates_them_all(make_generator: Make) -> None:
     generator = make_generator("inpaint")
     seen = watched(generator)
@@ -237,7 +269,7 @@ class Marks:
     def check(self, size: Shape, videos: int) -> None:
         assert (size, videos) == (Shape(*SIZE), 2)
 
-    def encode(self, codec: LatentCodec) -> ConditionInputs:
+    def encode(self, codec: LatentCodec, denoiser: object = None, generators: object = None) -> ConditionInputs:
         shape = 1, self.beside, *codec.latent_shape(*SIZE)[1:]
         return ConditionInputs(torch.full(shape, self.value) if self.beside else None)
 

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,12 +17,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from osp.conditioning import EncodedText, TextEncoder, WordText
+from osp.conditioning import EncodedText, TextEncoder, WordText, find_mix
+from osp.conditioning.frames import latent_mask
 from osp.data.buckets import TokenRule
 from osp.data.datamodule import ClipDataModule
 from osp.data.features.format import FeatureIdentity, Features, TextIdentity
 from osp.data.features.writer import FeatureWriter
 from osp.data.media.shape import Shape
+from osp.data.media.video import to_float
 from osp.data.shards.build import write_rendered
 from osp.data.sources import BucketClips, FeatureClips, SyntheticClips
 from osp.denoiser import CrossTransformer, JointTransformer
@@ -34,6 +37,7 @@ from osp.training.clipping import AbnormalDrop, AdaptiveClipping, DivergedError,
 from osp.training.denoiser_module import DenoiserModule
 from osp.training.peek import has_captions
 from osp.training.saving import BestCheckpoint, LastCheckpoint
+from osp.training.text_input import TextInput
 from osp.vae import WFVAE, LatentCodec
 from osp.weights.pretrained import save_pretrained
 
@@ -428,6 +432,46 @@ def test_given_frames_are_trained_and_shown(tmp_path: Path, shards: Path) -> Non
     assert shown is not None
     frames, height, width = batch["video"].shape[2:]
     assert shown.shape == (2, 3, frames, height, 2 * width)
+
+
+def test_v12_is_given_frames_in_training_as_it_was_published() -> None:
+    codec, draws = LatentCodec(new_vae(), 0.0, 1.0), [[torch.Generator().manual_seed(i) for i in (1, 2)] for _ in "ab"]
+    denoiser = new_denoiser(frame_channels=[4, 4], frame_encoding="v12")
+    module = new_module(denoiser=denoiser, codec=codec, masks="v12", condition_noise=False)
+    video = torch.randint(0, 256, (2, 3, 9, 16, 16), dtype=torch.uint8)
+    condition = module._condition({"video": video}, draws[0], noise=False)
+    assert condition is not None
+    # By hand: the frames are drawn first, then the sample of the posterior, by each sample's own generator.
+    given = find_mix("v12").draw_given(to_float(video), draws[1])
+    clean = codec.encode(given.video, draws[1])
+    assert torch.equal(condition.beside, torch.cat([clean, latent_mask(given.mask, 4, 2, 2, "v12")], dim=1))
+
+
+def test_half_of_the_clips_without_their_text_may_have_another() -> None:
+    read: list[str] = []
+
+    class Reading(Frozen):
+        def __call__(self, prompts: Sequence[str], strict: bool = False) -> EncodedText:
+            read.extend(prompts)
+            return super().__call__(prompts, strict)
+
+    texts = TextInput(Reading(), 0.5, dropped_text="clear visuals")
+    generators = [torch.Generator().manual_seed(seed) for seed in range(400)]
+    dropped = texts.draw_dropped(generators)
+    batch: Any = {"caption": ["a clip"] * 400, "video": torch.zeros(400, 3, 1, 1, 1)}
+    texts.encode(batch, None, dropped, generators)
+    assert {text for text, out in zip(read, dropped.tolist(), strict=True) if not out} == {"a clip"}
+    lost = Counter(text for text, out in zip(read, dropped.tolist(), strict=True) if out)
+    assert lost.keys() == {"", "clear visuals"}
+    assert lost["clear visuals"] / lost.total() == pytest.approx(0.5, abs=0.1)
+    # A sample's text does not depend on its batch.
+    again = read[7]
+    read.clear()
+    alone = [torch.Generator().manual_seed(7)]
+    texts.encode({"caption": ["a clip"], "video": torch.zeros(1, 3, 1, 1, 1)}, None, texts.draw_dropped(alone), alone)
+    assert read == [again]
+    with pytest.raises(UsageError, match=r"module\.dropped_text: needs a text encoder"):
+        new_module(text=None, text_dropout=0.5, dropped_text="clear visuals")
 
 
 def prediction(denoiser: Any, text: WordText, conditions: int = 0) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from osp.audit.case import Case, Comparison, Unknown, Unsupported
 from osp.audit.latte import run_latte
 from osp.audit.losses import run_causalvae_loss
+from osp.audit.masks import run_mask_v12
 from osp.audit.networks import run_denoiser, run_manifest, run_vae, run_wavelet
 from osp.audit.older_schedules import run_older
 from osp.audit.schedules import run_v13, run_v15
@@ -44,7 +45,7 @@ class Outcome:
 def runners() -> dict[str, Runner]:
     """How a case of each kind is run: every kind of the registry's families, wavelets, schedules, losses and texts."""
     found: dict[str, Runner] = {"wavelet": run_wavelet, "sched_v13": run_v13, "sched_v15": run_v15}
-    found |= {"sched_v10": run_older, "sched_v12": run_older}
+    found |= {"sched_v10": run_older, "sched_v12": run_older, "mask_v12": run_mask_v12}
     found |= {"causalvae_loss": run_causalvae_loss, "text_clean": run_cleaning}
     for family in FAMILIES.values():
         usual = run_denoiser if issubclass(family.model, Denoiser) else run_vae

@@ -4,7 +4,7 @@ A new kind of condition is one file here: a class with the methods of `Condition
 training step knows more of it than these.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,8 +62,16 @@ class Condition(Protocol):
         """Raise UsageError unless it is for so many videos of this size, in frames and pixels."""
         ...
 
-    def encode(self, codec: LatentCodec) -> ConditionInputs:
-        """The condition's inputs of the denoiser, on the codec's device."""
+    def encode(
+        self,
+        codec: LatentCodec,
+        denoiser: Denoiser | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> ConditionInputs:
+        """The condition's inputs of the denoiser, on the codec's device.
+
+        What is random about them is drawn from the `generators`, one for each video that is made; None: nothing is.
+        """
         ...
 
     def without(self) -> "Condition":

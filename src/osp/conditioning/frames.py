@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from osp.data.media.shape import Strides
+from osp.denoiser.denoiser import FrameEncoding
 from osp.errors import UsageError
 
 # The logarithm of the noise that is added to condition frames (Yang et al., CogVideoX, arXiv:2408.06072, image to
@@ -52,19 +53,23 @@ def add_condition_noise(
     return torch.stack(noisy)
 
 
-def latent_mask(mask: Tensor, time_stride: int, height: int, width: int) -> Tensor:
+def latent_mask(mask: Tensor, time_stride: int, height: int, width: int, encoding: FrameEncoding = "v13") -> Tensor:
     """A mask `B T H W` of a video on the grid of its latent: `B time_stride T' height width`.
 
     In space it is scaled bilinearly. A latent frame stands for `time_stride` frames, whose masks are its channels; the
     first one stands for the first frame alone, which is repeated (v1.3's inpainting model). A clip that is not 1 + a
-    multiple of the stride long goes on with its last frame, as VAEs encode it. Raises UsageError without frames.
+    multiple of the stride long goes on with its last frame, as VAEs encode it. v1.2's image-to-video model has the same
+    frames in another order: channel c of latent frame i is that of frame c T' + i. Raises UsageError without frames.
     """
     if mask.ndim != 4 or not mask.shape[1]:
         raise UsageError(f"the mask has the shape {tuple(mask.shape)}; it must be B T H W")
     mask = F.interpolate(mask.float(), size=(height, width), mode="bilinear", align_corners=False)
     before, after = time_stride - 1, Strides(time_stride, 1).missing_frames(mask.shape[1])
     parts = [mask[:, :1].expand(-1, before, -1, -1), mask, mask[:, -1:].expand(-1, after, -1, -1)]
-    return torch.cat(parts, dim=1).unflatten(1, (-1, time_stride)).transpose(1, 2).contiguous()
+    frames = torch.cat(parts, dim=1)
+    if encoding == "v12":
+        return frames.unflatten(1, (time_stride, -1))
+    return frames.unflatten(1, (-1, time_stride)).transpose(1, 2).contiguous()
 
 
 def _check_mask(video: Tensor, mask: Tensor) -> None:

@@ -10,6 +10,7 @@ from osp.checks import check_choice, check_number
 from osp.conditioning.condition import ConditionInputs
 from osp.conditioning.frames import latent_mask, spread
 from osp.data.media.shape import Shape
+from osp.denoiser import Denoiser
 from osp.errors import UsageError
 from osp.vae import LatentCodec
 
@@ -52,16 +53,29 @@ class GivenFrames:
         if len(self.mask) not in (1, videos):
             raise UsageError(f"the given frames are for {len(self.mask)} videos, and there are {videos}")
 
-    def encode(self, codec: LatentCodec) -> ConditionInputs:
+    def encode(
+        self,
+        codec: LatentCodec,
+        denoiser: Denoiser | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> ConditionInputs:
         """[latent of the kept video | its mask] as channels: the input of the inpainting model.
+
+        The latent is the mean of the posterior, and the mask's channels are in the order of v1.3. A denoiser whose
+        `frame_encoding` is v12 has the order of v1.2 (`latent_mask`) and a sample of the posterior, for which each
+        video has a generator; without generators it is the mean too.
 
         Known are the latent frames that are wholly given, from the first on without a gap: frames after a gap are coded
         together with what is missing.
         """
-        clean = codec.encode(self.video.to(codec.device, codec.dtype))
-        mask = latent_mask(self.mask.to(clean.device), codec.strides.time, *clean.shape[3:])
-        whole = (mask.amax(dim=(1, 3, 4)) == 0).long().cumprod(dim=1).bool()
-        return ConditionInputs(torch.cat((clean, mask), dim=1), clean=clean, known=whole[:, None, :, None, None])
+        encoding = "v13" if denoiser is None else denoiser.frame_encoding
+        drawn = generators if encoding == "v12" else None
+        clean = codec.encode(self.video.to(codec.device, codec.dtype), drawn)  # of one video a sample for each
+        size = codec.strides.time, *clean.shape[3:]
+        mask = self.mask.to(clean.device)
+        whole = (latent_mask(mask, *size).amax(dim=(1, 3, 4)) == 0).long().cumprod(dim=1).bool()
+        packed = latent_mask(mask, *size, encoding).expand(len(clean), -1, -1, -1, -1)
+        return ConditionInputs(torch.cat((clean, packed), dim=1), clean=clean, known=whole[:, None, :, None, None])
 
     def without(self) -> "GivenFrames":
         """No frame given: all are to be generated."""

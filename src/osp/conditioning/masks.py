@@ -111,6 +111,7 @@ class MaskMix:
 
 _MOSTLY_GIVEN = {"text": 10, "continuation": 40, "random": 40, "clear": 10}
 _HARDER = {"text": 10, "continuation": 25, "random": 60, "clear": 5}
+_V12 = {"first": 40, "transition": 40, "continuation": 10, "random": 10}
 _FIRST_FRAMES = {"text": 5, "continuation": 5, "random": 10, "first": 40, "transition": 40}
 
 MIXES: Mapping[str, MaskMix] = MappingProxyType(
@@ -125,10 +126,12 @@ MIXES: Mapping[str, MaskMix] = MappingProxyType(
         "stage2": MaskMix(_FIRST_FRAMES),
         "shipped": MaskMix({"text": 1, "first": 8, "transition": 8, "continuation": 2, "random": 1}),
         "text": MaskMix({"text": 1}),
+        "v12": MaskMix(_V12),
     }
 )
 """The mixtures of v1.3's inpainting model, from much given to little: seven steps by samples seen (4, 4, 4, 4, 8, 16
-and 10 million), the second stage at higher resolution (15 million), and what its configuration was shipped with."""
+and 10 million), the second stage at higher resolution (15 million), and what its configuration was shipped with; and
+`v12`, that of v1.2's image-to-video model."""
 
 
 def find_mix(mix: str | MaskMix | Mapping[str, float]) -> MaskMix:

@@ -6,13 +6,13 @@ is that of PixArt-alpha (Chen et al., arXiv:2310.00426).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from osp.denoiser.attention import TokenBatch
-from osp.denoiser.denoiser import Denoiser, LinearLayers, check_heads, make_config, trim_text
+from osp.denoiser.denoiser import Denoiser, FrameEncoding, LinearLayers, check_heads, make_config, trim_text
 from osp.denoiser.images import joint_prediction
 from osp.denoiser.layers import MLP, FeedForward, PatchEmbedding, initialise, modulated_norm, sinusoid
 from osp.denoiser.placement import Attend
@@ -38,7 +38,7 @@ class CrossTransformerConfig:
     channels: int = 8
     out_channels: int = 8
     frame_channels: tuple[int, ...] = ()
-    frame_encoding: Literal["v12", "v13"] = "v13"
+    frame_encoding: FrameEncoding = "v13"
     heads: int = 24
     head_dim: int = 96
     text_channels: int = 4096
@@ -89,6 +89,7 @@ class CrossTransformer(Denoiser):
         c = make_config(CrossTransformerConfig, settings if stages is None else settings | {"stages": stages})
         check_heads(c.head_dim, c.rotary_parts)
         super().__init__(c, c.channels + sum(c.frame_channels), c.text_channels)
+        self.frame_encoding = c.frame_encoding
         self.patch = PatchEmbedding(c.channels, c.width, c.patch_size)
         self.condition_patches = nn.ModuleList(
             ConditionEmbedding(channels, c.width, c.patch_size) for channels in c.frame_channels

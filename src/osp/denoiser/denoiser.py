@@ -19,6 +19,9 @@ from osp.denoiser.placement import Placement
 from osp.denoiser.schedule import Stage, make_stages
 from osp.errors import UsageError
 
+FrameEncoding = Literal["v12", "v13"]
+"""The version as which given frames are encoded for a denoiser; see `osp.conditioning.GivenFrames`."""
+
 
 class DenoiserConfig(Protocol):
     """The shape of a denoiser, a frozen dataclass: what those of all families have.
@@ -82,6 +85,7 @@ class Denoiser(nn.Module):
     """
 
     linear_layers: ClassVar[LinearLayers]
+    frame_encoding: FrameEncoding = "v13"
     splits_tokens: ClassVar[bool] = False
     placement: Callable[..., Placement]
     blocks: nn.ModuleList

@@ -33,6 +33,7 @@ from osp.sampling.decoding import decode_in_pieces
 from osp.sampling.defaults import GUIDANCE, named_solver
 from osp.sampling.offload import offloaded
 from osp.sampling.progress import Progress, Watch, unwatched
+from osp.seeds import seeded
 from osp.vae import LatentCodec
 
 MOST_SEED = 2**63 - 1
@@ -263,7 +264,7 @@ class VideoGenerator:
         guiding: dict[str, Any] = {"solver": solver, "guidance": guidance, "rescale": rescale}
         self.check(prompts, frames, height, width, seeds=seeds, **asked, **guiding)
         doing: dict[str, Any] = {"low_memory": low_memory, "progress": progress}
-        encoded = self.encode(prompts, frames, height, width, **asked, **doing)
+        encoded = self.encode(prompts, frames, height, width, seeds=seeds, **asked, **doing)
         latent = self.denoise(encoded, seeds=seeds, hold_given=hold_given, together=together, **guiding, **doing)
         return self.decode(latent, frames, **doing)
 
@@ -277,6 +278,7 @@ class VideoGenerator:
         *,
         negative_prompt: str = "",
         given: Condition | None = None,
+        seeds: Sequence[int] | None = None,
         low_memory: bool = False,
         progress: Watch = unwatched,
     ) -> Encoded:
@@ -288,6 +290,7 @@ class VideoGenerator:
             negative_prompt: what guidance leads away from.
             given: frames that are kept, the same for all videos or some for each; for inpainting models, of which
                 None means that all frames are to be generated.
+            seeds: one for each video, where a condition is encoded by chance (v1.2's given frames); None: it is not.
             low_memory: text encoder and VAE leave the device when they have done their part.
             progress: the pieces are all texts together, and the encodings of what is given.
 
@@ -306,7 +309,8 @@ class VideoGenerator:
         inputs = []
         with _working(self.codec, self.device, low_memory) if conditions else nullcontext():
             for done, condition in enumerate(conditions, start=2):
-                inputs.append(condition.encode(self.codec).expanded(len(prompts)))
+                drawn = None if seeds is None else [seeded(seed, "given") for seed in seeds]
+                inputs.append(condition.encode(self.codec, self.denoiser, drawn).expanded(len(prompts)))
                 progress(Progress("encode", done, total))
         return Encoded(size, *texts, *(inputs and (inputs[0], inputs[-1])))
 
@@ -353,9 +357,10 @@ class VideoGenerator:
         shape = self.codec.latent_shape(*encoded.size)
         tokens = shape[2] * shape[3] // self.denoiser.patch_size**2
         predict = self._predict(encoded, guidance, rescale, together and not low_memory)
-        held = encoded.condition
-        if hold_given and held is not None and held.clean is not None and held.known is not None:
-            predict = held_prediction(predict, self.objective, held.clean, held.known)
+        held = encoded.condition if hold_given else None
+        clean, known = (None, None) if held is None else (held.clean, held.known)
+        if clean is not None and known is not None:
+            predict = held_prediction(predict, self.objective, clean, known)
 
         def tell(call: int, calls: int, state: Tensor) -> None:
             progress(Progress("denoise", call, calls, state))
@@ -365,6 +370,8 @@ class VideoGenerator:
         noise = draw_normal((len(seeds), *shape), generators, self.device)
         with offloaded(self.denoiser, self.device) if offloads else nullcontext():
             latent = sample(predict, noise, solver, generators, tokens=tokens, callback=tell)
+        if clean is not None and known is not None:  # some solvers leave a little noise
+            latent = torch.where(known, clean, latent)
         check_finite(f"the latents that the denoiser ({type(self.denoiser).__name__}) gives", latent)
         return latent
 

@@ -72,6 +72,7 @@ class DenoiserModule(TrainingModule):
         masks: how frames are given: a name in `osp.conditioning.MIXES`, weights by kind, or a `MaskMix`.
         condition_noise: whether given frames get noise in training.
         image_text: where given frames are trained, half of the images have this text instead of their caption (v1.3).
+        dropped_text: half of the samples that lose their text have this one in its place (v1.2, image to video).
         joint_images: so many evenly spaced frames of each clip are trained on as images too (v1.0), beside it and at
             its time; clips that bring images of their own (`JointClips`) need none.
         scaling_clips: the scaling of the codec is not its own but measured at the run's start, on so many clips.
@@ -101,6 +102,7 @@ class DenoiserModule(TrainingModule):
         masks: MaskMix | Mapping[str, float] | str | None = None,
         condition_noise: bool = True,
         image_text: str | None = None,
+        dropped_text: str | None = None,
         joint_images: int = 0,
         scaling_clips: int = 0,
         recompute_every: int = 0,
@@ -126,7 +128,7 @@ class DenoiserModule(TrainingModule):
         self.masks = None if masks is None else find_mix(masks)
         self.objective, self.codec = objective, codec
         self.condition_noise, self.joint_images, self.scaling_clips = condition_noise, joint_images, scaling_clips
-        self.texts = TextInput(text, text_dropout, image_text if self.masks is not None else None)
+        self.texts = TextInput(text, text_dropout, image_text if self.masks is not None else None, dropped_text)
         parts: dict[str, nn.Module] = {"denoiser": denoiser}
         if self.texts.is_trained:
             assert isinstance(text, nn.Module)
@@ -305,7 +307,8 @@ class DenoiserModule(TrainingModule):
         """The denoiser's inputs from frames of the batch's videos, with noise on them or without; None: no masks."""
         if self.masks is None or self.codec is None:
             return None
-        return self.masks.draw_given(to_float(batch["video"]), generators, noise).encode(self.codec)
+        given = self.masks.draw_given(to_float(batch["video"]), generators, noise)
+        return given.encode(self.codec, self.denoiser, generators)
 
     def _unsynchronised(self) -> AbstractContextManager[Any]:
         strategy = self.trainer.strategy
