@@ -37,6 +37,12 @@ def case(request: pytest.FixtureRequest) -> tuple[str, dict, dict[str, Tensor]]:
 
 
 @pytest.fixture
+def load_golden() -> Callable[[str, str], tuple[dict, dict[str, Tensor]]]:
+    """Settings and weights of a recorded model: `load_golden(kind, case)`."""
+    return load_case
+
+
+@pytest.fixture
 def kinds_without_a_case() -> set[str]:
     """Published kinds of which no model is recorded."""
     return {*PUBLISHED} - {kind for kind, _ in CASES}

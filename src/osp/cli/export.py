@@ -1,14 +1,20 @@
-"""`osp export`: what a run has trained -> a folder of weights."""
+"""`osp export`: what a run has trained -> a folder of weights; and `osp export-weights`, in the published form."""
 
 from typing import Any
 
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 
+from osp.cli.printing import show
 from osp.training.export import export
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
-    """Write the folder; gives what it holds."""
-    source, output = (to_absolute_path(str(path)) for path in (cfg.checkpoint, cfg.output))
-    return export(source, output, averaged=cfg.averaged, form=cfg.form, dtype=cfg.dtype)
+def run(cfg: DictConfig, **how: Any) -> dict[str, Any]:
+    """Write the folder; gives what it holds, and prints the Python that loads a published form."""
+    given = {key: cfg[key] for key in ("averaged", "form", "dtype", "kind") if key in cfg}
+    paths = (cfg.get("checkpoint") or cfg.source, cfg.output, cfg.scaling_from)
+    source, output, scaling_from = (None if path is None else to_absolute_path(str(path)) for path in paths)
+    told = export(source, output, scaling_from=scaling_from, **given, **how)
+    for line in told.get("load", ()):
+        show(line)
+    return told

@@ -91,6 +91,8 @@ class Denoiser(nn.Module):
     blocks: nn.ModuleList
     patch: PatchEmbedding
     out: nn.Linear
+    published_kind: str | None = None
+    """The published kind that it was read as (`osp.weights.load_published`), if it was."""
 
     def __init__(self, config: Any, channels: int, text_channels: int, pooled_channels: int | None = None) -> None:
         super().__init__()

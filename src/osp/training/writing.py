@@ -11,18 +11,19 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from osp.errors import DataError, OspError
-from osp.files import discard, put_in_place, sync, whole_at
+from osp.files import discard, put_in_place, whole_at
 from osp.training.sharded import entries_of, pieces_of
 from osp.training.state import LAST, open_state
 from osp.weights.lazy import Stored
 from osp.weights.sharded import Piece, shards_missing, write_index, write_shard
+from osp.weights.torch_writing import write_torch
 
 _KEPT = re.compile(r"step-(\d{8,})\.ckpt")
 _LATE = 60.0  # seconds in which a shared disk shows what another process has written
@@ -62,17 +63,7 @@ class FileWriting:
         """See `Writing.write`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         discard(self._part)
-        disk: _Disk | None = None
-        try:
-            with open(self._part, "xb") as file:  # no link that somebody put there is followed
-                disk = _Disk(file)
-                torch.save(self._checkpoint, cast(Any, disk))
-                sync(file)
-        except BaseException as error:
-            discard(self._part)
-            if disk is not None and disk.error is not None and not isinstance(error, OSError):
-                raise disk.error from error
-            raise
+        write_torch(self._part, self._checkpoint)
 
     def commit(self) -> None:
         """See `Writing.commit`."""
@@ -212,21 +203,3 @@ def _refused(path: Path, number: int, who: str = "") -> DataError:
     return DataError(
         f"{path}: cannot be written{who} ({os.strerror(number)}){before}; make room, and run the same command again"
     )
-
-
-class _Disk:
-    """A file for torch.save, which hides the reason of a failed write behind an error of its own."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()

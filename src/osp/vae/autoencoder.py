@@ -58,6 +58,8 @@ class VideoVAE(nn.Module):
     """The file or folder that the weights were read from, if they were."""
     scaling: tuple[float | list[float], float | list[float]] | None = None
     """Shift and scale that make its latents fit for a denoiser, of published weights that come with them."""
+    published_kind: str | None = None
+    """The published kind that it was read as (`osp.weights.load_published`), if it was."""
 
     @property
     def strides(self) -> Strides:

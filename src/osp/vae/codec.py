@@ -1,7 +1,7 @@
 """Pixels <-> the latents that a denoiser works on: a frozen VAE, and a shift and scale for each of its channels."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -117,7 +117,7 @@ class LatentCodec:
 
     def fingerprint(self) -> str:
         """A hash of the VAE's settings and weights; its precision and device do not count."""
-        return weights_digest(repr(sorted(self.vae.settings.items())), self.vae.state_dict())
+        return fingerprint_of(self.vae, self.vae.state_dict())
 
     def identity(self) -> dict[str, Any]:
         """The identity of the latents as plain values: `vae`, `vae_fingerprint`, strides, channels, shift, scale."""
@@ -135,6 +135,11 @@ class LatentCodec:
         shape = (1, -1, 1, 1, 1)
         shift, scale = (torch.tensor(values, device=latent.device).view(shape) for values in (self.shift, self.scale))
         return shift.to(latent.dtype), scale.to(latent.dtype)
+
+
+def fingerprint_of(vae: VideoVAE, weights: Mapping[str, Tensor]) -> str:
+    """As `LatentCodec.fingerprint`, of a VAE whose weights are these."""
+    return weights_digest(repr(sorted(vae.settings.items())), weights)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from osp.weights.keys import (
     settings_from_published,
     settings_to_published,
 )
-from osp.weights.layout import Family, Kind, Layout
+from osp.weights.layout import MERGED, Family, Kind, Layout, Reading
 
 # Ours -> theirs, one after another.
 _RENAMED = tuple(
@@ -75,8 +75,10 @@ _SAME_IN_ALL: dict[str, Any] = {
     "q_conv": "CausalConv3d",
     "use_quant_layer": True,
 }
+# Those of them that are written: every version has them.
+_WRITTEN = ("attn_resolutions", "double_z", "q_conv")
 # Entries that do not shape the network, and the beginnings of such.
-_NOT_SHAPING = ("resolution", "lr", "use_tiling")
+_NOT_SHAPING = ("resolution", "lr", "use_tiling", "scale", "shift")
 _NOT_SHAPING_BEGIN = ("_", "loss_")
 
 # Our defaults are those of the published class, for settings that a configuration lacks.
@@ -137,8 +139,11 @@ def build(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | No
 
 
 def published_settings(vae: CausalVideoVAE) -> dict[str, Any]:
-    """The published constructor settings of a VAE."""
-    return settings_to_published(_SETTINGS, vae.settings)
+    """The published constructor settings of a VAE; the classes up to v1.2's release have group norm without a word."""
+    settings = settings_to_published(_SETTINGS, vae.settings)
+    if vae.config.norm == "group":
+        del settings["norm_type"]
+    return settings | {key: _SAME_IN_ALL[key] for key in _WRITTEN}
 
 
 def key_pairs(vae: CausalVideoVAE) -> Iterator[KeyPair]:
@@ -170,10 +175,19 @@ def _flat_parts(vae: CausalVideoVAE) -> tuple[str, ...]:
     return tuple(parts)
 
 
+def reading(vae: CausalVideoVAE) -> Reading:
+    """How the class of the version that has such a VAE reads it; layer norms came after v1.2's release."""
+    c = vae.config
+    if "space_time" in (*c.encoder_resize, *c.decoder_resize) or c.norm == "layer":
+        return Reading(torch_file=MERGED, within=("state_dict", "gen_model"))
+    # The classes of v1.0 and v1.1 have their loss as a part, which diffusers misses in the file with its defaults.
+    return Reading(('model = {name}.from_pretrained("{folder}", low_cpu_mem_usage=False)',))
+
+
 FAMILY = Family(
     "causalvae",
     CausalVideoVAE,
     # The classes of v1.0 and v1.1 have their loss as a part, with its networks.
-    Layout(lambda _: "CausalVAEModel", key_pairs, published_settings, dropped=("loss.",)),
+    Layout(lambda _: "CausalVAEModel", key_pairs, published_settings, dropped=("loss.",), reading=reading),
     {"causalvae": Kind(build, DEFAULTS, FULL_SIZES)},
 )

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from osp.data.media.shape import Shape
 from osp.denoiser import CrossTransformer, Stage
 from osp.errors import UsageError
 from osp.weights import cross_keys, cross_v12
@@ -13,8 +14,10 @@ from osp.weights.layout import Family, Kind, Layout
 _SCHEDULE = ("sparse1d", "sparse_n")
 # Entries that do not shape the network.
 _NOT_SHAPING = ("cross_attention_dim", "sample_size_h", "sample_size_t", "sample_size_w")
-# The published code has these written into it, whatever the number of blocks.
-_FIRST_SPARSE, _FIRST_DENSE_AGAIN = 2, 30
+# The published code has these written into it, whatever the number of blocks, and knows Skiparse with one k alone.
+_FIRST_SPARSE, _FIRST_DENSE_AGAIN, _K = 2, 30, 4
+# The latents of the released model, for 93x352x640.
+_SIZE = Shape(24, 44, 80)
 
 DEFAULTS: dict[str, Any] = {
     **cross_keys.DEFAULTS,
@@ -54,16 +57,36 @@ def _build(c: Mapping[str, Any]) -> CrossTransformer:
 
 
 def published_settings(model: CrossTransformer) -> dict[str, Any]:
-    """The published constructor settings of a transformer. Raises UsageError for a schedule that none of them has."""
+    """The published constructor settings of a transformer that `held` lets pass."""
     sparsity = max(stage.k for stage in model.config.stages)
-    if model.schedule != [pattern for stage in _stages(len(model.schedule), sparsity) for pattern in stage.patterns]:
-        raise UsageError("the published code of v1.3 has one schedule: 2 dense blocks, 28 skiparse ones, then dense")
+    return cross_keys.common_settings(model) | dict(zip(_SCHEDULE, (sparsity > 1, sparsity), strict=True))
+
+
+def held(model: CrossTransformer) -> CrossTransformer:
+    """The transformer itself. Raises UsageError for frames given otherwise, and for a schedule that is not published.
+
+    With a schedule it names the nearest that is.
+    """
     if _is_v12(model):
         raise UsageError(
             "the published inpainting code of v1.3 is given frames otherwise: frame_encoding=v12, where it has v13; "
             "choose kind=opensora_inpaint_v12"
         )
-    return cross_keys.common_settings(model) | dict(zip(_SCHEDULE, (sparsity > 1, sparsity), strict=True))
+    blocks = len(model.schedule)
+    for stages in (_stages(blocks, 1), nearest := _stages(blocks, _K)):
+        if model.schedule == [pattern for stage in stages for pattern in stage.patterns]:
+            return model
+    wanted = ", ".join(f"{{blocks: {one.blocks}, pattern: {one.pattern}, k: {one.k}}}" for one in nearest)
+    raise UsageError(
+        f"the published code of v1.3 has one schedule beside dense blocks alone: Skiparse with k={_K}, but for the "
+        f"first two blocks and those from the 31st on, which are dense; the nearest stages are [{wanted}]"
+    )
+
+
+def further(_model: CrossTransformer, size: Shape | None) -> dict[str, Any]:
+    """The size of the latents that the published code makes where it is not told."""
+    frames, height, width = size or _SIZE
+    return {"sample_size_h": height, "sample_size_t": frames, "sample_size_w": width}
 
 
 def key_pairs(model: CrossTransformer) -> Iterable[KeyPair]:
@@ -87,24 +110,19 @@ def _is_v12(model: CrossTransformer) -> bool:
     return bool(model.config.frame_channels) and model.config.frame_encoding == "v12"
 
 
-def _layout_of(model: CrossTransformer) -> Layout:
-    """The layout of a model whose kind is not given: v1.3's, if that has such models."""
-    return cross_v12.LAYOUT if _is_v12(model) else _LAYOUT
+def _likely(model: CrossTransformer) -> str:
+    """The last version that has such models: v1.3, but for frames given as v1.2 has it."""
+    return f"opensora_inpaint_{model.config.frame_encoding}" if model.config.frame_channels else "opensora_v13"
 
 
-_LAYOUT = Layout(class_name, key_pairs, published_settings)
 FAMILY = Family(
     "cross",
     CrossTransformer,
-    Layout(
-        lambda model: _layout_of(model).class_name(model),
-        lambda model: _layout_of(model).key_pairs(model),
-        lambda model: _layout_of(model).settings(model),
-        further=lambda model: _layout_of(model).further(model),
-    ),
+    Layout(class_name, key_pairs, published_settings, held=held, further=further),
     {
-        "opensora_v13": Kind(build, DEFAULTS, FULL_SIZES, _LAYOUT),
-        "opensora_inpaint_v13": Kind(build_inpaint, DEFAULTS_INPAINT, FULL_SIZES, _LAYOUT),
+        "opensora_v13": Kind(build, DEFAULTS, FULL_SIZES),
+        "opensora_inpaint_v13": Kind(build_inpaint, DEFAULTS_INPAINT, FULL_SIZES),
         **cross_v12.KINDS,
     },
+    likely=_likely,
 )

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from osp.checks import check_number
+from osp.data.media.shape import Shape
 from osp.denoiser import CrossTransformer, Stage
 from osp.denoiser.patterns import Dense
 from osp.errors import UsageError
@@ -32,8 +33,8 @@ _NOT_SHAPING = (
     "use_additional_conditions",
     "use_stable_fp32",
 )
-# What the published class is given beyond these where a model's configuration says nothing of it: those of 93x480p.
-_FURTHER: Mapping[str, Any] = {"num_embeds_ada_norm": 1000, "sample_size": [60, 80], "sample_size_t": 24}
+# The latents of the released model for 93x480p.
+_SIZE = Shape(24, 60, 80)
 
 DEFAULTS: dict[str, Any] = {**cross_keys.DEFAULTS, "in_channels": 4, "out_channels": 4}
 DEFAULTS_INPAINT = DEFAULTS | {MASK_CHANNELS: 4}
@@ -81,18 +82,36 @@ def _derived(key: str, c: Mapping[str, Any]) -> float:
 
 
 def published_settings(model: CrossTransformer) -> dict[str, Any]:
-    """The published constructor settings of a transformer. Raises UsageError for what no published one of v1.2 has."""
+    """The published constructor settings of a transformer that `held` lets pass."""
+    return {**cross_keys.common_settings(model), **_SAME_IN_ALL}
+
+
+def held(model: CrossTransformer) -> CrossTransformer:
+    """The transformer itself. Raises UsageError for what no published one of v1.2 has, naming the nearest."""
     c = model.config
     if other := {type(pattern) for pattern in model.schedule} - {Dense}:
         raise UsageError(
-            f"the published code of v1.2 has dense blocks only, not {min(kind.__name__ for kind in other)}"
+            f"the published code of v1.2 has dense blocks only, not {min(kind.__name__ for kind in other)}; the "
+            f"nearest stages are [{{blocks: {len(model.schedule)}, pattern: dense}}]"
         )
     if c.frame_channels and c.frame_encoding != "v12":
         raise UsageError(
             f"the published inpainting code of v1.2 is given frames otherwise: frame_encoding={c.frame_encoding}, "
             "where it has v12; choose kind=opensora_inpaint_v13"
         )
-    return {**cross_keys.common_settings(model), **_SAME_IN_ALL}
+    return model
+
+
+def further(_model: CrossTransformer, size: Shape | None) -> dict[str, Any]:
+    """Settings of the class that do not shape it: the size of its latents, and an attention that runs anywhere."""
+    frames, height, width = size or _SIZE
+    return {
+        "attention_mode": "math",
+        "norm_num_groups": 32,
+        "num_embeds_ada_norm": 1000,
+        "sample_size": [height, width],
+        "sample_size_t": frames,
+    }
 
 
 def key_pairs(model: CrossTransformer) -> Iterable[KeyPair]:
@@ -115,7 +134,7 @@ def cached_scales(scales: Sequence[float], lengths: Sequence[int]) -> tuple[floa
     return tuple(first.setdefault(length, scale) for scale, length in zip(scales, lengths, strict=True))
 
 
-LAYOUT = Layout(class_name, key_pairs, published_settings, further=lambda _: _FURTHER)
+LAYOUT = Layout(class_name, key_pairs, published_settings, held=held, further=further)
 KINDS = {
     "opensora_v12": Kind(build, DEFAULTS, FULL_SIZES, LAYOUT),
     "opensora_inpaint_v12": Kind(build_inpaint, DEFAULTS_INPAINT, FULL_SIZES, LAYOUT),

@@ -78,11 +78,13 @@ def write_model(
     config: Mapping[str, Any],
     is_alike: Callable[[Mapping[str, Any]], bool],
     seals: bool = False,
+    beside: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Write weights and `config.json` into a folder; the one that is written last makes it complete.
 
     A model of the same kind (`is_alike`, asked with its configuration) is replaced. With `seals` the configuration gets
-    checksums of the tensors and of itself, which published configurations do not have.
+    checksums of the tensors and of itself, which published configurations do not have. `beside` writes what else the
+    folder holds, of the file of weights.
     Raises UsageError for a folder that holds another's `config.json` or weights of this name.
     """
     config_file, weight_file = folder / CONFIG, folder / weights_name
@@ -98,6 +100,7 @@ def write_model(
         # Old settings must never stand beside new weights.
         config_file.unlink(missing_ok=True)
         os.replace(part, weight_file)
+        beside(weight_file)
     finally:
         part.unlink(missing_ok=True)
     config = sealed({**config, CHECKSUMS: checksums}) if seals else config

@@ -6,8 +6,9 @@ from typing import Any
 from osp.denoiser import JointTransformer, Stage
 from osp.denoiser.rotary import halves_first
 from osp.errors import UsageError
+from osp.weights.joint_stages import held
 from osp.weights.keys import KeyPair, Setting, check_settings, settings_from_published, settings_to_published
-from osp.weights.layout import Family, Kind, Layout
+from osp.weights.layout import TORCH, Family, Kind, Layout, Reading
 
 _SETTINGS = {
     "in_channels": Setting("channels"),
@@ -30,7 +31,7 @@ _SAME_IN_ALL = {
     "patch_size_t": 1,
 }
 # Entries that do not shape the network.
-_NOT_SHAPING = ("skip_connection_zero_init",)
+_NOT_SHAPING = {"skip_connection_zero_init": True}
 
 DEFAULTS: dict[str, Any] = {
     "in_channels": 32,
@@ -105,10 +106,8 @@ def build(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | No
 
 
 def published_settings(model: JointTransformer) -> dict[str, Any]:
-    """The published constructor settings of a transformer. Raises UsageError for patterns that no published one has."""
+    """The published constructor settings of a transformer whose stages `joint_stages.held` has found fit."""
     stages = model.config.stages
-    if other := [stage.pattern for stage in stages if stage.pattern not in ("dense", "skiparse")]:
-        raise UsageError(f"the published code of v1.5 has no pattern {', '.join(other)}")
     settings = settings_to_published(_SETTINGS, model.settings)
     settings |= {"num_layers": [stage.blocks for stage in stages], "sparse_n": [stage.k for stage in stages]}
     return settings | {"sparse1d": any(stage.k > 1 for stage in stages)} | _SAME_IN_ALL
@@ -153,9 +152,28 @@ def dead_keys(model: JointTransformer) -> dict[str, tuple[int, ...]]:
     }
 
 
+# Megatron's layers ask for entries `*_extra_state`, which are empty.
+_READING = Reading(
+    (
+        'settings = {key: value for key, value in json.load(open("{folder}/config.json")).items() if key[0] != "_"}',
+        "model = {name}(**settings)",
+        f'weights = torch.load("{{folder}}/{TORCH}", map_location="cpu", weights_only=True)',
+        "model.load_state_dict(weights, strict=False)",
+    ),
+    TORCH,
+)
+
 FAMILY = Family(
     "joint",
     JointTransformer,
-    Layout(lambda _: "SparseUMMDiT", key_pairs, published_settings, dead_keys),
+    Layout(
+        lambda _: "SparseUMMDiT",
+        key_pairs,
+        published_settings,
+        dead_keys,
+        held=held,
+        further=lambda _model, _size: dict(_NOT_SHAPING),
+        reading=lambda _: _READING,
+    ),
     {"ummdit_v15": Kind(build, DEFAULTS, FULL_SIZES)},
 )

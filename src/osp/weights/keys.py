@@ -89,19 +89,22 @@ def _own(pair: KeyPair, published: Mapping[str, Tensor], shape: tuple[int, ...],
     return torch.stack([_reordered(published[key].detach().to(dtype), rows) for key, rows in parts]).reshape(shape)
 
 
-def to_published(pairs: Iterable[KeyPair], own: Mapping[str, Tensor]) -> Weights:
-    """A published state dict with the values of ours, in whose memory they may lie."""
+def to_published(pairs: Iterable[KeyPair], own: Weights) -> Weights:
+    """A published state dict with the values of ours, which are read when they are asked for.
+
+    They may lie in the memory of ours.
+    """
     return Weights(
         {
-            key: Stored(pair.published_shape, own[pair.ours].dtype, partial(_published_part, pair, own[pair.ours], i))
+            key: Stored(pair.published_shape, own.stored[pair.ours].dtype, partial(_published_part, pair, own, i))
             for pair in pairs
             for i, key in enumerate(pair.published)
         }
     )
 
 
-def _published_part(pair: KeyPair, own: Tensor, index: int) -> Tensor:
-    part = own.detach().reshape(len(pair.published), *pair.published_shape)[index]
+def _published_part(pair: KeyPair, own: Weights, index: int) -> Tensor:
+    part = own[pair.ours].detach().reshape(len(pair.published), *pair.published_shape)[index]
     rows = pair.orders[index]
     return part if rows is None else part[torch.tensor(rows, device=part.device).argsort()]
 

@@ -1,9 +1,11 @@
 """Published denoisers of v1.0 and v1.1 (LatteT2V) <-> our Latte transformer."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from osp.checks import check_number
+from osp.data.media.shape import Shape
 from osp.denoiser import LatteTransformer
 from osp.denoiser.rotary import halves_first
 from osp.errors import UsageError
@@ -109,11 +111,21 @@ def settings_v11(model: LatteTransformer) -> dict[str, Any]:
     return _settings(model) | _SAME_IN_V11 | {_ROTARY: c.rotary, _TIME_SCALE: own}
 
 
-def published_settings(model: LatteTransformer) -> dict[str, Any]:
-    """Those of v1.0 where its code alone derives the model's time positions from the length, else those of v1.1."""
+def further_v10(_model: LatteTransformer, _size: Shape | None) -> dict[str, Any]:
+    """Settings of the class that do not shape it, with an attention that runs anywhere."""
+    return {"attention_mode": "math", "norm_num_groups": 32, "num_embeds_ada_norm": 1000}
+
+
+def further_v11(model: LatteTransformer, size: Shape | None) -> dict[str, Any]:
+    """The same of v1.1's class, which knows the most tokens of a text besides."""
+    return further_v10(model, size) | {"model_max_length": 300}
+
+
+def _likely(model: LatteTransformer) -> str:
+    """v1.0 where its code alone derives the model's time positions from the length, else v1.1."""
     c, (scale, *_) = model.config, model.config.position_scale
     only_v10 = scale == _time_scale_v10(c.frames) != _time_scale_v11(c.frames)
-    return settings_v10(model) if only_v10 and not c.rotary else settings_v11(model)
+    return "latte_v10" if only_v10 and not c.rotary else "latte_v11"
 
 
 def _settings(model: LatteTransformer) -> dict[str, Any]:
@@ -207,16 +219,16 @@ def _space_scale(size: int) -> float:
     return float(max(1, size // 64))
 
 
-def _layout(settings: Callable[[Any], dict[str, Any]]) -> Layout:
-    return Layout(lambda _: "LatteT2V", key_pairs, settings, absent=lambda _: {UNUSED})
-
+_V10 = Layout(lambda _: "LatteT2V", key_pairs, settings_v10, absent=lambda _: {UNUSED}, further=further_v10)
+_V11 = replace(_V10, settings=settings_v11, further=further_v11)
 
 FAMILY = Family(
     "latte",
     LatteTransformer,
-    _layout(published_settings),
+    _V11,
     {
-        "latte_v10": Kind(build_v10, DEFAULTS_V10, FULL_SIZES, _layout(settings_v10)),
-        "latte_v11": Kind(build_v11, DEFAULTS_V11, FULL_SIZES, _layout(settings_v11)),
+        "latte_v10": Kind(build_v10, DEFAULTS_V10, FULL_SIZES, _V10),
+        "latte_v11": Kind(build_v11, DEFAULTS_V11, FULL_SIZES),
     },
+    likely=_likely,
 )

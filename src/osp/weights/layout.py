@@ -6,7 +6,25 @@ from typing import Any
 
 from torch import nn
 
+from osp.data.media.shape import Shape
 from osp.weights.keys import KeyPair
+
+MERGED, TORCH = "merged.ckpt", "diffusion_pytorch_model.pt"
+"""The torch files beside the safetensors file of a published folder, where there is one."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The file that the published class reads, and the Python that does it.
+
+    In `lines`, `{name}` is the class and `{folder}` the folder that `save_published` has written. All folders hold
+    `config.json` and a safetensors file; `torch_file` is one beside it for a class that takes no other, whose state
+    dict lies under the keys `within`, one in another.
+    """
+
+    lines: tuple[str, ...] = ('model = {name}.from_pretrained("{folder}")',)
+    torch_file: str | None = None
+    within: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -14,19 +32,24 @@ class Layout:
     """How the published code writes a model of ours.
 
     `class_name` is that of the published class; `key_pairs` names the model's tensors there; `settings` are its
-    published settings. `further` gives entries of its configuration that do not shape it, for models of which no
-    published one is known. `ignored` gives keys, with their shapes, that a checkpoint may hold and no output depends
-    on: they are not read, nor written. Nor are keys that begin with one of `dropped`, whatever their shapes.
-    `absent` gives published keys that a checkpoint may lack: these are zeros then.
+    published settings. `ignored` gives keys, with their shapes, that a checkpoint may hold and no output depends on:
+    they are not read, nor written. Nor are keys that begin with one of `dropped`, whatever their shapes. `absent` gives
+    published keys that a checkpoint may lack: these are zeros then.
+
+    `held` gives a model with the same output that the class can hold, the model itself if it does, and raises
+    UsageError with the nearest that it could hold. `further` are settings of the class that do not shape the model, for
+    latents of a size if one is known. `reading` says what the class reads.
     """
 
     class_name: Callable[[Any], str]
     key_pairs: Callable[[Any], Iterable[KeyPair]]
     settings: Callable[[Any], dict[str, Any]]
     ignored: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda _: {}
-    further: Callable[[Any], Mapping[str, Any]] = lambda _: {}
     dropped: tuple[str, ...] = ()
     absent: Callable[[Any], Collection[str]] = lambda _: ()
+    held: Callable[[Any], nn.Module] = lambda model: model
+    further: Callable[[Any, Shape | None], dict[str, Any]] = lambda _model, _size: {}
+    reading: Callable[[Any], Reading] = lambda _: Reading()
 
 
 @dataclass(frozen=True)
@@ -48,8 +71,9 @@ class Kind:
 class Family:
     """A model family: its name, our class, the layout, and the published kinds of it by name.
 
-    The layout is that of the kinds that have none of their own, and of models whose kind is not given. Saved models and
-    checkpoints name the class; `former_names` are names that it had there before.
+    The layout is that of the kinds that have none of their own. `likely` gives the kind that a model is most like, for
+    those whose kind is not known; None: the first. Saved models and checkpoints name the class; `former_names` are
+    names that it had there before.
     """
 
     name: str
@@ -57,6 +81,7 @@ class Family:
     layout: Layout
     kinds: Mapping[str, Kind]
     former_names: tuple[str, ...] = ()
+    likely: Callable[[Any], str] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

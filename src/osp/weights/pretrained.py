@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from osp.denoiser import Denoiser
 from osp.documents import check_form, printable
 from osp.errors import DataError, UsageError
 from osp.vae import VideoVAE
@@ -22,6 +23,7 @@ _WEIGHTS = "model.safetensors"
 _FORM = {
     "model": Any,
     "settings": Any,
+    "kind?": str,  # the published kind that it was read as
     "published?": dict,
     "generator?": dict,  # what belongs to a denoiser that was trained here (`osp.training.export`)
     "text?": {...: str},  # the checksums of the weights of a text encoder that was trained along
@@ -49,6 +51,8 @@ def save_pretrained(
         known = (family.model.__name__ for family in FAMILIES.values())
         raise UsageError(f"a {name} cannot be saved; a {' or '.join(known)} can")
     config = {"model": name, "settings": model.settings, "published": dict(published or {}), **(entries or {})}
+    if isinstance(model, Denoiser | VideoVAE) and model.published_kind is not None:
+        config["kind"] = model.published_kind
     stored = Weights.of(model.state_dict() if weights is None else weights)
     # Each tensor is read once: to be written, and for its checksum.
     write_model(Path(folder), _WEIGHTS, stored, config, is_alike=lambda other: "model" in other, seals=True)
@@ -79,6 +83,7 @@ def open_pretrained(path: str | Path | None) -> tuple[nn.Module, Weights]:
     kind = find_class(config["model"], nn.Module, f"{folder / CONFIG}: model", WeightImportError)
     stored = Weights.of(open_checkpoint(folder / _WEIGHTS))
     model = build_empty(kind, config["settings"], len(stored), str(folder / CONFIG), WeightImportError)
+    model.published_kind = config.get("kind")
     wanted = model.state_dict()
     check_keys(Weights.of(wanted).shapes, stored, str(folder / _WEIGHTS))
     check_seal(config, str(folder / CONFIG))

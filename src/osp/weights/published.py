@@ -1,4 +1,4 @@
-"""Published checkpoints to our modules, refusing whatever does not fit, and our modules to published checkpoints."""
+"""Published checkpoints to our modules, refusing whatever does not fit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,17 +11,12 @@ from torch import Tensor, nn
 from osp.errors import UsageError
 from osp.vae import VideoVAE
 from osp.weights.built import build_empty
-from osp.weights.families import family_of, find_kind
+from osp.weights.families import find_kind
 from osp.weights.files import check_keys, sound
-from osp.weights.folders import config_path, read_config, read_weights, write_model
+from osp.weights.folders import config_path, read_config, read_weights
 from osp.weights.keys import from_published
-from osp.weights.keys import to_published as _to_published
-from osp.weights.layout import Family, Kind, Layout
+from osp.weights.layout import Family, Kind
 from osp.weights.lazy import Stored, Weights, filled, parse_dtype, unwrapped
-
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_CLASS = "_class_name"
-
 
 SCALE_4X8X8 = 0.18215
 
@@ -110,39 +105,8 @@ def open_published(
     weights = best.completed(weights)
     check_keys(best.expected, weights, name, optional=best.ignored)
     weights = sound(weights, best.expected, name.split(" (read with")[0])
+    best.model.published_kind = kind  # type: ignore[assignment]
     return Opened(best.model, from_published(best.pairs, weights, best.model, dtype), best.further_settings)
-
-
-def to_published(model: nn.Module, kind: str | None = None) -> dict[str, Tensor]:
-    """The state dict of a model as the published code names it, copied.
-
-    `kind` says which published code where a family has several; None: that of the family's own layout. Raises
-    UsageError for a model that is not known there.
-    """
-    return {key: value.clone() for key, value in _weights(model, find_layout(model, kind)).items()}
-
-
-def published_settings(model: nn.Module, kind: str | None = None) -> dict[str, Any]:
-    """The constructor settings of a model as the published code names them. Raises UsageError as `to_published`."""
-    return find_layout(model, kind).settings(model)
-
-
-def save_published(
-    model: nn.Module,
-    folder: str | Path,
-    further_settings: Mapping[str, Any] | None = None,
-    kind: str | None = None,
-) -> dict[str, Any]:
-    """Write a model for the published code: `config.json` and `diffusion_pytorch_model.safetensors`.
-
-    `further_settings` go into the configuration too; `kind` as in `to_published`. Gives what it says. Raises
-    UsageError for a folder that holds something else.
-    """
-    layout = find_layout(model, kind)
-    further = {**layout.further(model), **(further_settings or {})}
-    config = {_CLASS: layout.class_name(model), **further, **layout.settings(model)}
-    write_model(Path(folder), _WEIGHTS, _weights(model, layout), config, is_alike=lambda other: _CLASS in other)
-    return config
 
 
 class Candidate:
@@ -186,20 +150,3 @@ def build_published(
 
     build.__name__ = family.model.__name__
     return build_empty(build, {**kind.defaults, **settings}, len(weights), origin, UsageError, "these settings make no")
-
-
-def find_layout(model: nn.Module, kind: str | None = None) -> Layout:
-    """How the published code writes a model, as one of this kind. Raises UsageError for a kind of another family."""
-    family = family_of(model)
-    if family is None:
-        raise UsageError(f"there is no published form of a {type(model).__name__}")
-    if kind is None:
-        return family.layout
-    other, found = find_kind(kind)
-    if other is not family:
-        raise UsageError(f"kind={kind}: is of {other.model.__name__}; choose {', '.join(family.kinds)}")
-    return family.layout_of(found)
-
-
-def _weights(model: nn.Module, layout: Layout) -> Weights:
-    return _to_published(layout.key_pairs(model), model.state_dict())

@@ -1,16 +1,18 @@
 """Published WF-VAE checkpoints <-> our modules: `osp.weights.keys`, and each wavelet filter is a key of its own."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from osp.data.media.shape import Shape
 from osp.errors import UsageError
 from osp.vae.wavelet import EXACT_SCALE_3D, PUBLISHED_SCALE_3D, HaarTransform, InverseHaarTransform
 from osp.vae.wfvae import WFVAE
 from osp.weights.keys import KeyPair, Setting, layer_pairs, settings_from_published, settings_to_published
-from osp.weights.layout import Family, Kind, Layout
+from osp.weights.layout import MERGED, Family, Kind, Layout, Reading
 
 # Ours, as part of a dotted name -> theirs. The last part of a name decides for the wavelets and inside attention.
 _RENAMED = {"flow_l1": "connect_l1", "flow_l2": "connect_l2", "head": "layer", "shortcut": "nin_shortcut"}
@@ -19,6 +21,8 @@ _RENAMED_LAST = {"output": "proj_out"}
 _FILTERS_3D = ("h", "g", "hh", "gh", "h_v", "g_v", "hh_v", "gh_v")
 _FILTERS_2D = ("aa", "ad", "da", "dd")
 _ONE_FILTER = "encoder.wavelet_transform_in.h_conv.conv.weight"
+
+_WITHIN = ("state_dict",)
 
 _BLOCKS = ("dowmsample_block", "downsample_wavelet", "upsample_block", "upsample_wavelet")
 _LEVEL_2D = ("Downsample", "HaarWaveletTransform2D", "Upsample", "InverseHaarWaveletTransform2D")
@@ -109,6 +113,10 @@ def published_settings(vae: WFVAE) -> dict[str, Any]:
     return settings_to_published(_SETTINGS, vae.settings) | _level_settings(_LEVEL1[vae.config.level1])
 
 
+def _further_v15(vae: WFVAE, _size: Shape | None) -> dict[str, Any]:
+    return {"vae_scale_factor": [vae.time_stride, vae.space_stride, vae.space_stride]}
+
+
 def key_pairs(vae: WFVAE) -> Iterator[KeyPair]:
     """Every tensor of the VAE with its published key or keys."""
     yield from layer_pairs(vae, _published_name, lambda _, module: module.kernel_size == (1, 3, 3))
@@ -144,12 +152,28 @@ def _haar_scale(weights: Mapping[str, Any]) -> float:
     return value
 
 
+# The main repository's class sets its wavelets, so that diffusers cannot load it from safetensors with its defaults.
+_V13 = Layout(
+    lambda _: "WFVAEModel", key_pairs, published_settings, reading=lambda _: Reading(torch_file=MERGED, within=_WITHIN)
+)
+_READING_V15 = Reading(
+    (
+        f'weights = torch.load("{{folder}}/{MERGED}", map_location="cpu", weights_only=True)["state_dict"]',
+        "model.load_state_dict(weights)  # a {name} of v1.5, made with the settings in config.json",
+    ),
+    MERGED,
+    _WITHIN,
+)
+
 FAMILY = Family(
     "wfvae",
     WFVAE,
-    Layout(lambda _: "WFVAEModel", key_pairs, published_settings),
+    _V13,
     {
         "wfvae_v13": Kind(build, DEFAULTS_V13, FULL_SIZES_V13),
-        "wfvae_v15": Kind(build, DEFAULTS_V15, FULL_SIZES_V15),
+        "wfvae_v15": Kind(
+            build, DEFAULTS_V15, FULL_SIZES_V15, replace(_V13, reading=lambda _: _READING_V15, further=_further_v15)
+        ),
     },
+    likely=lambda vae: "wfvae_v15" if vae.config.level1 == "3d" else "wfvae_v13",
 )
