@@ -161,8 +161,12 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
 
 
 def test_its_schedule_is_its_own() -> None:
-    with pytest.raises(UsageError, match="has no setting stages"):
-        restage(make(), [{"blocks": 4}])
+    model = make()
+    again = restage(model)
+    assert again.blocks[0].qkv.weight is model.blocks[0].qkv.weight
+    assert torch.equal(again.unused_text, model.unused_text)
+    with pytest.raises(UsageError, match="stages: LatteTransformer has one schedule, space and time in turn"):
+        restage(model, [{"blocks": 4}])
 
 
 def test_its_distance_is_counted_from_the_gather_of_its_patterns() -> None:

@@ -1,4 +1,4 @@
-"""Small denoisers of both families with every pattern, what goes into them, and what comes out of them."""
+"""Small denoisers of all families with every pattern, what goes into them, and what comes out of them."""
 
 import copy
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from osp.denoiser import CrossTransformer, Denoiser, JointTransformer
+from osp.denoiser import CrossTransformer, Denoiser, JointTransformer, LatteTransformer
 from osp.denoiser.patterns import Pattern, Window, register_pattern
 from osp.parallel import Parallelism, Sharding, apply, fill_model
 from osp.weights.lazy import Weights
@@ -20,6 +20,8 @@ FAMILIES: dict[str, tuple[type[Denoiser], dict[str, Any]]] = {
     "cross": (CrossTransformer, CROSS),
     "joint": (JointTransformer, JOINT),
 }
+LATTE = CROSS | {"pairs": 2, "frames": 5, "native_rows": 4}
+OWN_SCHEDULE: dict[str, tuple[type[Denoiser], dict[str, Any]]] = {"latte": (LatteTransformer, LATTE)}
 
 
 def windows_of_three() -> Sequence[Pattern]:
@@ -41,7 +43,7 @@ EVERY_PATTERN = [
 SUV = [{"blocks": 2, "pattern": "skiparse", "k": k} if k > 1 else {"blocks": 1} for k in (1, 2, 4, 2, 1)]
 # As v1.3: dense at both ends.
 V13 = [{"blocks": 1}, {"blocks": 3, "pattern": "skiparse", "k": 4}, {"blocks": 1}]
-STAGES = {"every": EVERY_PATTERN, "suv": SUV, "v13": V13}
+STAGES: dict[str, Any] = {"every": EVERY_PATTERN, "suv": SUV, "v13": V13, "own": None}
 
 EVEN, ODD, SMALL = (4, 8, 8), (5, 6, 14), (1, 2, 6)
 CLIPS = 4
@@ -49,9 +51,9 @@ CLIPS = 4
 
 def make(family: str, stages: Any, dtype: torch.dtype) -> Denoiser:
     """A small model of which every weight matters; in single precision no softmax of it saturates."""
-    kind, settings = FAMILIES[family]
+    kind, settings = (FAMILIES | OWN_SCHEDULE)[family]
     generator = torch.Generator().manual_seed(0)
-    model = kind(stages=stages, **settings)
+    model = kind(**settings | ({"stages": stages} if kind.takes_stages else {}))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3 if dtype == torch.float64 else 0.1, generator=generator)
     return model.to(dtype)

@@ -10,7 +10,7 @@ from denoisers import CLIPS, EVEN, LAYOUTS, ODD, SMALL, V13, Case, Layout, make,
 from processes import Processes
 from torch import Tensor, nn
 
-from osp.denoiser import CrossTransformer, JointTransformer
+from osp.denoiser import CrossTransformer, JointTransformer, LatteTransformer
 from osp.parallel import drawn_weights, local, whole
 from osp.parallel.pieces import read_like
 from osp.vae import WFVAE
@@ -32,13 +32,14 @@ OTHERS = [  # other grids, and the schedules of the published models
     Case("joint", "suv", EVEN, "text"),
     Case("joint", "v13", SMALL, ""),
 ]
+LATTE = [Case("latte", "own", ODD, "video text", recompute_every=1)]
 CASES = {
     "ddp": FULL + SINGLE,
-    "fsdp": FULL + SINGLE,
-    "sequence": FULL + SINGLE + OTHERS,
+    "fsdp": FULL + SINGLE + LATTE,
+    "sequence": FULL + SINGLE + OTHERS + LATTE,
     "sequence of four": FULL[1:3] + OTHERS[3:],
     "hybrid": FULL[2:],
-    "fsdp, sequence": FULL,
+    "fsdp, sequence": FULL + LATTE,
     "hybrid, sequence": FULL[2:3] + OTHERS[2:3],
 }
 
@@ -112,6 +113,7 @@ def test_predictions_and_gradients_are_those_of_one_process(
         lambda: JointTransformer(
             stages=V13, heads=2, head_dim=16, text_channels=6, pooled_channels=6, modulation_width=8
         ),
+        lambda: LatteTransformer(pairs=1, heads=2, head_dim=12, text_channels=6),
         lambda: WFVAE(base_channels=4, encoder_flow_channels=4, decoder_flow_channels=4, encoder_blocks=1),
     ],
 )

@@ -81,10 +81,12 @@ class Denoiser(nn.Module):
 
     A family has the attributes below. `recompute_every` trades time for memory in training: of every so many blocks one
     keeps only its inputs and is computed again for the backward pass; 1: all of them, 0: none. `placement` makes the
-    `Placement` of each call; a family that hands its tokens through all of its methods says so in `splits_tokens`.
+    `Placement` of each call; a family that hands its tokens through all of its methods says so in `splits_tokens`. One
+    whose schedule is its own says so in `takes_stages`.
     """
 
     linear_layers: ClassVar[LinearLayers]
+    takes_stages: ClassVar[bool] = True
     frame_encoding: FrameEncoding = "v13"
     splits_tokens: ClassVar[bool] = False
     placement: Callable[..., Placement]

@@ -74,6 +74,7 @@ class LatteTransformer(Denoiser):
     """
 
     config: LatteTransformerConfig
+    takes_stages = False
     splits_tokens = True
     linear_layers = LinearLayers(
         {

@@ -23,11 +23,14 @@ def restage(model: Model, stages: Sequence[Stage | Mapping[str, Any]] | None = N
     of blocks or the shape of a weight would change.
     """
     made = model.stages if stages is None else make_stages(stages)
+    if not model.takes_stages and made != model.stages:
+        raise UsageError(f"stages: {type(model).__name__} has one schedule, space and time in turn; leave them out")
     blocks = sum(stage.blocks for stage in made)
     if blocks != len(model.blocks):
         raise UsageError(f"stages have {blocks} blocks, but the model has {len(model.blocks)}")
     with torch.device("meta"):
-        new = type(model)(**(model.settings | settings | {"stages": made}))
+        chosen = {"stages": made} if model.takes_stages else {}
+        new = type(model)(**(model.settings | settings | chosen))
     weights, wanted = model.state_dict(keep_vars=True), new.state_dict()
     # A long skip leads from one stage to another: with other stages it would be another skip.
     if [stage.blocks for stage in made] != [stage.blocks for stage in model.stages]:
