@@ -32,6 +32,7 @@ def prepared(verb: str, command: Command, configs: Path) -> list[str]:
     check_words(verb, replace(command, overrides=tuple(overrides)), configs)
     if verb in ("sample", "eval"):
         overrides = with_quoted_prompts(overrides)
+    overrides = with_quoted_conditions(overrides)
     return with_quoted_paths(verb, overrides, command.has("--multirun"))
 
 
@@ -42,6 +43,18 @@ def with_quoted_prompts(overrides: Sequence[str]) -> list[str]:
         key, equals, value = override.partition("=")
         is_bare = equals and key in _TEXTS and not QUOTED.fullmatch(value.strip())
         prepared.append(f"{key}={in_quotes(value)}" if is_bare else override)
+    return prepared
+
+
+def with_quoted_conditions(overrides: Sequence[str]) -> list[str]:
+    """The overrides with conditions on clips (`where`) in quotes, unless they are null or in quotes already."""
+    prepared = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        is_bare = key.lstrip("+").rpartition(".")[2] == "where" and value.strip() != "null"
+        if equals and is_bare and not all(QUOTED.fullmatch(one.strip()) for one in cut(value)):
+            override = f"{key}={in_quotes(value)}"
+        prepared.append(override)
     return prepared
 
 
