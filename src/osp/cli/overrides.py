@@ -8,7 +8,7 @@ from pathlib import Path
 from osp.configs.groups import groups_of_several
 from osp.configs.mistakes import Command, check_words
 from osp.configs.paths import has_paths_by_number, is_path, may_be_a_mapping
-from osp.configs.texts import QUOTED, cut, in_quotes, quoted
+from osp.configs.texts import QUOTED, cut, in_quotes, quoted, with_quoted_conditions
 from osp.errors import UsageError
 
 # Whatever these are, they are text: Hydra's own grammar takes `null` and `1` for values, and commas for a sweep.
@@ -32,8 +32,7 @@ def prepared(verb: str, command: Command, configs: Path) -> list[str]:
     check_words(verb, replace(command, overrides=tuple(overrides)), configs)
     if verb in ("sample", "eval"):
         overrides = with_quoted_prompts(overrides)
-    overrides = with_quoted_conditions(overrides)
-    return with_quoted_paths(verb, overrides, command.has("--multirun"))
+    return with_quoted_paths(verb, with_quoted_conditions(overrides), command.has("--multirun"))
 
 
 def with_quoted_prompts(overrides: Sequence[str]) -> list[str]:
@@ -43,18 +42,6 @@ def with_quoted_prompts(overrides: Sequence[str]) -> list[str]:
         key, equals, value = override.partition("=")
         is_bare = equals and key in _TEXTS and not QUOTED.fullmatch(value.strip())
         prepared.append(f"{key}={in_quotes(value)}" if is_bare else override)
-    return prepared
-
-
-def with_quoted_conditions(overrides: Sequence[str]) -> list[str]:
-    """The overrides with conditions on clips (`where`) in quotes, unless they are null or in quotes already."""
-    prepared = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        is_bare = key.lstrip("+").rpartition(".")[2] == "where" and value.strip() != "null"
-        if equals and is_bare and not all(QUOTED.fullmatch(one.strip()) for one in cut(value)):
-            override = f"{key}={in_quotes(value)}"
-        prepared.append(override)
     return prepared
 
 

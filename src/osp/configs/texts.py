@@ -1,6 +1,7 @@
 """Texts in overrides: how Hydra and OmegaConf read back exactly what stands there, and how a list of them is cut."""
 
 import re
+from collections.abc import Sequence
 
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _PLAIN = re.compile(r"(?:\.{0,2}/)?[A-Za-z_][\w./-]*", re.ASCII)
@@ -40,3 +41,15 @@ def cut(text: str, at: str = ",") -> list[str]:
             start = position + 1
         position += 1
     return [*parts, text[start:]]
+
+
+def with_quoted_conditions(overrides: Sequence[str]) -> list[str]:
+    """The overrides with conditions on clips (`where`) in quotes, unless they are null or in quotes already."""
+    prepared = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        is_bare = key.lstrip("+").rpartition(".")[2] == "where" and value.strip() != "null"
+        if equals and is_bare and not all(QUOTED.fullmatch(one.strip()) for one in cut(value)):
+            override = f"{key}={in_quotes(value)}"
+        prepared.append(override)
+    return prepared
