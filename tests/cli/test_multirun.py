@@ -12,7 +12,7 @@ from osp.cli import VERBS, config_folder
 
 Osp = Callable[..., tuple[int, str, str]]
 # One folder for all jobs: parts of a cache, one page or report, weights that name their files.
-SHARED = {"cache", "doctor", "page", "import-weights", "export", "export-weights"}
+SHARED = {"cache", "doctor", "page", "import-weights", "inflate", "export", "export-weights"}
 
 
 def test_shards_of_other_settings_are_not_mixed(osp: Osp, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ VERBS = {
     "doctor": "ask a new machine what a week of training would find out",
     "export": "write what a run has trained as a folder of weights",
     "import-weights": "turn published weights into a folder of ours",
+    "inflate": "make a video VAE of an image VAE's weights",
     "export-weights": "turn a model of ours into a folder for the published code",
 }
 

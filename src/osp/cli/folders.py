@@ -18,7 +18,7 @@ from osp.documents import printable
 from osp.errors import DataError
 
 # These write a file or a folder at their end, and no log.
-_WITHOUT = ("doctor", "page", "import-weights", "export", "export-weights")
+_WITHOUT = ("doctor", "page", "import-weights", "inflate", "export", "export-weights")
 _ONE_FOR_ALL = ("cache",)  # the jobs of a multirun work on parts of one folder
 
 

@@ -95,6 +95,13 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, Sequence[str]]]] = {
             ["kind=opensora_v13", "source=DOWNLOADED", "output=weights/opensora_v13", "dtype=bfloat16"],
         ),
     ),
+    "inflate": (
+        ("OD-VAE from an image VAE", ["source=IMAGE_VAE", "output=weights/inflated"]),
+        (
+            "CausalVideoVAE of v1.1, each kernel in the middle frame",
+            ["source=IMAGE_VAE", "output=weights/inflated", "vae=causalvae_v11", "kernels=centre"],
+        ),
+    ),
     "export": (
         ("a trained denoiser", ["checkpoint=outputs/run/checkpoints/last.ckpt", "output=weights/mine"]),
         (

@@ -87,5 +87,6 @@ SOMETIMES: Mapping[str, Mapping[str, Where]] = {
     | _CHOSEN_CLIPS,
     "sample": dict.fromkeys(("checkpoint", "path", "denoiser", "vae", "text"), BY_REFERENCE),
     "bench": dict.fromkeys(("path", "checkpoint"), BY_REFERENCE),
+    "inflate": dict.fromkeys(("path", "checkpoint"), BY_REFERENCE),
 }
 """The keys of each verb, or paths one level below, that it does not always read itself; all others it does."""
