@@ -46,6 +46,8 @@ RECIPES = (
     *(Recipe(f"v15_image{stage}", 512) for stage in (2, 3, 4)),
     *(Recipe(f"v15_video{stage}", 512) for stage in (1, 2, 3, 4, 5)),
     *(Recipe(f"wfvae_{name}", 8, ("trainer=ddp",)) for name in ("v13_4ch", "v13_8ch", "large_16ch", "v15_32ch")),
+    *(Recipe(f"causalvae_{name}", 8, ("trainer=ddp",)) for name in ("v10", "v11_stage1", "v11_stage2", "v11_stage3")),
+    *(Recipe(f"odvae_v12_stage{stage}", 8, ("trainer=ddp",)) for stage in (1, 2)),  # published: 8 devices
 )
 
 

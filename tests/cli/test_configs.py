@@ -44,15 +44,18 @@ def composed(verb: str, *overrides: str) -> DictConfig:
 
 VAES = [name for name in names("experiment") if name in names("vae")]
 TINY = [name for name in names("experiment") if name.endswith("_tiny") and name not in VAES]
+# Experiments that train a VAE of another name.
+STAGES = {f"causalvae_v11_stage{stage}": "causalvae_v11" for stage in (1, 2, 3)}
+STAGES |= {f"odvae_v12_stage{stage}": "odvae_v12" for stage in (1, 2)}
 SOURCES = ("trained", "published", "pretrained")  # of weights; the other choices of `vae` are models
 
 
 def test_no_experiment_is_left_out() -> None:
     recipes = {name for name in names("experiment") if name.startswith(("v13_", "v15_"))}  # which have their own tests
-    assert {*names("experiment")} == {*VAES, *TINY} | recipes
+    assert {*names("experiment")} == {*VAES, *STAGES, *TINY} | recipes
 
 
-@pytest.mark.parametrize("experiment", VAES)
+@pytest.mark.parametrize("experiment", [*VAES, *STAGES])
 def test_every_experiment_with_a_vae_builds_its_model(experiment: str) -> None:
     cfg = composed("train", f"experiment={experiment}", "perceptual.download=false")
     with torch.device("meta"):
@@ -62,7 +65,7 @@ def test_every_experiment_with_a_vae_builds_its_model(experiment: str) -> None:
     assert cfg.name == experiment
     assert (
         f"{sum(value.numel() for value in vae.parameters()):,}"
-        in (config_folder() / "vae" / f"{experiment}.yaml").read_text()
+        in (config_folder() / "vae" / f"{STAGES.get(experiment, experiment)}.yaml").read_text()
         or experiment == "wfvae_tiny"
     )
 
@@ -221,6 +224,29 @@ def test_the_tiny_recipe_builds_its_module_with_and_without_discriminator() -> N
         assert (module.discriminator is not None) == discriminates
         assert module.batches_per_step(9) == 1
         assert module.batches_per_step(10) == 1 + discriminates
+
+
+EARLIER = {  # experiment: dimensions of the discriminator, its start, betas, gradient clip, EMA, frames, stride, steps
+    "causalvae_v10": ("2d", 1000, (0.5, 0.9), 1.0, 0.0, 17, 1, 20_000),
+    "causalvae_v11_stage1": ("3d", 1000, (0.5, 0.9), 1.0, 0.0, 9, 1, 50_000),
+    "causalvae_v11_stage2": ("3d", 1000, (0.5, 0.9), 1.0, 0.0, 25, 1, 50_000),
+    "causalvae_v11_stage3": ("3d", 1000, (0.5, 0.9), 1.0, 0.0, 25, 1, 40_000),
+    "odvae_v12_stage1": ("3d", 2000, (0.9, 0.999), 1e5, 0.999, 25, 2, 101_000),
+    "odvae_v12_stage2": ("3d", 2000, (0.9, 0.999), 1e5, 0.999, 25, 2, 226_000),
+}
+
+
+@pytest.mark.parametrize("experiment", EARLIER)
+def test_the_recipes_of_earlier_vaes_are_as_published(experiment: str) -> None:
+    cfg = composed("train", f"experiment={experiment}", "perceptual.download=false")
+    made = cfg.module
+    found = (made.discriminator.dimensions, made.discriminator_start, tuple(made.betas), made.gradient_clip)
+    found += (made.ema_decay, cfg.clip.frames, cfg.clip.stride, cfg.trainer.max_steps)
+    assert found == EARLIER[experiment]
+    assert (made.lr, made.weight_decay, made.loss.wavelet_weight, made.loss.kl_weight) == (1e-5, 0, 0, 1e-6)
+    assert (made.discriminator.width, made.discriminator.layers, made.discriminator.dropout) == (64, 3, 0)
+    assert (made.discriminator_weight, made.discriminator_floor, made.discriminator_most) == (0.5, 1e-4, 1e4)
+    assert (cfg.clip.height, cfg.clip.width, cfg.data.train.flip) == (256, 256, False)
 
 
 def test_an_installed_wheel_brings_its_configurations(tmp_path: Path) -> None:

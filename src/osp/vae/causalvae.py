@@ -40,6 +40,8 @@ Attention = Literal["frame", "mixed"]
 # As they were saved when there was no other change of time than the plain one.
 _FORMER_TIMES = {False: "none", True: "plain"}
 
+_FIRST_LOGVAR = -6.0  # a standard deviation of 0.05
+
 MIX_FACTOR = 2.0
 """What a mixed time layer's proportion begins with, before the sigmoid: 0.88 of the part without weights."""
 
@@ -262,6 +264,8 @@ class CausalVideoVAE(VideoVAE):
         self.time_stride, self.space_stride = self.config.strides("encoder")
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
+        with torch.no_grad():  # new weights begin with little noise, as those of image VAEs do: it would drown the mean
+            self.encoder.moments.bias[self.latent_channels :] = _FIRST_LOGVAR
 
     @property
     def settings(self) -> dict[str, Any]:
