@@ -31,8 +31,8 @@ VERBS = {
     "bench": "measure speed and memory of a part, as one table and one plot",
     "doctor": "ask a new machine what a week of training would find out",
     "export": "write what a run has trained as a folder of weights",
-    "import-weights": "turn published weights into a folder of ours",
     "inflate": "make a video VAE of an image VAE's weights",
+    "import-weights": "turn published weights into a folder of ours",
     "export-weights": "turn a model of ours into a folder for the published code",
 }
 
