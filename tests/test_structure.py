@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
 LONGEST_FUNCTION = 60
-COMMAND_LINE = 2100  # lines
+COMMAND_LINE = 2150  # lines
 NO_ROOMS = {"utils", "common", "core", "helpers"}
 HARDWARE = ("cuda", "npu")
 
