@@ -158,6 +158,8 @@ OBJECTIVES: dict[str, Objective] = {
     "flow_tiny": Flow(shift=2.0, std=1.0),
     "velocity_v13": Velocity(),
     "epsilon": Epsilon(),
+    "ddpm_v10": Epsilon(learned_variance=True),
+    "epsilon_v12": Epsilon(min_snr=5.0, offset_noise=0.02),
 }
 
 
