@@ -81,10 +81,12 @@ def import_release(
     release, source, chosen = RELEASES[name], Path(source), dict(folders or {})
     if not source.is_dir():
         raise DataError(f"{source}: no such folder; give the one that holds the denoiser's folder and the VAE's")
-    place = _chosen(source, "vae", chosen) or _only(source, "vae", _vaes(source))
-    vae = open_published(release.vae, place)
-    place = _chosen(source, "denoiser", chosen) or _denoiser(source, release)
-    opened = {"vae": vae, "denoiser": open_published(release.denoiser, place, _settings(release, place), dtype)}
+    denoiser = _chosen(source, "denoiser", chosen) or _denoiser(source, release)
+    vae = _chosen(source, "vae", chosen) or _only(source, "vae", _vaes(source))
+    opened = {
+        "denoiser": open_published(release.denoiser, denoiser, _settings(release, denoiser), dtype),
+        "vae": open_published(release.vae, vae),
+    }
     for part, one in opened.items():
         save_pretrained(one.model, Path(output) / part, one.further_settings, one.weights)
     return opened
