@@ -221,8 +221,8 @@ class CrossBlock(nn.Module):
             return attention(q, k, v, mask).flatten(2)
         clip = attention(q[:, :-image_tokens], k[:, 0], v[:, 0], None if mask is None else mask[:, 0])
         images = q[:, -image_tokens:].unflatten(1, (k.shape[1] - 1, -1)).flatten(0, 1)
-        own = (part[:, 1:].flatten(0, 1) for part in (k, v))
-        read = attention(images, *own, None if mask is None else mask[:, 1:].flatten(0, 1))
+        k, v = (part[:, 1:].flatten(0, 1) for part in (k, v))
+        read = attention(images, k, v, None if mask is None else mask[:, 1:].flatten(0, 1))
         return torch.cat((clip, read.unflatten(0, (len(x), -1)).flatten(1, 2)), dim=1).flatten(2)
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
