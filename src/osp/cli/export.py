@@ -12,8 +12,9 @@ from osp.training.export import export
 def run(cfg: DictConfig, **how: Any) -> dict[str, Any]:
     """Write the folder; gives what it holds, and prints the Python that loads a published form."""
     given = {key: cfg[key] for key in ("averaged", "form", "dtype", "kind") if key in cfg}
-    paths = (cfg.get("checkpoint") or cfg.source, cfg.output, cfg.scaling_from)
-    source, output, scaling_from = (None if path is None else to_absolute_path(str(path)) for path in paths)
+    source = cfg.checkpoint if "checkpoint" in cfg else cfg.source
+    source, output = (to_absolute_path(str(path)) for path in (source, cfg.output))
+    scaling_from = None if cfg.scaling_from is None else to_absolute_path(str(cfg.scaling_from))
     told = export(source, output, scaling_from=scaling_from, **given, **how)
     for line in told.get("load", ()):
         show(line)

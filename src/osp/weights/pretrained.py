@@ -83,7 +83,7 @@ def open_pretrained(path: str | Path | None) -> tuple[nn.Module, Weights]:
     kind = find_class(config["model"], nn.Module, f"{folder / CONFIG}: model", WeightImportError)
     stored = Weights.of(open_checkpoint(folder / _WEIGHTS))
     model = build_empty(kind, config["settings"], len(stored), str(folder / CONFIG), WeightImportError)
-    model.published_kind = config.get("kind")
+    model.published_kind = config.get("kind")  # type: ignore[assignment]
     wanted = model.state_dict()
     check_keys(Weights.of(wanted).shapes, stored, str(folder / _WEIGHTS))
     check_seal(config, str(folder / CONFIG))

@@ -93,8 +93,11 @@ def find_published_kind(model: nn.Module, kind: str | None = None) -> str:
     if kind is not None and (other := find_kind(kind)[0]) is not family:
         raise UsageError(f"kind={kind}: is of {other.model.__name__}; choose {', '.join(family.kinds)}")
     read_as = model.published_kind if isinstance(model, Denoiser | VideoVAE) else None
-    likely = next(iter(family.kinds)) if family.likely is None else family.likely(model)
-    return kind or (read_as if read_as in family.kinds else likely)
+    if kind is None and read_as in family.kinds:
+        kind = read_as
+    if kind is None:
+        kind = next(iter(family.kinds)) if family.likely is None else family.likely(model)
+    return kind
 
 
 def _layout(model: nn.Module, kind: str | None) -> Layout:
