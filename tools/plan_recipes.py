@@ -39,6 +39,12 @@ class Recipe:
 
 
 RECIPES = (
+    # Published: 32 devices for v1.0, 80 and 512 for v1.1, 32, 128 and 256 for v1.2; a batch divides among them here.
+    *(Recipe(f"v10_stage{stage}", 32) for stage in (1, 2, 3)),
+    Recipe("v11_stage1", 80),
+    Recipe("v11_stage2", 64),
+    *(Recipe(f"v12_stage{stage}", 32) for stage in (1, 2)),
+    *(Recipe(f"v12_{name}", 128) for name in ("stage3", "stage4", "stage5", "93x480", "i2v")),
     *(Recipe(f"v13_stage{stage}", 32) for stage in (1, 2, 3)),
     *(Recipe(f"v13_inpaint_{name}", 32) for name in (*(f"step{step}" for step in range(1, 8)), "stage2")),
     # 512 devices are published for the first; of a batch of 8096 they would not have equal parts.

@@ -19,7 +19,10 @@ from osp.weights.pretrained import open_pretrained
 log = logging.getLogger(__name__)
 
 # Settings that leave the weights as they are, or add weights that start without effect (`osp.denoiser.restage`).
-_MAY_DIFFER = ("stages", "long_skips", "frame_channels", "frame_encoding", "position_scale")
+_MAY_DIFFER = (
+    *("stages", "long_skips", "frame_channels", "frame_encoding", "position_scale"),
+    *("frames", "native_rows"),  # Latte's positions, which have no weights
+)
 
 
 @dataclass(frozen=True)
