@@ -1,6 +1,7 @@
 """Joint training on clips and images: what is trained on, that it goes on exactly, and what is refused."""
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from osp.conditioning import WordText
 from osp.data.datamodule import ClipDataModule
 from osp.data.media.errors import ClipError
 from osp.data.media.video import to_float
-from osp.data.sources import BucketClips, ClipSource, FirstClips, JointClips, SyntheticClips
+from osp.data.sources import BucketClips, ClipSource, FeatureClips, FirstClips, JointClips, SyntheticClips
 from osp.denoiser import CrossTransformer, LatteTransformer
 from osp.diffusion import Epsilon, Flow, Objective, Solver
 from osp.errors import UsageError
@@ -28,6 +29,13 @@ from osp.training.joint import evenly_spaced
 from osp.training.saving import LastCheckpoint
 from osp.vae import WFVAE, LatentCodec
 from osp.weights.pretrained import save_pretrained
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from test_denoiser_module import SHAPES, write_features
+
+from learned_variance import noise_errors
 
 SMALL: dict[str, Any] = {"channels": 4, "heads": 1, "head_dim": 12, "text_channels": 8, "pairs": 1, "frames": 3}
 SMALL |= {"native_rows": 2, "position_scale": (1.0, 1.0, 1.0)}
@@ -268,3 +276,20 @@ def test_a_flow_trains_jointly_too(tmp_path: Path) -> None:
     module = new_module(tmp_path, Flow(shift=1.0), joint_images=2)
     losses = fit(tmp_path, module, data_of(videos()), 2)
     assert all(0 < loss < 100 for loss in losses.found)
+
+
+@torch.no_grad()
+def test_runs_are_compared_by_the_noise_that_they_predict_alone(tmp_path: Path) -> None:
+    module = new_module(tmp_path, OBJECTIVES["learned variance"])
+    with torch.enable_grad():
+        fit(tmp_path, module, data_of(videos()), 3)
+    generator = load_trained_generator(tmp_path / "last.ckpt")
+    clips = FeatureClips(write_features(tmp_path / "features", SHAPES[:1], clips=4), sample=False)
+    errors = noise_errors(generator, clips)
+    assert errors.shape == (4,)
+    assert torch.equal(errors, noise_errors(generator, clips))
+    rows = generator.denoiser.out.weight.view(4, 8, -1)  # of a patch, channels last
+    rows[:, 4:] *= 5
+    assert torch.equal(errors, noise_errors(generator, clips))
+    rows[:, :4] *= 5
+    assert (errors - noise_errors(generator, clips)).abs().min() > 0
