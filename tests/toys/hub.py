@@ -126,6 +126,7 @@ def save_release(name: str, folder: Path, denoiser: str | None = None, frames: i
 def _as_training_checkpoint(folder: Path) -> None:
     (weights,) = folder.glob("*.safetensors")
     averaged = {f"module.{key}": value for key, value in load_file(weights).items()}
-    weights.unlink()
-    other = {key.removeprefix("module."): torch.zeros_like(value) for key, value in averaged.items()}
-    torch.save({"ema_state_dict": averaged, "state_dict": {"gen_model": other}, "step": 3}, folder / "checkpoint.ckpt")
+    for other in (weights, folder / "merged.ckpt"):  # the forms that an export has, and a training run has not
+        other.unlink(missing_ok=True)
+    last = {key.removeprefix("module."): torch.zeros_like(value) for key, value in averaged.items()}
+    torch.save({"ema_state_dict": averaged, "state_dict": {"gen_model": last}, "step": 3}, folder / "checkpoint.ckpt")
