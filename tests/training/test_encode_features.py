@@ -30,6 +30,7 @@ from osp.training.encode_features import (
     same_shape_batches,
     text_identities,
 )
+from osp.training.text_input import TextInput
 from osp.vae import WFVAE, LatentCodec
 
 CLIPS = 10
@@ -169,6 +170,21 @@ def test_parts_and_runs_that_were_cut_off_end_in_the_same_bytes(
     assert write(tmp_path / "cut", source, encoder) == CLIPS - 6
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
     assert write(tmp_path / "cut", source, encoder) == 0
+
+
+def test_captions_are_encoded_after_the_encoders_cleaning_from_features_and_from_clips(
+    source: ShardClips, codec: LatentCodec
+) -> None:
+    text = Letters("letters", 6)
+    text.cleaning = "twice"
+    clip = {**source.read(1, 0), "captions": ["A <b>Cat</b>, 1920x1080", "(dog)"]}
+    (features,) = FeatureEncoder(codec, text)([clip])
+    assert features.captions == ["A <b>Cat</b>, 1920x1080", "(dog)"]
+    for made, caption in zip(features.text, ["a cat", "dog"], strict=True):
+        torch.testing.assert_close(made, text([caption]).text[0])
+    batch = {"caption": ["(dog)", "A Cat"], "video": torch.zeros(2, 3, 1, 8, 8)}
+    read = TextInput(text, dropout=0.5).encode(batch, None, torch.tensor([False, True]))
+    torch.testing.assert_close(read.text, text(["dog", ""]).text)
 
 
 def test_frozen_text_is_stored_and_text_that_trains_along_is_not(

@@ -6,6 +6,9 @@ from osp.denoiser import Denoiser
 from osp.files import exact_digest
 from osp.sampling.generator import VideoGenerator
 
+_LATER = {"frame_encoding": "v13"}
+"""Settings that came later, and what was so before: they count where they are otherwise."""
+
 
 def denoiser_fingerprint(denoiser: Denoiser) -> str:
     """A hash of settings and weights as they are, type included; the device does not matter.
@@ -13,7 +16,8 @@ def denoiser_fingerprint(denoiser: Denoiser) -> str:
     It stands in videos, so it stays as it was: settings count by the names that they had first.
     """
     first = {new: former for former, new in denoiser.config.former_names.items()}
-    settings = sorted((first.get(key, key), value) for key, value in denoiser.settings.items())
+    known = {key: value for key, value in denoiser.settings.items() if _LATER.get(key, ...) != value}
+    settings = sorted((first.get(key, key), value) for key, value in known.items())
     weights = [(f"{key} {value.dtype}", value) for key, value in sorted(denoiser.state_dict().items())]
     return exact_digest(f"{type(denoiser).__name__} {settings}", weights)
 
