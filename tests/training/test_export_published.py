@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -12,7 +13,7 @@ import torch
 from osp.conditioning import WordText
 from osp.data.datamodule import ClipDataModule
 from osp.data.sources import SyntheticClips
-from osp.denoiser import CrossTransformer, Denoiser, JointTransformer, Stage
+from osp.denoiser import CrossTransformer, Denoiser, JointTransformer, LatteTransformer, Stage
 from osp.diffusion import Flow
 from osp.errors import UsageError
 from osp.training.checkpoints import load_generator, load_trained_vae
@@ -20,6 +21,7 @@ from osp.training.denoiser_module import DenoiserModule
 from osp.training.export import export
 from osp.training.saving import LastCheckpoint
 from osp.training.state import LAST
+from osp.training.vae_module import VAEModule
 from osp.vae import WFVAE, LatentCodec
 from osp.weights import load_published, save_pretrained
 from osp.weights.layout import TORCH
@@ -33,6 +35,11 @@ def cross(*stages: Stage, **settings: Any) -> CrossTransformer:
 
 def joint(*stages: Stage) -> JointTransformer:
     return JointTransformer(stages, **SIZES, head_dim=16, pooled_channels=8, modulation_width=16)
+
+
+def latte() -> LatteTransformer:
+    sizes = SIZES | {"out_channels": 4}
+    return LatteTransformer(**sizes, head_dim=12, pairs=1, frames=2, native_rows=1, position_scale=[1.0, 1.0, 1.0])
 
 
 def trained(model: Denoiser, folder: Path) -> Path:
@@ -60,7 +67,7 @@ def trained(model: Denoiser, folder: Path) -> Path:
 @torch.no_grad()
 def prediction(model: Any) -> torch.Tensor:
     torch.manual_seed(1)
-    latent, text = torch.randn(2, 4, 3, 4, 6), torch.randn(2, 5, 8)
+    latent, text = torch.randn(2, 4, 2, 4, 6), torch.randn(2, 5, 8)
     pooled = None if model.pooled_channels is None else torch.randn(2, 8)
     out: torch.Tensor = model(latent, torch.tensor([10.0, 900.0]), text, pooled_text=pooled)
     return out
@@ -71,6 +78,8 @@ MODELS: list[tuple[Callable[[], Denoiser], str | None, str, str]] = [
     (lambda: cross(Stage(2)), None, "opensora_v13", "OpenSoraT2V_v1_3"),
     (lambda: cross(Stage(2)), "opensora_v12", "opensora_v12", "OpenSoraT2V"),
     (lambda: joint(Stage(6)), None, "ummdit_v15", "SparseUMMDiT"),
+    (lambda: latte(), None, "latte_v11", "LatteT2V"),
+    (lambda: latte(), "latte_v10", "latte_v10", "LatteT2V"),
 ]
 
 
@@ -146,6 +155,12 @@ def test_a_vae_gets_the_scaling_of_the_denoiser_that_was_trained_on_its_latents(
     )
     new = export(tmp_path / "vae.ckpt", tmp_path / "new", form="published")["settings"]
     assert (new["shift"], new["scale"]) == ([0.0] * 4, [1.0] * 4)
+    state: dict[str, Any] = torch.load(tmp_path / "vae.ckpt", weights_only=True)
+    other.scaling = 0.0, 0.18215  # of a published VAE that training began with
+    VAEModule.on_save_checkpoint(SimpleNamespace(vae=other), state)  # type: ignore[arg-type]
+    torch.save(state, tmp_path / "tuned.ckpt")
+    tuned = export(tmp_path / "tuned.ckpt", tmp_path / "tuned", form="published")["settings"]
+    assert tuned["scale"] == [0.18215] * 4
     assert torch.equal(
         load_trained_vae(tmp_path / "vae.ckpt").encoder.conv_out.weight,
         load_published("wfvae_v13", tmp_path / "new").encoder.conv_out.weight,

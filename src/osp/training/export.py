@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from osp.checks import check_choice
 from osp.data.media.shape import Shape, Strides
+from osp.documents import check_form
 from osp.errors import UsageError
 from osp.files import discard, put_in_place
 from osp.training.checkpoints import open_denoiser, open_generator, open_text, open_vae
@@ -132,7 +133,11 @@ def _pretrained(folder: Path) -> Model:
 
 def _trained(state: TrainingCheckpoint, averaged: bool) -> Model:
     if state.entry("vae_settings") is not None:
-        return Model(*open_vae(state, averaged), None, {}, {})
+        vae, weights = open_vae(state, averaged)
+        if (scaling := state.entry("vae_scaling")) is not None:
+            check_form(scaling, {"shift": [float], "scale": [float]}, f"{state.path}: vae_scaling")
+            vae.scaling = scaling["shift"], scaling["scale"]
+        return Model(vae, weights, None, {}, {})
     _, entry = open_generator(state.path)
     text = open_text(state, averaged)
     entries = {GENERATOR: {**entry, "step": state.step}}

@@ -23,6 +23,7 @@ from osp.training.optimisation import Optimisation
 from osp.training.peek import clip_shapes
 from osp.vae import VideoVAE
 from osp.vae.autoencoder import Autoencoding
+from osp.weights.publishing import scaling_entries
 
 
 class VAEModule(TrainingModule):
@@ -177,9 +178,11 @@ class VAEModule(TrainingModule):
         return torch.cat([to_float(batch["video"]), outputs], dim=-1)[:clips]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint says which VAE it holds, and how to build it."""
+        """A checkpoint says which VAE it holds, how to build it, and the scaling of the one it began with."""
         checkpoint["vae_model"] = type(self.vae).__name__
         checkpoint["vae_settings"] = self.vae.settings
+        if self.vae.scaling is not None:
+            checkpoint["vae_scaling"] = scaling_entries(self.vae)
 
     def _averaged(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars by name -> their means over the clips of all processes."""

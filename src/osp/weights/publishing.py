@@ -64,7 +64,9 @@ def save_published(
     name = find_published_kind(model, kind)
     layout = _layout(model, name)
     held = layout.held(model)
-    further = layout.further(held, latent_size) | _scaling(model)
+    further = layout.further(held, latent_size)
+    if isinstance(model, VideoVAE):
+        further |= scaling_entries(model)
     if isinstance(model, Denoiser | VideoVAE) and model.published_kind in (None, name):
         further |= further_settings or {}
     config = {_CLASS: layout.class_name(held), **further, **layout.settings(held)}
@@ -105,14 +107,11 @@ def _layout(model: nn.Module, kind: str | None) -> Layout:
     return family.layout_of(found)
 
 
-def _scaling(model: nn.Module) -> dict[str, Any]:
+def scaling_entries(vae: VideoVAE) -> dict[str, list[float]]:
     """Shift and scale of a VAE's latents as its configuration has them: one entry a channel."""
-    if not isinstance(model, VideoVAE):
-        return {}
-    values = zip(("shift", "scale"), model.scaling or (0.0, 1.0), strict=True)
-    channels = model.latent_channels
+    values = zip(("shift", "scale"), vae.scaling or (0.0, 1.0), strict=True)
     return {
-        name: [float(value)] * channels if isinstance(value, int | float) else [float(one) for one in value]
+        name: [float(value)] * vae.latent_channels if isinstance(value, int | float) else [float(one) for one in value]
         for name, value in values
     }
 
