@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -100,7 +101,7 @@ def _recorded_calls(case: Case) -> set[int]:
     return {int(match[1]) for key in case.tensors if (match := re.fullmatch(r"out/state_(\d+)", key))}
 
 
-def _betas(case: Case) -> dict[str, float]:
+def _betas(case: Case) -> dict[str, Any]:
     """Settings of the schedule, where the case says another than the usual. Raises Unsupported for another form."""
     config = case.setting("config")
     steps = {"steps": config["steps"]} if "steps" in config else {}

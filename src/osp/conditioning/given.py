@@ -71,10 +71,10 @@ class GivenFrames:
         encoding = "v13" if denoiser is None else denoiser.frame_encoding
         drawn = generators if encoding == "v12" else None
         clean = codec.encode(self.video.to(codec.device, codec.dtype), drawn)  # of one video a sample for each
-        size = codec.strides.time, *clean.shape[3:]
+        time, (height, width) = codec.strides.time, clean.shape[3:]
         mask = self.mask.to(clean.device)
-        whole = (latent_mask(mask, *size).amax(dim=(1, 3, 4)) == 0).long().cumprod(dim=1).bool()
-        packed = latent_mask(mask, *size, encoding).expand(len(clean), -1, -1, -1, -1)
+        whole = (latent_mask(mask, time, height, width).amax(dim=(1, 3, 4)) == 0).long().cumprod(dim=1).bool()
+        packed = latent_mask(mask, time, height, width, encoding).expand(len(clean), -1, -1, -1, -1)
         return ConditionInputs(torch.cat((clean, packed), dim=1), clean=clean, known=whole[:, None, :, None, None])
 
     def without(self) -> "GivenFrames":

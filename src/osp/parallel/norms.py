@@ -57,7 +57,7 @@ def share_norms(model: nn.Module) -> None:
     """Make the batch norms of a model see the batches of all processes; names and tensors stay as they are."""
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
-            if type(layer) in (nn.BatchNorm2d, nn.BatchNorm3d):
+            if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d):
                 shared = SharedBatchNorm(layer.num_features, layer.eps, layer.momentum, device="meta")
                 shared.weight, shared.bias = layer.weight, layer.bias
                 for buffer, value in layer.named_buffers():

@@ -265,7 +265,9 @@ class CausalVideoVAE(VideoVAE):
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
         with torch.no_grad():  # new weights begin with little noise, as those of image VAEs do: it would drown the mean
-            self.encoder.moments.bias[self.latent_channels :] = _FIRST_LOGVAR
+            bias = self.encoder.moments.bias
+            assert bias is not None
+            bias[self.latent_channels :] = _FIRST_LOGVAR
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def common_settings(model: CrossTransformer) -> dict[str, Any]:
         if len(c.frame_channels) != 2 or c.frame_channels[0] != c.channels:
             raise UsageError(f"no published denoiser has frame_channels={list(c.frame_channels)}")
         settings[MASK_CHANNELS] = c.frame_channels[1]
-    return settings | SAME_IN_ALL | {"cross_attention_dim": c.width}
+    return {**settings, **SAME_IN_ALL, "cross_attention_dim": c.width}
 
 
 def key_pairs(model: CrossTransformer, masked: str) -> Iterator[KeyPair]:

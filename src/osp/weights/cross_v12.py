@@ -69,7 +69,7 @@ def _derived(key: str, c: Mapping[str, Any]) -> float:
     Raises UsageError where it does not say how large that is, or where how it is derived is not known.
     """
     if key == "interpolation_scale_t":
-        frames = c.get("sample_size_t")
+        frames: Any = c.get("sample_size_t")
         check_number(f"{key}=null: sample_size_t", frames, 1, whole=True)
         if frames % 2 == 0:
             raise UsageError(f"{key}=null: is not known for an even sample_size_t={frames}; give a number")
@@ -77,8 +77,9 @@ def _derived(key: str, c: Mapping[str, Any]) -> float:
     sides, number = c.get("sample_size"), SCALES.index(key) - 1
     if not isinstance(sides, Sequence) or len(sides) != 2:
         raise UsageError(f"{key}=null: is derived from sample_size, which must be [rows, columns], not {sides}")
-    check_number(f"{key}=null: sample_size[{number}]", sides[number], 1, whole=True)
-    return sides[number] / (30, 40)[number]
+    side: int = sides[number]
+    check_number(f"{key}=null: sample_size[{number}]", side, 1, whole=True)
+    return side / (30, 40)[number]
 
 
 def published_settings(model: CrossTransformer) -> dict[str, Any]:
