@@ -123,7 +123,7 @@ def test_a_stage_that_fails_ends_the_chain_with_its_line_and_code(osp: Osp) -> N
 
 
 WRONG = [
-    ([], "choose chain=NAME: tiny, v13, v13_inpaint, v15"),
+    ([], "choose chain=NAME: tiny, v10, v11, v12, v12_i2v, v13, v13_inpaint, v15"),
     (["chain=tiny"], "checkpoint=... has to be given"),
     (["chain=v13_inpaint"], "start_from=... has to be given"),
     (
@@ -156,6 +156,10 @@ def test_two_chains_do_not_share_a_folder(osp: Osp) -> None:
 
 
 CHAINS = {  # what each needs, and how many stages it has
+    "v10": ([], 3),
+    "v11": ([], 2),
+    "v12": ([], 6),
+    "v12_i2v": (["start_from=it's there"], 1),
     "v13": ([], 3),
     "v13_inpaint": (["start_from=it's there"], 8),
     "v15": ([], 10),
@@ -181,7 +185,7 @@ def test_each_stage_begins_with_what_it_is_meant_for(name: str, needs: list[str]
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             cfg = compose("train", overrides)
         experiment = overrides[0].removeprefix("experiment=")
-        start = f"{last[1]}/checkpoints/last.ckpt" if last else "it's there" if name == "v13_inpaint" else None
+        start = f"{last[1]}/checkpoints/last.ckpt" if last else "it's there" if needs and name != "tiny" else None
         assert cfg.start_from == start
         if last and name != "tiny" and experiment != last[0]:
             assert cfg.after == last[0]

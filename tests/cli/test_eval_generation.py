@@ -221,7 +221,7 @@ def test_a_folder_of_samples_is_judged_by_its_own_prompts(
         (["checkpoint=x", "generated=y"], 2, "checkpoint=x: nothing reads it here; .* not generated=DIR"),
         (["checkpoint=none.ckpt"], 1, "checkpoint=none.ckpt: no such file; give a checkpoint of `osp train`"),
         (["checkpoint=x", "input=none"], 1, "input=none: no such folder"),
-        (["generator=opensora_v13"], 2, r"give denoiser\.path=FOLDER vae\.path=FOLDER text\.path=FOLDER"),
+        (["generator=opensora_v13"], 2, r"give path=FOLDER text\.path=FOLDER"),
         (["generated=none"], 1, r"none/samples\.jsonl: lists no video"),
         (["generated=none", "mode=image"], 2, "mode=image needs checkpoint=FILE"),
         (["checkpoint=x", "prompts=0"], 2, "prompts=0: must be a"),

@@ -199,6 +199,7 @@ NO_PATHS = {
     *("format", "overwrite", "resume", "dtype", "clips", "save_videos", "perceptual.download", "stages", "version"),
     *("name", "kind", "prompt", "fps", "after", "checkpoint_every", "data", "text", "vae", "device", "features"),
     *("workers", "key", "media", "member_bytes", "drop_gone", "urls", "attempts", "form", "checkpoint_form"),
+    *("folders", "release"),
 }  # fmt: skip
 
 

@@ -12,6 +12,8 @@ _OF_VERBS: Mapping[str, frozenset[str]] = {
     "sample": frozenset({"prompts", "image", "last_image", "video"}),
     "page": frozenset({"vae_run", "reconstruction", "denoiser_run", "generation", "samples"}),
     "chain": frozenset({"data"}),
+    "shards": frozenset({"annotations", "strip"}),
+    "import-weights": frozenset({"denoiser", "vae"}),  # folders within the source
 }
 _OR_MAPPINGS = ("config",)
 
