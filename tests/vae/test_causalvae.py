@@ -176,9 +176,23 @@ def test_settings_of_time_that_were_saved_as_true_and_false_build_the_same_vae()
     assert tiny(**former).config == tiny().config
 
 
+def test_colours_go_through_a_new_vae() -> None:
+    """So that it learns more than the mean of all clips: the latent is no weaker than what is added to it."""
+    torch.manual_seed(0)
+    colours = torch.rand(16, 3, 1, 1, 1).mul(2).sub(1).expand(-1, -1, 1, 32, 32)
+    vae = tiny()
+    with torch.no_grad():
+        posterior = vae.encode(colours)
+        decoded = vae.decode(posterior.mode())
+    assert posterior.mean.std(0).mean() > 2 * posterior.logvar.mul(0.5).exp().mean()
+    assert decoded.mean((2, 3, 4)).std(0).mean() > 0.05
+
+
 def test_a_pass_in_training_gives_a_reconstruction_and_gradients_everywhere() -> None:
     torch.manual_seed(0)
     vae = tiny(encoder_time=["mixed", "none", "none"], decoder_time=["none", "mixed", "none"])
+    for weight in vae.parameters():  # residual branches of a new VAE end in zeros, which let no gradient behind them
+        torch.nn.init.normal_(weight, std=0.1)
     result = vae(torch.randn(2, 3, 6, 8, 8))  # 6 frames, which the VAE fills up
     assert result.reconstruction.shape == (2, 3, 6, 8, 8)
     assert result.encoder_coefficients == ()

@@ -16,9 +16,9 @@ from osp.weights import (
     load_published,
     published_settings,
     save_pretrained,
+    save_published,
     to_published,
 )
-from osp.weights.published import save_published
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 UNUSED = "caption_projection.y_embedding"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from osp.denoiser.attention import TokenBatch
-from osp.denoiser.denoiser import Denoiser, FrameEncoding, LinearLayers, check_heads, make_config, trim_text
+from osp.denoiser.denoiser import Denoiser, FrameEncoding, LinearLayers, Rows, check_heads, make_config, trim_text
 from osp.denoiser.images import joint_prediction
 from osp.denoiser.layers import MLP, FeedForward, PatchEmbedding, initialise, modulated_norm, sinusoid
 from osp.denoiser.placement import Attend
@@ -21,6 +21,23 @@ from osp.denoiser.schedule import Stage
 from osp.devices import attention
 
 TIME_CHANNELS = 256
+BLOCKS_AND_ENDS: Mapping[str, Rows] = {
+    "patch.linear": "video",
+    "time.up": "once",
+    "time.down": "once",
+    "modulation": "once",
+    "text.up": "text",
+    "text.down": "text",
+    "blocks.*.qkv": "video",
+    "blocks.*.attention_out": "video",
+    "blocks.*.text_q": "video",
+    "blocks.*.text_kv": "text",
+    "blocks.*.text_out": "video",
+    "blocks.*.feed_forward.up": "video",
+    "blocks.*.feed_forward.down": "video",
+    "out": "video",
+}
+"""The `rows` of `LinearLayers` that transformers made of `CrossBlock` have in common."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +80,7 @@ class CrossTransformer(Denoiser):
     config: CrossTransformerConfig
     splits_tokens = True
     linear_layers = LinearLayers(
-        {
-            "patch.linear": "video",
-            "condition_patches.*.linear": "video",
-            "condition_patches.*.zero": "video",
-            "time.up": "once",
-            "time.down": "once",
-            "modulation": "once",
-            "text.up": "text",
-            "text.down": "text",
-            "blocks.*.qkv": "video",
-            "blocks.*.attention_out": "video",
-            "blocks.*.text_q": "video",
-            "blocks.*.text_kv": "text",
-            "blocks.*.text_out": "video",
-            "blocks.*.feed_forward.up": "video",
-            "blocks.*.feed_forward.down": "video",
-            "out": "video",
-        },
+        {**BLOCKS_AND_ENDS, "condition_patches.*.linear": "video", "condition_patches.*.zero": "video"},
         inputs=("patch.linear", "condition_patches.*.linear", "time.up", "text.up"),
         joint_text=False,
     )

@@ -19,6 +19,8 @@ from osp.denoiser.placement import Placement
 from osp.denoiser.schedule import Stage, make_stages
 from osp.errors import UsageError
 
+Rows = Literal["video", "text", "once"]
+"""What a linear layer sees of a sample: its video tokens, its text tokens, or one row."""
 FrameEncoding = Literal["v12", "v13"]
 """The version as which given frames are encoded for a denoiser; see `osp.conditioning.GivenFrames`."""
 
@@ -70,7 +72,7 @@ class LinearLayers:
     `text_every` blocks.
     """
 
-    rows: Mapping[str, Literal["video", "text", "once"]]
+    rows: Mapping[str, Rows]
     inputs: Collection[str]
     joint_text: bool
     text_every: int = 1

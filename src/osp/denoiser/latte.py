@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from osp.checks import check_number
 from osp.denoiser.attention import TokenBatch
-from osp.denoiser.cross import TIME_CHANNELS, CrossBlock
+from osp.denoiser.cross import BLOCKS_AND_ENDS, TIME_CHANNELS, CrossBlock
 from osp.denoiser.denoiser import Denoiser, LinearLayers, make_config, trim_text
 from osp.denoiser.grid import Grid
 from osp.denoiser.layers import MLP, PatchEmbedding, initialise, modulated_norm, sines, sinusoid
@@ -77,22 +77,7 @@ class LatteTransformer(Denoiser):
     takes_stages = False
     splits_tokens = True
     linear_layers = LinearLayers(
-        {
-            "patch.linear": "video",
-            "time.up": "once",
-            "time.down": "once",
-            "modulation": "once",
-            "text.up": "text",
-            "text.down": "text",
-            "blocks.*.qkv": "video",
-            "blocks.*.attention_out": "video",
-            "blocks.*.text_q": "video",
-            "blocks.*.text_kv": "text",
-            "blocks.*.text_out": "video",
-            "blocks.*.feed_forward.up": "video",
-            "blocks.*.feed_forward.down": "video",
-            "out": "video",
-        },
+        BLOCKS_AND_ENDS,
         inputs=("patch.linear", "time.up", "text.up"),
         joint_text=False,
         text_every=2,

@@ -264,10 +264,7 @@ class CausalVideoVAE(VideoVAE):
         self.time_stride, self.space_stride = self.config.strides("encoder")
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
-        with torch.no_grad():  # new weights begin with little noise, as those of image VAEs do: it would drown the mean
-            bias = self.encoder.moments.bias
-            assert bias is not None
-            bias[self.latent_channels :] = _FIRST_LOGVAR
+        _initialise(self)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -291,6 +288,28 @@ class CausalVideoVAE(VideoVAE):
     def decode_latent(self, latent: Tensor, state: StreamState | None = None) -> Tensor:
         """`B L T' H' W'` -> video `B 3 T H W`. Raises UsageError in a stream unless norm=layer."""
         return self.decoder(latent, state)
+
+
+@torch.no_grad()
+def _initialise(vae: CausalVideoVAE) -> None:
+    """Start new weights so that colours go through from the first step on.
+
+    Convolutions keep the variance of what goes through and have no bias, residual branches end in zeros, and the
+    posterior has little noise, as those of image VAEs have. PyTorch's own start makes signals small beside biases, so
+    that training stays at the mean colour of all clips.
+    """
+    for module in vae.modules():
+        if isinstance(module, CausalConv3d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, ResidualBlock | FrameAttention):
+            nn.init.zeros_((module.conv2 if isinstance(module, ResidualBlock) else module.output).weight)
+    moments, latent_channels = vae.encoder.moments, vae.latent_channels
+    assert moments.bias is not None
+    moments.weight[latent_channels:] = 0
+    moments.bias[latent_channels:] = _FIRST_LOGVAR
 
 
 def _blocks(count: int, inputs: int, width: int, kernel: Kernel, config: CausalVAEConfig) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""The cross-attention transformer as published: the keys and settings that v1.2 and v1.3 have in common."""
+"""The transformers with cross-attention as published: the keys and settings that versions have in common."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from osp.denoiser.rotary import halves_first
 from osp.errors import UsageError
 from osp.weights.keys import KeyPair, Setting, settings_from_published, settings_to_published
 
-_SETTINGS = {
+SETTINGS = {
     "in_channels": Setting("channels"),
     "out_channels": Setting("out_channels"),
     "num_attention_heads": Setting("heads"),
@@ -31,6 +31,13 @@ SAME_IN_ALL: Mapping[str, Any] = {
     "patch_size_t": 1,
     "upcast_attention": False,
 }
+SAME_BEFORE_V13: Mapping[str, Any] = {
+    **SAME_IN_ALL,
+    "attention_type": "default",
+    "norm_type": "ada_norm_single",
+    "num_vector_embeds": None,
+    "use_linear_projection": False,
+}
 DEFAULTS: Mapping[str, Any] = {
     "num_attention_heads": 24,
     "attention_head_dim": 96,
@@ -40,7 +47,7 @@ DEFAULTS: Mapping[str, Any] = {
 } | dict.fromkeys(SCALES, 1.0)
 
 # Ours -> theirs; the projections of a block, and the masked video's, are below.
-_TOP = {
+TOP = {
     "patch.linear": "pos_embed.proj",
     "condition_patches.1.linear": "pos_embed_mask.0.proj",
     "condition_patches.1.zero": "pos_embed_mask.1",
@@ -68,7 +75,7 @@ def build_transformer(c: Mapping[str, Any], stages: Sequence[Stage], **settings:
 
     Where there is a setting of mask channels it is one for inpainting. Raises UsageError for impossible values.
     """
-    settings |= settings_from_published(_SETTINGS, c)
+    settings |= settings_from_published(SETTINGS, c)
     width = settings["heads"] * settings["head_dim"]
     if c.get("cross_attention_dim", width) != width:
         raise UsageError(f"cross_attention_dim={c['cross_attention_dim']}: must be heads x head_dim, {width}")
@@ -89,7 +96,7 @@ def common_settings(model: CrossTransformer) -> dict[str, Any]:
     Raises UsageError for channels of given frames that none of them has.
     """
     c = model.config
-    settings = settings_to_published(_SETTINGS, model.settings)
+    settings = settings_to_published(SETTINGS, model.settings)
     settings |= {"num_layers": len(model.schedule), **dict(zip(SCALES, c.position_scale, strict=True))}
     if c.frame_channels:
         if len(c.frame_channels) != 2 or c.frame_channels[0] != c.channels:
@@ -100,7 +107,7 @@ def common_settings(model: CrossTransformer) -> dict[str, Any]:
 
 def key_pairs(model: CrossTransformer, masked: str) -> Iterator[KeyPair]:
     """Every tensor of the transformer with its published key or keys; `masked` begins the masked video's."""
-    c, top = model.config, _TOP | {ours: masked + theirs for ours, theirs in _MASKED.items()}
+    c, top = model.config, TOP | {ours: masked + theirs for ours, theirs in _MASKED.items()}
     head = halves_first(c.rotary_parts)
     rows = tuple(number * c.head_dim + channel for number in range(c.heads) for channel in head)
     for name, parameter in model.named_parameters():

@@ -13,15 +13,7 @@ from osp.weights.cross_keys import MASK_CHANNELS, SCALES
 from osp.weights.keys import KeyPair, check_settings
 from osp.weights.layout import Kind, Layout
 
-_SAME_IN_ALL: Mapping[str, Any] = {
-    **cross_keys.SAME_IN_ALL,
-    "attention_type": "default",
-    "downsampler": None,
-    "norm_type": "ada_norm_single",
-    "num_vector_embeds": None,
-    "use_linear_projection": False,
-    "use_rope": True,
-}
+_SAME_IN_ALL: Mapping[str, Any] = {**cross_keys.SAME_BEFORE_V13, "downsampler": None, "use_rope": True}
 _SIZES = ("sample_size_t", "sample_size")
 # Entries that do not shape the network.
 _NOT_SHAPING = (

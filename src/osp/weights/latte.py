@@ -9,37 +9,13 @@ from osp.data.media.shape import Shape
 from osp.denoiser import LatteTransformer
 from osp.denoiser.rotary import halves_first
 from osp.errors import UsageError
-from osp.weights.cross_keys import IN_BLOCK
+from osp.weights.cross_keys import IN_BLOCK, SAME_BEFORE_V13, SETTINGS, TOP
 from osp.weights.keys import KeyPair, Setting, check_settings, settings_from_published, settings_to_published
 from osp.weights.layout import Family, Kind, Layout
 
-_SETTINGS = {
-    "in_channels": Setting("channels"),
-    "out_channels": Setting("out_channels"),
-    "num_attention_heads": Setting("heads"),
-    "attention_head_dim": Setting("head_dim"),
-    "caption_channels": Setting("text_channels"),
-    "patch_size": Setting("patch_size"),
-    "num_layers": Setting("pairs"),
-    "video_length": Setting("frames"),
-}
+_SETTINGS = {**SETTINGS, "num_layers": Setting("pairs"), "video_length": Setting("frames")}
 _ROTARY = "use_rope"
 _TIME_SCALE = "interpolation_scale_1d"
-_SAME_IN_ALL = {
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "attention_type": "default",
-    "double_self_attention": False,
-    "dropout": 0.0,
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-6,
-    "norm_type": "ada_norm_single",
-    "num_vector_embeds": None,
-    "only_cross_attention": False,
-    "patch_size_t": 1,
-    "upcast_attention": False,
-    "use_linear_projection": False,
-}
 _SAME_IN_V11 = {"compress_kv_factor": 1, "rope_scaling_type": "linear"}
 # Entries that do not shape the network; the width follows from the heads.
 _NOT_SHAPING = ("attention_mode", "cross_attention_dim", "norm_num_groups", "num_embeds_ada_norm")
@@ -62,17 +38,6 @@ FULL_SIZES: tuple[dict[str, Any], ...] = ({},)
 UNUSED = "caption_projection.y_embedding"
 """A buffer of the published class that nothing reads; checkpoints may lack it."""
 
-# Ours -> theirs; the projections of a block are below.
-_TOP = {
-    "patch.linear": "pos_embed.proj",
-    "time.up": "adaln_single.emb.timestep_embedder.linear_1",
-    "time.down": "adaln_single.emb.timestep_embedder.linear_2",
-    "modulation": "adaln_single.linear",
-    "text.up": "caption_projection.linear_1",
-    "text.down": "caption_projection.linear_2",
-    "out": "proj_out",
-}
-
 
 def build_v10(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> LatteTransformer:
     """The transformer of v1.0's constructor settings, on the current default device, without weights.
@@ -80,14 +45,14 @@ def build_v10(published_settings: Mapping[str, Any], weights: Mapping[str, Any] 
     Raises UsageError for a setting that no published model has.
     """
     known = {*DEFAULTS_V10, *_NOT_SHAPING}
-    check_settings("denoiser of v1.0", published_settings, known, _SAME_IN_ALL)
+    check_settings("denoiser of v1.0", published_settings, known, SAME_BEFORE_V13)
     return _build(published_settings, _time_scale_v10(_length(published_settings)))
 
 
 def build_v11(published_settings: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> LatteTransformer:
     """The transformer of v1.1's constructor settings, built as by `build_v10`."""
     known = {*DEFAULTS_V11, *_NOT_SHAPING, *_NOT_SHAPING_V11}
-    check_settings("denoiser of v1.1", published_settings, known, _SAME_IN_ALL | _SAME_IN_V11)
+    check_settings("denoiser of v1.1", published_settings, known, {**SAME_BEFORE_V13, **_SAME_IN_V11})
     length, scale = _length(published_settings), published_settings[_TIME_SCALE]
     check_number(_TIME_SCALE, scale, above=0, null="that of the length")
     return _build(published_settings, _time_scale_v11(length) if scale is None else scale)
@@ -136,8 +101,8 @@ def _settings(model: LatteTransformer) -> dict[str, Any]:
             f"position_scale={list(c.position_scale)}: the published code divides rows and columns by "
             f"{_space_scale(size):g} for native_rows={c.native_rows}"
         )
-    settings = settings_to_published(_SETTINGS, model.settings) | _SAME_IN_ALL
-    return settings | {"sample_size": [size, size], "cross_attention_dim": c.width}
+    settings = settings_to_published(_SETTINGS, model.settings)
+    return {**settings, **SAME_BEFORE_V13, "sample_size": [size, size], "cross_attention_dim": c.width}
 
 
 def key_pairs(model: LatteTransformer) -> Iterator[KeyPair]:
@@ -153,9 +118,9 @@ def key_pairs(model: LatteTransformer) -> Iterator[KeyPair]:
         elif name == "unused_text":
             yield KeyPair(name, (UNUSED,), shape)
         elif name == "patch.linear.weight":  # a convolution there
-            yield KeyPair(name, (f"{_TOP[module]}.{kind}",), (shape[0], model.config.channels, side, side))
+            yield KeyPair(name, (f"{TOP[module]}.{kind}",), (shape[0], model.config.channels, side, side))
         else:
-            yield KeyPair(name, (f"{_TOP[module]}.{kind}",), shape)
+            yield KeyPair(name, (f"{TOP[module]}.{kind}",), shape)
 
 
 def _block_pair(model: LatteTransformer, name: str, shape: tuple[int, ...]) -> KeyPair:
