@@ -10,9 +10,8 @@ from tiny import fit, new_denoiser, new_module, new_text, new_vae
 from osp.devices import PeakMemory, choose_device, choose_precision, describe_device
 from osp.devices.device import placed_trainer
 from osp.devices.measure import available_memory
-from osp.diffusion import Flow
+from osp.diffusion import Flow, objective
 from osp.sampling import VideoGenerator
-from osp.training import denoiser_module
 from osp.training.losses import VAELoss
 from osp.vae import LatentCodec
 
@@ -100,8 +99,8 @@ def test_mixed_precision_is_that_of_the_device(tmp_path: Path, kind: str) -> Non
 
 
 def test_noise_that_is_left_on_the_cpu_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = denoiser_module.draw_normal
-    monkeypatch.setattr(denoiser_module, "draw_normal", lambda *arguments: drawn(*arguments).cpu())
+    drawn = objective.draw_normal
+    monkeypatch.setattr(objective, "draw_normal", lambda *arguments: drawn(*arguments).cpu())
     with pytest.raises(RuntimeError, match="same device"):
         fit(new_module("denoiser"), tmp_path, 1, **NPU)
 
